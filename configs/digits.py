@@ -1,0 +1,20 @@
+"""A small ViT on the embedded handwritten digits (8x8): the default of ./run.sh."""
+
+from ml_collections import ConfigDict
+
+from vit_jax import config as options
+
+
+def get_config() -> ConfigDict:
+    """The whole experiment."""
+    config = options.default()
+    config.model.update(variant="Ti/2", width=64, depth=4, heads=4, mlp_width=128, pooling="mean")
+    config.data.name = "digits"
+    config.augment.crop_padding = 1
+    config.optimizer.update(
+        name="adamw", learning_rate=2e-3, warmup_steps=200, weight_decay=0.05, gradient_clip=1.0, average_decay=0.99
+    )
+    config.train.update(batch_size=64, epochs=100, label_smoothing=0.1, evaluate_every=500)
+    config.checkpoint.every = 500
+    config.log.every = 100
+    return config

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# ./run.sh            trains the embedded default (handwritten digits) and shows its test accuracy
+# ./run.sh test ...   runs the tests (what follows goes to pytest)
+# ./run.sh ARGS...    is python -m vit_jax.main ARGS...
+# The first call sets up .venv beside this file; PYTHON=/path/to/python chooses the interpreter.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+venv="$root/.venv"
+
+say() { printf 'run.sh: %s\n' "$*" >&2; }
+
+fail() {
+    say "$@"
+    exit 2
+}
+
+find_python() {
+    local name
+    for name in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+            printf '%s\n' "$name"
+            return
+        fi
+        [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is no Python 3.11 or newer"
+    done
+    fail "no Python 3.11 or newer is found; install one, or name it: PYTHON=/path/to/python ./run.sh"
+}
+
+make_venv() {
+    local python
+    python=$(find_python)
+    say "setting up $venv with $("$python" --version 2>&1) (once; about a minute and 1.2 GB)"
+    rm -rf "$venv"
+    "$python" -m venv "$venv" >/dev/null 2>&1 || {
+        rm -rf "$venv"
+        fail "$python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"
+    }
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" ||
+        fail "the packages could not be installed (see above); the next call tries again"
+    cp "$root/requirements.txt" "$venv/requirements.txt" # written last: an interrupted set-up is not taken for done
+    say "set up"
+}
+
+ready() {
+    cmp -s "$root/requirements.txt" "$venv/requirements.txt" && "$venv/bin/python" -c '' 2>/dev/null
+}
+
+set_up() {
+    ready && return
+    # Two first calls at once must not build into the same folder.
+    if command -v flock >/dev/null; then
+        exec 9>"$root/.venv.lock"
+        flock 9
+        ready || make_venv
+        exec 9>&-
+    else
+        make_venv
+    fi
+}
+
+set_up
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+case "${1:-}" in
+"") exec "$venv/bin/python" -m vit_jax.main --config="$root/configs/digits.py" --workdir="$root/runs/digits" ;;
+test)
+    shift
+    cd "$root"
+    exec "$venv/bin/python" -m pytest "$@"
+    ;;
+*) exec "$venv/bin/python" -m vit_jax.main "$@" ;;
+esac

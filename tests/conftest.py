@@ -1,0 +1,32 @@
+"""Before any test: eight host devices, no TensorFlow, and every shape annotation of vit_jax checked as it is called."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+DEVICES = 8
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+class NoTensorFlow:
+    """An import finder that knows TensorFlow and refuses it, whether it is installed or not."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "tensorflow":
+            raise ModuleNotFoundError(f"no module named {name!r}: the tests make TensorFlow unimportable", name=name)
+
+
+sys.meta_path.insert(0, NoTensorFlow())
+_find_spec = importlib.util.find_spec
+# Who asks whether TensorFlow is there (TFDS does, at import) shall hear that it is not.
+importlib.util.find_spec = lambda name, package=None: (
+    None if name.split(".")[0] == "tensorflow" else _find_spec(name, package)
+)
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("vit_jax", "typechecker.check")

@@ -1,0 +1,68 @@
+import jax
+import numpy as np
+import pytest
+
+from vit_jax import config as options
+from vit_jax.data import pipeline
+from vit_jax.data.augment import Augment
+from vit_jax.data.sources import Source
+from vit_jax.training import model as models
+from vit_jax.training import optimizer as optimizers
+from vit_jax.training import parallel, state, step
+
+
+def toy_config(**sections):
+    """A config of a model so small that it compiles in a second or two."""
+    config = options.default()
+    config.model.update(variant="Ti/2", width=16, depth=1, heads=2, mlp_width=16)
+    config.optimizer.update(learning_rate=1e-2, schedule="constant")
+    config.train.update(batch_size=16, steps=20, steps_per_dispatch=20)
+    for section, values in sections.items():
+        config[section].update(values)
+    return config
+
+
+def toy_source(examples=100):
+    """Images whose label can be learned: a bright pixel stands at the label's place."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 4, examples).astype(np.int32)
+    images = generator.integers(0, 128, (examples, 4, 4, 1), np.uint8)
+    images[np.arange(examples), labels, labels, 0] = 255
+    return Source("toy", "train", images, labels, tuple("abcd"), (0.3,), (0.2,))
+
+
+class Toy:
+    """A compiled update over the toy source, its state, and dispatches of it."""
+
+    def __init__(self, config, devices=1, resident="always"):
+        self.config, self.mesh, self.source = config, parallel.make_mesh(devices), toy_source()
+        self.model = models.build(config.model, classes=4, dtype=None)
+        self.optimizer = optimizers.make(config.optimizer, config.train.steps)
+        augment = Augment(self.source.mean, self.source.std, **config.augment.to_dict())
+        self.update = step.make_update(self.model, self.optimizer, augment, config, self.mesh)
+        self.feeds = pipeline.make(self.source, self.mesh, resident)
+        self.augment = augment
+
+    def start(self):
+        create = lambda: state.create(  # noqa: E731
+            self.model, self.optimizer, (4, 4, 1), self.config.train.seed, self.config.optimizer.average_decay > 0
+        )
+        return jax.jit(create, out_shardings=parallel.replicated(self.mesh))()
+
+    def feed(self, first, count):
+        train = self.config.train
+        rows = pipeline.train_indices(train.seed, train.batch_size, first, count, train.steps_per_dispatch, 100)
+        return self.feeds.feed(rows)
+
+    def run(self, state, count):
+        return self.update(state, self.feed(int(state.step), count), np.int32(count))
+
+
+@pytest.fixture(scope="session")
+def toy():
+    return Toy
+
+
+@pytest.fixture(scope="session")
+def make_config():
+    return toy_config

@@ -1,0 +1,111 @@
+import os
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import config as options
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.training import optimizer
+
+GOLDENS = Path(os.environ.get("VIT_JAX_TEST_GOLDENS", Path(__file__).parents[3] / "shared" / "goldens"))
+PARAMETERS = {"layer": {"kernel": np.full((2, 3), 2.0, np.float32), "bias": np.full(3, 2.0, np.float32)}}
+GRADIENTS = {"layer": {"kernel": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, np.float32)}}
+
+
+def section(**values):
+    config = options.default()
+    config.optimizer.update(values)
+    return config.optimizer
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_schedules_are_their_formulas(name):
+    steps, warmup, peak, final = 100, 20, 0.5, 0.1
+    rate = optimizer.schedule(
+        section(schedule=name, learning_rate=peak, warmup_steps=warmup, final_learning_rate=final), steps
+    )
+    for step in (0, 1, 10, 19, 20, 21, 60, 99, 100, 150):
+        part = min((step - warmup) / (steps - warmup), 1)
+        course = {
+            "cosine": final + (peak - final) * 0.5 * (1 + np.cos(np.pi * part)),
+            "linear": peak + (final - peak) * part,
+            "constant": peak,
+        }[name]
+        wanted = peak * step / warmup if step < warmup else course
+        assert float(rate(step)) == pytest.approx(wanted, abs=1e-6), step
+
+
+@pytest.mark.skipif(not (GOLDENS / "schedule.npz").exists(), reason="no reference values; set VIT_JAX_TEST_GOLDENS")
+@pytest.mark.parametrize("name, final", [("cosine", 0.0), ("linear", 1e-5)])
+def test_schedules_agree_with_the_published_code_from_the_end_of_the_warm_up(name, final):
+    golden = np.load(GOLDENS / "schedule.npz")
+    total, warmup, base = int(golden["total"]), int(golden["warmup"]), float(golden["base"])
+    rate = optimizer.schedule(
+        section(schedule=name, learning_rate=base, warmup_steps=warmup, final_learning_rate=final), total
+    )
+    steps = golden["steps"]
+    made = np.array([float(rate(int(step))) for step in steps])
+    np.testing.assert_allclose(made, golden[name], atol=1e-6)
+
+
+def clipped(limit):
+    norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(GRADIENTS)))
+    return jax.tree.map(lambda leaf: leaf * min(1, limit / norm), GRADIENTS)
+
+
+def run(section, steps=3):
+    chain = optimizer.make(section, steps)
+    parameters = jax.tree.map(jnp.asarray, PARAMETERS)
+    state = chain.init(parameters)
+    for _ in range(steps):
+        updates, state = chain.update(GRADIENTS, state, parameters)
+        parameters = jax.tree.map(jnp.add, parameters, updates)
+    return parameters
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_adam_is_its_formula(decoupled):
+    values = {"learning_rate": 0.1, "schedule": "constant", "weight_decay": 0.3, "gradient_clip": 0.5, "beta2": 0.99}
+    made = run(section(name="adamw" if decoupled else "adam", **values))
+    for name, decay in (("kernel", 0.3), ("bias", 0.0)):
+        value, mean, square = PARAMETERS["layer"][name].astype(np.float64), 0.0, 0.0
+        for step in (1, 2, 3):
+            gradient = clipped(0.5)["layer"][name] + (0 if decoupled else decay * value)
+            mean = 0.9 * mean + 0.1 * gradient
+            square = 0.99 * square + 0.01 * gradient**2
+            move = mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.99**step)) + 1e-8)
+            value = value - 0.1 * (move + (decay * value if decoupled else 0))
+        np.testing.assert_allclose(made["layer"][name], value, rtol=1e-5, err_msg=name)
+
+
+def test_sgd_with_momentum_is_its_formula():
+    made = run(
+        section(name="sgd", learning_rate=0.1, schedule="constant", momentum=0.9, gradient_clip=0.5, weight_decay=0.2)
+    )
+    for name, decay in (("kernel", 0.2), ("bias", 0.0)):
+        value, velocity = PARAMETERS["layer"][name].astype(np.float64), 0.0
+        for _ in range(3):
+            velocity = 0.9 * velocity + clipped(0.5)["layer"][name] + decay * value
+            value = value - 0.1 * velocity
+        np.testing.assert_allclose(made["layer"][name], value, rtol=1e-5, err_msg=name)
+
+
+def test_matrices_alone_decay():
+    model = VisionTransformer(classes=3, patch_size=2, width=8, depth=1, heads=2, mlp_width=8)
+    parameters = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))))["params"]
+    decays = jax.tree_util.tree_leaves_with_path(optimizer.matrices(parameters))
+    names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, decays_here in decays if decays_here}
+    block = "encoder/block_0"
+    assert names == {
+        "embedding/projection/kernel",
+        f"{block}/attention/qkv/kernel",
+        f"{block}/attention/out/kernel",
+        f"{block}/mlp/up/kernel",
+        f"{block}/mlp/down/kernel",
+        "head/logits/kernel",
+    }
+    chex.assert_trees_all_equal_structs(optimizer.matrices(parameters), parameters)

@@ -1,0 +1,124 @@
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vit_jax.training import step
+from vit_jax.training.state import METRICS
+
+RANDOM = {
+    "model": {"dropout": 0.1, "stochastic_depth": 0.1},
+    "augment": {"crop_padding": 1, "flip": True, "mixup": 0.2},
+    "optimizer": {"average_decay": 0.9, "gradient_clip": 1.0},
+}
+
+# What mixes examples must fetch them from other devices; all else must not.
+WITHIN_EXAMPLES = {**RANDOM, "augment": {"crop_padding": 1, "flip": True}}
+
+
+def test_the_loss_is_smoothed_cross_entropy():
+    logits = np.random.default_rng(0).normal(size=(6, 5))
+    labels = np.arange(6) % 5
+    targets = 0.8 * np.eye(5)[labels] + 0.2 / 5
+    wanted = -(targets * (logits - np.log(np.exp(logits).sum(1, keepdims=True)))).sum(1)
+    smoothed = optax.smooth_labels(jax.nn.one_hot(labels, 5), 0.2)
+    made = step.cross_entropy(jnp.asarray(logits, jnp.float32), smoothed)
+    np.testing.assert_allclose(made, wanted, rtol=1e-5)
+
+
+def test_training_learns(toy, make_config):
+    run = toy(make_config(train={"steps_per_dispatch": 150}))
+    _, metrics = run.run(run.start(), 150)
+    # Sums begin anew behind steps 50 and 100: the last of them is over the steps 101 to 150.
+    assert metrics["count"] == 50
+    assert metrics["accuracy"] / 50 > 0.9
+
+
+def accumulate(model, parameters, inputs, targets, key, parts):
+    compiled = jax.jit(lambda *arrays: step.accumulate(model, *arrays, parts))
+    return compiled(parameters, inputs, targets, key)
+
+
+def test_microbatches_sum_to_the_whole_batchs_gradient(toy, make_config):
+    run = toy(make_config())
+    parameters = run.start().parameters
+    images, labels = jnp.asarray(run.source.images[:16]), jax.nn.one_hot(run.source.labels[:16], 4)
+    inputs = run.augment.normalize(images)
+    results = []
+    for parts in (1, 2, 4):
+        results.append(accumulate(run.model, parameters, inputs, labels, jax.random.key(0), parts))
+    for gradients, metrics in results[1:]:
+        chex.assert_trees_all_close(gradients, results[0][0], atol=1e-6)
+        assert float(metrics["loss"]) == pytest.approx(float(results[0][1]["loss"]), abs=1e-6)
+        assert metrics["accuracy"] == results[0][1]["accuracy"]
+
+
+def test_every_microbatch_has_a_dropout_key_of_its_own(toy, make_config):
+    """With the same examples in each microbatch, one key would drop the same units in all and add nothing new."""
+    run = toy(make_config(model={"dropout": 0.5}))
+    parameters = jax.tree.map(lambda leaf: leaf + 0.1, run.start().parameters)
+    inputs = jnp.repeat(run.augment.normalize(jnp.asarray(run.source.images[:8])), 2, axis=0)
+    targets, key = jnp.repeat(jax.nn.one_hot(run.source.labels[:8], 4), 2, axis=0), jax.random.key(0)
+    both, _ = accumulate(run.model, parameters, inputs, targets, key, 2)
+    one, _ = accumulate(run.model, parameters, inputs[::2], targets[::2], key, 1)
+    difference = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), both, one)))
+    assert difference > 1e-3
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_how_a_run_is_cut_into_dispatches_changes_no_bit(toy, make_config, accumulation):
+    run = toy(make_config(train={"accumulation": accumulation}, log={"every": 7}, **RANDOM))
+    whole, metrics = run.run(run.start(), 12)
+    parts = run.start()
+    for count in (1, 5, 2, 4):
+        parts, part_metrics = run.run(parts, count)
+    chex.assert_trees_all_equal(whole, parts)
+    chex.assert_trees_all_equal(metrics, part_metrics)
+    assert metrics["count"] == 5  # since step 7
+
+
+def test_a_streamed_set_trains_to_the_same_bits_as_a_resident_one(toy, make_config):
+    ends = [run.run(run.start(), 6)[0] for run in (toy(make_config(**RANDOM), 1, how) for how in ("always", "never"))]
+    chex.assert_trees_all_equal(*ends)
+
+
+@pytest.fixture(scope="module")
+def on_devices(toy, make_config):
+    """The losses of 20 steps on one device and on eight, one step a dispatch, with everything random on."""
+    losses, hlo = {}, {}
+    for devices in (1, 8):
+        run = toy(make_config(log={"every": 1}, train={"steps_per_dispatch": 1}, **WITHIN_EXAMPLES), devices)
+        state, losses[devices] = run.start(), []
+        hlo[devices] = run.update.lower(state, run.feed(0, 1), np.int32(1)).compile().as_text()
+        for _ in range(20):
+            state, metrics = run.run(state, 1)
+            losses[devices].append([float(metrics[name]) for name in METRICS])
+    return losses, hlo
+
+
+def test_eight_devices_make_the_losses_of_one(on_devices):
+    losses, _ = on_devices
+    assert np.ptp(losses[1], axis=0)[0] > 0.05  # it does train
+    np.testing.assert_allclose(losses[8], losses[1], atol=1e-5)
+
+
+def test_a_step_on_eight_devices_has_one_all_reduce_and_no_other_exchange(on_devices):
+    _, hlo = on_devices
+    collectives = r"= .* (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+    assert re.findall(collectives, hlo[8]) == ["all-reduce"]
+    assert re.findall(collectives, hlo[1]) == []
+
+
+def test_parameters_are_averaged_as_the_formula_says():
+    averaged, value = {"w": jnp.zeros(3)}, 0.0
+    for number in range(30):
+        parameters = {"w": jnp.full(3, number + 1.0)}
+        averaged = step.average(averaged, parameters, jnp.asarray(number), 0.7)
+        decay = min(0.7, (1 + number) / (10 + number))
+        value = decay * value + (1 - decay) * (number + 1)
+    np.testing.assert_allclose(averaged["w"], value, rtol=1e-5)
+    assert step.average(None, parameters, jnp.asarray(0), 0.0) is None

@@ -1,0 +1,317 @@
+"""Every option there is: its default, its unit, one line of meaning; and the check of a whole config."""
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from vit_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of a config.
+
+    Attributes:
+        default: its value where a config says nothing. None means "not set", and is allowed only there.
+        kind: bool, int, float or str.
+        meaning: one line, with the unit.
+        least: the smallest number allowed.
+        below: numbers must stay under this.
+        choices: the values allowed, where they are few.
+    """
+
+    default: Any
+    kind: type
+    meaning: str
+    least: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def allowed(self) -> str:
+        """What may be given, in words."""
+        words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[self.kind]
+        if self.choices:
+            words = " or ".join(repr(choice) for choice in self.choices)
+        if self.least is not None:
+            words += f" of at least {self.least:g}"
+        if self.below is not None:
+            words += f" below {self.below:g}"
+        return words + (", or None" if self.default is None else "")
+
+
+OPTIONS: dict[str, dict[str, Option]] = {
+    "model": {
+        "variant": Option("Ti/4", str, "size and patch size (pixels): Ti, S, B, L or H, a slash, any patch size"),
+        "width": Option(None, int, "size of a token; None: the variant's", least=1),
+        "depth": Option(None, int, "encoder blocks; None: the variant's", least=1),
+        "heads": Option(None, int, "attention heads; None: the variant's", least=1),
+        "mlp_width": Option(None, int, "hidden width of the MLPs; None: the variant's", least=1),
+        "pooling": Option("token", str, "what the head reads: the class token, or the mean of the patches"),
+        "class_token": Option(None, bool, "a class token before the patches; None: where pooling needs one"),
+        "position": Option("learned", str, "position embedding"),
+        "pre_logits": Option(
+            None, int, "width of a Dense + tanh layer before the classifier; None: no such layer", least=1
+        ),
+        "dropout": Option(0.0, float, "rate after the position embedding and the dense layers", least=0, below=1),
+        "attention_dropout": Option(0.0, float, "rate on the attention weights", least=0, below=1),
+        "stochastic_depth": Option(0.0, float, "rate of the last block's branches; linear from 0", least=0, below=1),
+        "dtype": Option(
+            "auto",
+            str,
+            "arithmetic; auto: float32 on CPU, bfloat16 on accelerators",
+            choices=("auto", "float32", "bfloat16"),
+        ),
+    },
+    "data": {
+        "name": Option("digits", str, "digits (embedded), or an image-classification set of TFDS: cifar10, ..."),
+        "train": Option("train", str, "training split, in TFDS's syntax: 'train', 'train[:98%]', ..."),
+        "validation": Option(None, str, "validation split, e.g. 'train[98%:]'; None: no validation"),
+        "test": Option("test", str, "test split"),
+        "image_size": Option(None, int, "height and width of the images, pixels; None: as they are", least=1),
+        "dir": Option(None, str, "where TFDS keeps its sets; None: TFDS_DATA_DIR or ~/tensorflow_datasets"),
+        "cache_dir": Option(None, str, "where decoded sets are kept; None: ~/.cache/vit_jax/data"),
+        "resident": Option(
+            "auto",
+            str,
+            "keep the whole set on the device; auto: where it fits",
+            choices=("auto", "always", "never"),
+        ),
+    },
+    "augment": {
+        "crop_padding": Option(0, int, "random crop from the image padded by so many black pixels a side", least=0),
+        "flip": Option(False, bool, "mirror half of the images, at random"),
+        "rotation": Option(0.0, float, "turn by up to so many degrees, at random", least=0, below=180.0001),
+        "scaling": Option(0.0, float, "enlarge or shrink by up to this share, at random", least=0, below=1),
+        "mixup": Option(
+            0.0, float, "alpha of mixup: each image blended with another, by Beta(alpha, alpha); 0: off", least=0
+        ),
+    },
+    "optimizer": {
+        "name": Option("adamw", str, "the rule", choices=("adamw", "adam", "sgd")),
+        "learning_rate": Option(1e-3, float, "peak learning rate", least=0),
+        "schedule": Option("cosine", str, "course after the warm-up", choices=("cosine", "linear", "constant")),
+        "warmup_steps": Option(0, int, "steps in which the rate rises from 0", least=0),
+        "final_learning_rate": Option(0.0, float, "rate at the last step (cosine, linear)", least=0),
+        "weight_decay": Option(
+            0.0, float, "on matrices alone; adamw: decoupled, others: added to the gradient", least=0
+        ),
+        "beta1": Option(0.9, float, "Adam's decay of the mean", least=0, below=1),
+        "beta2": Option(0.999, float, "Adam's decay of the square", least=0, below=1),
+        "epsilon": Option(1e-8, float, "Adam's epsilon", least=0),
+        "momentum": Option(0.9, float, "SGD's momentum", least=0, below=1),
+        "gradient_clip": Option(None, float, "largest global norm of the gradient; None: not clipped", least=0),
+        "average_decay": Option(
+            0.0, float, "decay of the averaged parameters, which are then the ones evaluated; 0: none", least=0, below=1
+        ),
+    },
+    "train": {
+        "seed": Option(0, int, "everything random follows from it", least=0, below=2**31),
+        "batch_size": Option(128, int, "examples an update, over all devices and microbatches", least=1),
+        "steps": Option(None, int, "updates; None: by epochs", least=1),
+        "epochs": Option(None, float, "passes over the training split; None: by steps", least=0),
+        "accumulation": Option(1, int, "microbatches an update is summed from", least=1),
+        "label_smoothing": Option(0.0, float, "share of the label spread over all classes", least=0, below=1),
+        "evaluate_every": Option(0, int, "steps between evaluations; 0: at the end alone", least=0),
+        "evaluation_batch_size": Option(None, int, "examples a step of evaluation; None: as batch_size", least=1),
+        "steps_per_dispatch": Option(50, int, "updates the device makes between two words with the host", least=1),
+    },
+    "checkpoint": {
+        "every": Option(0, int, "steps between checkpoints; 0: at the end alone", least=0),
+        "keep": Option(2, int, "how many of the newest are kept", least=1),
+        "keep_best": Option(1, int, "how many of the best (by validation accuracy) are kept besides", least=0),
+    },
+    "mesh": {
+        "devices": Option(None, int, "devices to use; None: all", least=1),
+        "distributed": Option(False, bool, "join the other processes of a cluster (jax.distributed.initialize)"),
+    },
+    "log": {
+        "every": Option(50, int, "steps between records; train/... are means over them", least=1),
+        "tensorboard": Option(True, bool, "write TensorBoard events beside metrics.jsonl"),
+    },
+}
+
+
+def default() -> ConfigDict:
+    """A config with every option at its default, locked: a misspelt name raises where it is written."""
+
+    def start(option: Option) -> Any:
+        # A placeholder is None that knows its type, so that a whole number given for a float becomes one.
+        return config_dict.placeholder(option.kind) if option.default is None else option.default
+
+    sections = {name: {key: start(option) for key, option in section.items()} for name, section in OPTIONS.items()}
+    return ConfigDict(sections).lock()
+
+
+def from_dict(values: dict[str, dict[str, Any]]) -> ConfigDict:
+    """The config of a config.json.
+
+    Raises:
+        UserError: it has an option that does not exist (any more), or a value that is not allowed.
+    """
+    config = default()
+    for section, keys in values.items():
+        for key, value in keys.items():
+            _option(f"{section}.{key}", value)
+            config[section][key] = value
+    check(config)
+    return config
+
+
+def names() -> list[str]:
+    """All options, as 'section.key'."""
+    return [f"{section}.{key}" for section, keys in OPTIONS.items() for key in keys]
+
+
+def load(spec: str) -> ConfigDict:
+    """The config of 'FILE' or 'FILE:ARG': what `get_config()` or `get_config(ARG)` of that Python file returns.
+
+    FILE is looked for from the current folder, then from the project's own, so that configs/... works from anywhere.
+
+    Raises:
+        UserError: no such file, no get_config in it, an argument that it refuses, or an option that does not exist.
+    """
+    path, _, argument = spec.partition(":")
+    file = next((p for p in (Path(path).expanduser(), ROOT / path) if p.is_file()), None)
+    if file is None:
+        known = ", ".join(sorted(f"configs/{p.name}" for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__"))
+        raise UserError(f"--config={spec}: there is no file {path}\n  known: {known}")
+    try:
+        module_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--config={spec}: {file} does not run: {_one_line(error)}") from error
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"--config={spec}: {file} has no function get_config")
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise UserError(f"--config={spec}: {file} takes no argument\n  given: {argument}")
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config={spec}: {_one_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config={spec}: get_config returned {type(config).__name__}, not an ml_collections.ConfigDict"
+        )
+    return config
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def override(config: ConfigDict, assignment: str) -> None:
+    """Applies one 'section.key=value' of the command line to `config`.
+
+    Raises:
+        UserError: no such option, or a value of the wrong type.
+    """
+    name, equals, text = assignment.partition("=")
+    option = _option(name, text if equals else None)
+    if not equals:
+        raise UserError(f"--config.{name} has no value\n  allowed: --config.{name}={option.allowed()}")
+    section, key = name.split(".")
+    config[section][key] = _parse(name, option, text)
+
+
+def _option(name: str, given: Any) -> Option:
+    section, _, key = name.partition(".")
+    option = OPTIONS.get(section, {}).get(key)
+    if option is not None:
+        return option
+    # A name in the wrong section is as frequent a mistake as a misspelt one.
+    near = [known for known in names() if key and known.split(".")[1] == key]
+    near += difflib.get_close_matches(name, names(), n=1, cutoff=0.0)
+    known = OPTIONS[near[0].split(".")[0]][near[0].split(".")[1]]
+    shown = "" if given is None else f" (given: {given})"
+    raise UserError(f"config.{name} is no option{shown}\n  nearest: config.{near[0]}, {known.meaning}")
+
+
+def _parse(name: str, option: Option, text: str) -> Any:
+    if text == "None" and option.default is None:
+        return None
+    try:
+        if option.kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if option.kind is int:
+            number = float(text) if not text.lstrip("+-").isdigit() else int(text)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        return option.kind(text)
+    except (ValueError, KeyError, OverflowError):
+        raise UserError(f"config.{name} is {text!r}\n  allowed: {option.allowed()}") from None
+
+
+def check(config: ConfigDict) -> None:
+    """Checks everything about a config that needs neither data nor devices.
+
+    Raises:
+        UserError: an unknown or missing option, a wrong type, or an impossible value or combination; it says which,
+            what was given and what is allowed.
+    """
+    for section, keys in config.items():
+        if section not in OPTIONS or not isinstance(keys, ConfigDict):
+            near = difflib.get_close_matches(section, OPTIONS, n=1, cutoff=0.0)[0]
+            raise UserError(f"config.{section} is no section\n  nearest: config.{near}")
+        for key, value in keys.items():
+            _check_value(f"{section}.{key}", _option(f"{section}.{key}", value), value)
+    missing = [name for name in names() if name.split(".")[1] not in config.get(name.split(".")[0], {})]
+    if missing:
+        raise UserError(
+            f"config.{missing[0]} is missing\n  start from vit_jax.config.default(), which has every option"
+        )
+    _check_together(config)
+
+
+def _check_value(name: str, option: Option, value: Any) -> None:
+    if value is None and option.default is None:
+        return
+    kinds = (int, float) if option.kind is float else (option.kind,)
+    right = isinstance(value, kinds) and (option.kind is bool or not isinstance(value, bool))
+    if right and option.kind in (int, float):
+        right = math.isfinite(value) and not (option.least is not None and value < option.least)
+        right = right and not (option.below is not None and value >= option.below)
+    if right and option.choices:
+        right = value in option.choices
+    if not right:
+        raise UserError(f"config.{name} is {value!r}\n  allowed: {option.allowed()}")
+
+
+def _check_together(config: ConfigDict) -> None:
+    from vit_jax.training import model
+
+    train = config.train
+    if (train.steps is None) == (not train.epochs):
+        given = f"steps {train.steps}, epochs {train.epochs}"
+        raise UserError(f"config.train needs either steps or epochs\n  given: {given}")
+    if train.batch_size % train.accumulation:
+        raise UserError(
+            f"config.train.batch_size is {train.batch_size}, which {train.accumulation} microbatches do not divide\n"
+            f"  allowed: a multiple of config.train.accumulation"
+        )
+    try:
+        model.build(config.model, classes=2, dtype="float32")
+    except ValueError as error:
+        raise UserError(f"config.model: {error}") from None
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """What differs between two configs as nested dictionaries: 'train.steps: 100 -> 200', in order."""
+    rows = []
+    for section in sorted({*old, *new}):
+        before, after = old.get(section, {}), new.get(section, {})
+        for key in sorted({*before, *after}):
+            if before.get(key) != after.get(key):
+                rows.append(f"{section}.{key}: {before.get(key)} -> {after.get(key)}")
+    return rows

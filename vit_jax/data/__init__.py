@@ -1,0 +1,1 @@
+"""From a name to batches: sources, order, augmentation, pipeline. Knows no model."""

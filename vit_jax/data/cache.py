@@ -1,0 +1,185 @@
+"""Decoded images on disk: written once, whole or not at all, and memory-mapped from then on."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from vit_jax.errors import UserError
+
+Fill = Callable[[np.ndarray, np.ndarray], None]  # fill(images, labels) writes every example into the two arrays
+Shape = tuple[int, int, int, int]  # examples, height, width, channels
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arrays:
+    """A whole stored split; `folder` is where it is kept, None where it is in memory alone."""
+
+    images: UInt8[np.ndarray, "examples height width channels"]
+    labels: Int32[np.ndarray, " examples"]
+    folder: Path | None
+
+
+def default_dir() -> Path:
+    """$XDG_CACHE_HOME/vit_jax/data, or ~/.cache/vit_jax/data."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vit_jax" / "data"
+
+
+def in_memory(shape: Shape, fill: Fill) -> Arrays:
+    """Decodes into memory.
+
+    Raises:
+        UserError: the images are larger than the machine's memory.
+    """
+    needed, memory = math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise UserError(
+            f"{needed / 1e9:.0f} GB of decoded images do not fit into {memory / 1e9:.0f} GB of memory.\n"
+            "Give data.cache_dir on a disk with room for them, or a smaller data.image_size."
+        )
+    images, labels = np.empty(shape, np.uint8), np.empty(shape[0], np.int32)
+    fill(images, labels)
+    return Arrays(images, labels, None)
+
+
+def open_or_make(folder: Path, shape: Shape, fill: Fill, *, title: str) -> Arrays:
+    """Maps what `folder` holds; makes it first where it is missing, half-written or damaged.
+
+    Any number of processes may do this at once: each writes a folder of its own, the first to finish puts it in place.
+    Where `folder` cannot be written, decodes into memory, with a line of warning.
+
+    Args:
+        folder: where the arrays lie, or are to lie.
+        shape: examples, height, width, channels.
+        fill: writes every image and label into the two arrays that it is given.
+        title: names the split in the line of progress.
+    """
+    arrays = _open(folder, shape)
+    if arrays:
+        return arrays
+    try:
+        print(f"decoding {title}: {shape[0]:,} images, once; kept in {folder}", file=sys.stderr, flush=True)
+        _make(folder, shape, fill)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        reason = os.strerror(error.errno)
+        print(f"warning: cannot keep them ({reason}); decoding into memory, as at every start", file=sys.stderr)
+        return in_memory(shape, fill)
+    arrays = _open(folder, shape)
+    if not arrays:
+        raise UserError(f"the cache {folder} changes while it is used; remove it, or give another data.cache_dir.")
+    return arrays
+
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+
+
+def _open(folder: Path, shape: Shape) -> Arrays | None:
+    """The arrays of a complete cache; None for anything less."""
+    try:
+        images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(folder / "labels.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # missing, or shorter than its header says
+        return None
+    expected = (np.uint8, shape, np.int32, shape[:1])
+    if (images.dtype, images.shape, labels.dtype, labels.shape) != expected:
+        return None
+    if (folder / "images.npy").stat().st_size != images.offset + images.nbytes:
+        return None
+    return Arrays(images, labels, folder)
+
+
+def _make(folder: Path, shape: Shape, fill: Fill) -> None:
+    """Writes the arrays beside `folder` and renames them into place once they are on the disk."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if (
+        shutil.disk_usage(folder.parent).free < math.prod(shape) + 2**20
+    ):  # a full disk would kill a process that writes a mapped file
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        images = np.lib.format.open_memmap(scratch / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+        labels = np.empty(shape[0], np.int32)
+        fill(images, labels)
+        images.flush()
+        del images
+        np.save(scratch / "labels.npy", labels)
+        for path in (*scratch.iterdir(), scratch):
+            _sync(path)
+        _put_in_place(scratch, folder, shape)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_in_place(scratch: Path, folder: Path, shape: Shape) -> None:
+    scratch.chmod(0o755)  # mkdtemp's are private; a cache may be shared
+    for _ in range(3):
+        try:
+            os.rename(scratch, folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        if _open(folder, shape):  # another process was first
+            return
+        damaged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            os.rename(folder, damaged / "damaged")
+        finally:
+            shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def mean_and_std(arrays: Arrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, of pixels scaled to [0, 1]; kept beside the arrays once known.
+
+    Sums of 8-bit values and of their squares are exact in float64, so that the result depends on no order.
+    """
+    kept = arrays.folder / "mean_std.json" if arrays.folder else None
+    if kept:
+        try:
+            found = json.loads(kept.read_text())
+            return tuple(found["mean"]), tuple(found["std"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not there yet, or not whole: made anew below
+    examples, height, width, channels = arrays.images.shape
+    sums, squares = np.zeros((2, height, width, channels))
+    for start in range(0, examples, 1024):
+        pixels = arrays.images[start : start + 1024].astype(np.float64)
+        sums += pixels.sum(0)
+        squares += np.square(pixels, out=pixels).sum(0)
+    count = examples * height * width
+    mean = sums.sum((0, 1)) / count
+    variance = np.maximum(squares.sum((0, 1)) / count - mean**2, 0.0)
+    mean, std = tuple((mean / 255).tolist()), tuple((np.sqrt(variance) / 255).tolist())
+    if kept:
+        _write_text(kept, json.dumps({"mean": mean, "std": std}))
+    return mean, std
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Whole or not at all; silently not at all where the folder is read-only, since the text can be made again."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text)
+        os.replace(scratch, path)
+    except OSError:
+        pass

@@ -1,0 +1,402 @@
+"""From the name of a data set to a `Source`: its images and labels as arrays of 8-bit integers on the host.
+
+`digits` lies inside the package. Every other name is a set of TensorFlow Datasets (TFDS), prepared as array_record
+files and read without TensorFlow: decoded once, kept on disk, memory-mapped from then on. CIFAR-10 and CIFAR-100 are
+downloaded and prepared at their first use (vit_jax/data/prepare.py).
+"""
+
+import concurrent.futures
+import dataclasses
+import difflib
+import functools
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32, Integer, UInt8
+
+from vit_jax.data import cache, prepare
+from vit_jax.data import splits as split_expressions
+from vit_jax.errors import UserError
+
+_NAME = re.compile(r"^(?P<set>\w+)(/[\w.\-]+)?(:(?P<version>[\d.*]+))?$")
+_CHUNK = 256  # examples that one thread reads and decodes at a time
+
+ImageSize = int | tuple[int, int] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """A part of a data set, and what normalising and naming it needs.
+
+    Attributes:
+        name: the set, such as `cifar10`.
+        split: the expression that was asked for, such as `train[:98%]`.
+        images: [examples, height, width, channels], 0 to 255; may be memory-mapped and is not to be written to.
+        labels: [examples], the index into `class_names`.
+        class_names: one name a class.
+        mean, std: per channel, of pixels scaled to [0, 1], over all of the set's train split (over the split that is
+            read where there is no train split), at the size of `images`.
+    """
+
+    name: str
+    split: str
+    images: UInt8[np.ndarray, "examples height width channels"]
+    labels: Int32[np.ndarray, " examples"]
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(
+        self, indices: Integer[np.ndarray, " batch"] | Sequence[int]
+    ) -> UInt8[np.ndarray, "batch height width channels"]:
+        """The images at `indices`, copied into memory."""
+        return np.asarray(self.images[np.asarray(indices, np.intp)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What is known of a set before anything of it is decoded.
+
+    Attributes:
+        name: the set.
+        sizes: the examples of each stored split.
+        class_names: one name a class.
+        shape: height, width and channels; height and width are None where images differ in size.
+        key: the folder in the cache, which changes when the stored set does; None for a set that needs no cache.
+        decode: decode(split, images, labels) fills arrays of a whole stored split, and resizes to the size of `images`.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    class_names: tuple[str, ...]
+    shape: tuple[int | None, int | None, int]
+    key: str | None
+    decode: Callable[[str, np.ndarray, np.ndarray], None]
+
+
+def load(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    image_size: ImageSize = None,
+) -> Source:
+    """Opens a part of a data set; the first time, decodes (for CIFAR, downloads and prepares) it.
+
+    Args:
+        name: `digits`, or a set of TFDS as `name`, `name/config` or `name/config:version`.
+        split: an expression such as `train[:98%]`, see `vit_jax.data.splits.parse`.
+        data_dir: where prepared TFDS sets lie; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+        cache_dir: where decoded images are kept; by default $XDG_CACHE_HOME/vit_jax/data, else ~/.cache/vit_jax/data.
+        image_size: pixels of a side, or (height, width): images are scaled to cover it and cropped at the centre.
+            None leaves them as they are, which a set of images of different sizes does not allow.
+
+    Raises:
+        UserError: an unknown or unprepared set, one without images and labels of the supported kind, a bad split
+            expression, or images of different sizes without `image_size`.
+    """
+    data_dir = _data_dir(data_dir)
+    archive = _missing_archive(name, data_dir)
+    if archive:
+        split_expressions.parse(split, archive.sizes)  # a mistake is worth knowing before a download
+        prepare.prepare(archive, data_dir=data_dir)
+    description = _describe(name, data_dir)
+    pieces = split_expressions.parse(split, description.sizes)
+    size = _target_size(description, image_size)
+    root = cache.default_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    stored = {piece.split: _stored_split(description, piece.split, size, root) for piece in pieces}
+    reference = "train" if "train" in description.sizes else pieces[0].split
+    if reference not in stored:
+        stored[reference] = _stored_split(description, reference, size, root)
+    mean, std = cache.mean_and_std(stored[reference])
+    parts = [(stored[p.split].images[p.start : p.stop], stored[p.split].labels[p.start : p.stop]) for p in pieces]
+    images, labels = parts[0] if len(parts) == 1 else (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if labels.min() < 0:
+        raise UserError(f"data set {name!r}: the split {split!r} has examples without a label; choose another split.")
+    return Source(name, split, images, labels, description.class_names, mean, std)
+
+
+def check(
+    name: str,
+    splits: Sequence[str],
+    *,
+    data_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    image_size: ImageSize = None,
+) -> tuple[int, int, int]:
+    """Finds out within two seconds, decoding nothing, whether `load` can be expected to work for all these splits.
+
+    Returns the (height, width, channels) that its images will have.
+
+    A CIFAR set that is not prepared passes where the host that it is downloaded from accepts a connection. `cache_dir`
+    is not looked at, since `load` does without one that cannot be used.
+
+    Raises:
+        UserError: as `load`; or the set is not prepared and its host is out of reach.
+    """
+    del cache_dir
+    data_dir = _data_dir(data_dir)
+    archive = _missing_archive(name, data_dir)
+    if archive:
+        for split in splits:
+            split_expressions.parse(split, archive.sizes)
+        prepare.check_reachable(archive)
+        return (*_size(prepare.SHAPE, image_size), prepare.SHAPE[2])
+    description = _describe(name, data_dir)
+    size = _target_size(description, image_size)
+    for split in splits:
+        split_expressions.parse(split, description.sizes)
+    return (*size, description.shape[2])
+
+
+def _data_dir(data_dir: str | os.PathLike | None) -> Path:
+    return prepare.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+
+
+def _missing_archive(name: str, data_dir: Path) -> prepare.Archive | None:
+    """The archive to prepare `name` from, where there is one and the set is not prepared yet."""
+    archive = prepare.ARCHIVES.get(name)
+    return archive if archive and _builder(name, data_dir) is None else None
+
+
+def _describe(name: str, data_dir: Path) -> Description:
+    if name in SETS:
+        return SETS[name]()
+    return describe_tfds(name, data_dir)
+
+
+def _target_size(description: Description, image_size: ImageSize) -> tuple[int, int]:
+    if image_size is None and None in description.shape:
+        raise UserError(
+            f"data set {description.name!r}: its images differ in size.\nGive data.image_size, for example 224."
+        )
+    return _size(description.shape, image_size)
+
+
+def _size(shape: tuple[int | None, int | None, int], image_size: ImageSize) -> tuple[int, int]:
+    if image_size is None:
+        return shape[:2]
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < 1:
+        raise UserError(f"data.image_size: {image_size} given; at least 1 pixel is needed.")
+    return height, width
+
+
+def _stored_split(description: Description, split: str, size: tuple[int, int], root: Path) -> cache.Arrays:
+    """A whole stored split, decoded at `size`: from the cache, or decoded into it."""
+    shape = (description.sizes[split], *size, description.shape[2])
+    fill = functools.partial(description.decode, split)
+    if description.key is None:
+        return cache.in_memory(shape, fill)
+    folder = root / description.key / f"{split}-{size[0]}x{size[1]}"
+    return cache.open_or_make(folder, shape, fill, title=f"{description.name} {split}")
+
+
+# --- digits ---------------------------------------------------------------------------------------------------------
+
+
+def describe_digits() -> Description:
+    """The 1,797 handwritten digits of scikit-learn (UCI optdigits), 8x8 grey pixels: 1,437 to train and 360 to test."""
+    with np.load(Path(__file__).with_name("digits.npz")) as stored:
+        digits, labels = stored["images"], stored["labels"]
+    train, test = digits_split(labels)
+    chosen = {"train": train, "test": test}
+
+    def decode(split: str, images_out: np.ndarray, labels_out: np.ndarray) -> None:
+        scaled = np.rint(digits[chosen[split]] * (255 / 16)).astype(np.uint8)[..., None]  # pixels are stored as 0 to 16
+        images_out[:] = np.stack([resize_and_crop(image, images_out.shape[1:3]) for image in scaled])
+        labels_out[:] = labels[chosen[split]]
+
+    sizes = {split: len(indices) for split, indices in chosen.items()}
+    return Description("digits", sizes, tuple("0123456789"), (8, 8, 1), None, decode)
+
+
+def digits_split(
+    labels: Integer[np.ndarray, " examples"], tests: int = 360
+) -> tuple[Integer[np.ndarray, " train"], Integer[np.ndarray, " test"]]:
+    """The indices of the train and the test split of `digits`: stratified, shuffled, and fixed for ever.
+
+    Philox with key 0, a stream of 64-bit numbers that NumPy promises not to change, gives each example a first number,
+    then each a second one. The examples of a class with the lowest first numbers are the test split: a class of n has
+    n * tests / examples of them, rounded down, and one more where the remainder is among the largest, until there are
+    `tests`. Both splits are ordered by the second numbers, so that any slice of them is a random sample.
+    """
+    first, second = np.random.Philox(key=0).random_raw(2 * len(labels)).reshape(2, -1)
+    quotas, remainders = np.divmod(np.bincount(labels) * tests, len(labels))
+    quotas[np.argsort(-remainders, kind="stable")[: tests - quotas.sum()]] += 1
+    by_first = np.argsort(first, kind="stable")
+    is_test = np.zeros(len(labels), bool)
+    for label, quota in enumerate(quotas):
+        is_test[by_first[labels[by_first] == label][:quota]] = True
+    by_second = np.argsort(second, kind="stable")
+    return by_second[~is_test[by_second]], by_second[is_test[by_second]]
+
+
+# --- TensorFlow Datasets --------------------------------------------------------------------------------------------
+
+
+def describe_tfds(name: str, data_dir: Path) -> Description:
+    """A prepared image-classification set of TFDS, with 8-bit `image` and `label`, in array_record files.
+
+    Raises:
+        UserError: unknown, not prepared, prepared as something else, damaged, or without such features.
+    """
+    builder = _builder(name, data_dir)
+    if builder is None:
+        raise _not_prepared(name, data_dir)
+    image, label = _features(name, builder)
+    stored = {split: info for split, info in builder.info.splits.items() if info.num_examples}
+    missing = [path for info in stored.values() for path in info.filepaths if not path.exists()]
+    if missing:
+        raise UserError(f"data set {name!r}: {missing[0]} is missing.\nRemove {builder.data_dir} and prepare it again.")
+    sizes = {split: info.num_examples for split, info in stored.items()}
+    key = f"{builder.info.full_name.replace('/', '_')}-{_fingerprint(builder)}"
+    return Description(name, sizes, tuple(label.names), image.shape, key, functools.partial(_decode_records, builder))
+
+
+def _builder(name: str, data_dir: Path):
+    """TFDS's reader of a prepared set, made from its files alone; None where nothing is prepared."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
+
+    if not _NAME.match(name):
+        raise UserError(f"data set {name!r}: a name is written name, name/config or name/config:version.")
+    try:
+        builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except DatasetNotFoundError:
+        return None
+    except Exception as error:  # TFDS raises many kinds for files that it cannot understand
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"data set {name!r}: cannot be read from {data_dir}: {reason}") from error
+    array_record = tfds.core.FileFormat.ARRAY_RECORD
+    if array_record not in builder.info.available_file_formats():
+        raise _wrong_format(name, builder)
+    builder.info.set_file_format(array_record, override=True, override_if_initialized=True)
+    return builder
+
+
+def _wrong_format(name: str, builder) -> UserError:
+    base = _NAME.match(name)["set"]
+    way_out = f"With TensorFlow, once: tfds build {name} --file_format=array_record --data_dir=NEW, then copy it there"
+    if base in prepare.ARCHIVES:
+        way_out = f"Move that folder away, then run: python -m vit_jax.data.prepare {base}"
+    found = builder.info.file_format.value
+    return UserError(
+        f"data set {name!r}: {builder.data_dir} holds {found} files; array_record is needed.\n{way_out},\n"
+        "or give another folder as data.data_dir."
+    )
+
+
+def _features(name: str, builder):
+    """The features `image` and `label`, checked to be of the kind that is read here."""
+    import tensorflow_datasets as tfds
+
+    features = dict(builder.info.features.items())
+    image, label = (features.get(key) for key in ("image", "label"))
+    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
+        raise UserError(
+            f"data set {name!r}: features `image` (an image) and `label` (a class) are needed.\n"
+            f"It has: {', '.join(sorted(features))}."
+        )
+    if image.np_dtype != np.uint8 or len(image.shape) != 3 or image.shape[-1] not in (1, 3, 4):
+        raise UserError(
+            f"data set {name!r}: its images are {image.np_dtype} of shape {image.shape}; "
+            "8-bit images of 1, 3 or 4 channels are needed."
+        )
+    return image, label
+
+
+def _not_prepared(name: str, data_dir: Path) -> UserError:
+    import tensorflow_datasets as tfds
+
+    base = _NAME.match(name)["set"]
+    known = tfds.list_builders(with_community_datasets=False)
+    if base in prepare.ARCHIVES:  # here only with a config or a version, as the plain name is prepared at its use
+        return UserError(f"data set {name!r}: not prepared in {data_dir}; give the plain name {base!r}.")
+    if base in known:
+        return UserError(
+            f"data set {name!r}: not prepared in {data_dir}.\n"
+            f"On any machine with TensorFlow, once: tfds build {name} --file_format=array_record\n"
+            f"then copy the folder ~/tensorflow_datasets/{base} from there into {data_dir} (data.data_dir)."
+        )
+    own = [entry.name for entry in data_dir.iterdir() if entry.is_dir()] if data_dir.is_dir() else []
+    near = difflib.get_close_matches(base, sorted({*known, *own, *SETS}), n=4)
+    return UserError(
+        f"data set {name!r}: not known to TFDS, and not prepared in {data_dir} (data.data_dir).\n"
+        + (f"Nearest known names: {', '.join(near)}." if near else "Known: digits, cifar10, cifar100 and TFDS's sets.")
+    )
+
+
+def _fingerprint(builder) -> str:
+    """Twelve characters that change when the prepared files do."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(builder.data_dir).iterdir()):
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def _decode_records(builder, split: str, images: np.ndarray, labels: np.ndarray) -> None:
+    """Reads and decodes a whole stored split into `images` and `labels`, with several threads."""
+    import tensorflow_datasets as tfds
+
+    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record")
+
+    def work(start: int) -> None:
+        places = range(start, min(start + _CHUNK, len(labels)))
+        try:
+            for place, example in zip(places, records.__getitems__(list(places)), strict=True):
+                images[place] = _decode_image(example["image"], images.shape[1:])
+                labels[place] = example["label"]
+        except Exception as error:  # array_record, protobuf and Pillow raise many kinds for damaged bytes
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"data set {builder.info.full_name}: cannot read the examples {start:,} to {places[-1]:,} of {split}: "
+                f"{reason}.\nRemove {builder.data_dir} and prepare it again."
+            ) from error
+
+    # Pillow decodes and resizes without holding the interpreter's lock.
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        for _ in threads.map(work, range(0, len(labels), _CHUNK)):
+            pass
+
+
+def _decode_image(encoded: bytes, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"]:
+    """One PNG or JPEG (or whatever Pillow reads), with the given number of channels and size."""
+    from PIL import Image
+
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[2]]
+    with Image.open(io.BytesIO(encoded)) as image:
+        image = image if image.mode == mode else image.convert(mode)
+        return resize_and_crop(np.asarray(image).reshape(image.height, image.width, shape[2]), shape[:2])
+
+
+def resize_and_crop(
+    image: UInt8[np.ndarray, "height width channels"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "new_height new_width channels"]:
+    """Scales by one factor until `size` (height, width) is covered, bicubic as in Pillow, then crops at the centre."""
+    from PIL import Image
+
+    height, width, channels = image.shape
+    if (height, width) == tuple(size):
+        return image
+    factor = max(size[0] / height, size[1] / width)
+    new_height, new_width = max(size[0], round(height * factor)), max(size[1], round(width * factor))
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    resized = np.asarray(picture.resize((new_width, new_height), Image.Resampling.BICUBIC))
+    top, left = (new_height - size[0]) // 2, (new_width - size[1]) // 2
+    cropped = resized[top : top + size[0], left : left + size[1]]
+    return cropped.reshape(*size, channels)
+
+
+SETS: dict[str, Callable[[], Description]] = {"digits": describe_digits}

@@ -1,0 +1,96 @@
+"""Split expressions in TFDS's own syntax, such as `train[:98%]+test`, read without TFDS."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from vit_jax.errors import UserError
+
+_PART = re.compile(r"^(?P<split>[\w-]+)(\[(?P<slice>[\d\w%:.-]+)\])?$")
+_BOUND = re.compile(r"^((?P<value>-?[\d_.]+)(?P<unit>%|shard)?)?$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The examples `start` (included) to `stop` (excluded) of one stored split."""
+
+    split: str
+    start: int
+    stop: int
+
+
+def parse(expression: str, sizes: Mapping[str, int]) -> tuple[Piece, ...]:
+    """Resolves a split expression to the non-empty pieces that it joins, in its order.
+
+    The syntax and the rounding are those of https://www.tensorflow.org/datasets/splits: a percentage stands for the
+    closest example (`round(percent * examples / 100)`), a negative bound counts from the end, `all` is every split.
+    Pieces that adjoin are merged, so that `train[:50%]+train[50%:]` is one piece.
+
+    Args:
+        expression: for example `train`, `train[:98%]`, `train[500:]`, `train[:-500]`, `train[10%:20%]+test`.
+        sizes: the examples of each stored split.
+
+    Raises:
+        UserError: the expression is malformed, names an unknown split, reaches beyond a split, or holds no example.
+    """
+    pieces: list[Piece] = []
+    for part in re.split(r"\s*\+\s*", expression):
+        for piece in _parse_part(part, expression, sizes):
+            if piece.start >= piece.stop:
+                continue
+            if pieces and (pieces[-1].split, pieces[-1].stop) == (piece.split, piece.start):
+                pieces[-1] = dataclasses.replace(pieces[-1], stop=piece.stop)
+            else:
+                pieces.append(piece)
+    if not pieces:
+        raise _error(expression, "it holds no example", sizes)
+    return tuple(pieces)
+
+
+def _parse_part(part: str, expression: str, sizes: Mapping[str, int]) -> list[Piece]:
+    match = _PART.match(part)
+    if not match:
+        raise _error(expression, f"{part!r} is not of the form train, train[:98%] or train[500:]", sizes)
+    split, bounds = match["split"], match["slice"]
+    if split == "all" and bounds is None:
+        return [Piece(name, 0, size) for name, size in sizes.items()]
+    if split not in sizes:
+        raise _error(expression, f"there is no split {split!r}", sizes)
+    size = sizes[split]
+    if bounds is None:
+        return [Piece(split, 0, size)]
+    matches = [_BOUND.match(bound) for bound in bounds.split(":")]
+    if len(matches) != 2 or not all(matches) or bounds == ":":
+        raise _error(expression, f"[{bounds}] is not of the form [from:to], in examples or in %", sizes)
+    unit = matches[0]["unit"] or matches[1]["unit"]  # as in TFDS, one % makes both bounds percentages
+    try:
+        start, stop = (_bound(match["value"], unit, size) for match in matches)
+    except ValueError as error:
+        raise _error(expression, str(error), sizes) from None
+    return [Piece(split, start or 0, size if stop is None else stop)]
+
+
+def _bound(text: str | None, unit: str | None, size: int) -> int | None:
+    """One bound as an index from the start; None where none is given. Raises ValueError with the reason."""
+    if unit == "shard":
+        raise ValueError("slices by shard are not supported: use examples or %")
+    if text is None:
+        return None
+    try:
+        value = float(text) if unit == "%" else int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+    if unit == "%":
+        if abs(value) > 100:
+            raise ValueError(f"{text}% lies outside -100% to 100%")
+        value = round(value * size / 100.0)
+    if abs(value) > size:
+        raise ValueError(f"{text} reaches beyond the {size:,} examples")
+    return value + size if value < 0 else value
+
+
+def _error(expression: str, reason: str, sizes: Mapping[str, int]) -> UserError:
+    known = ", ".join(f"{name} ({size:,} examples)" for name, size in sizes.items())
+    return UserError(
+        f"split {expression!r}: {reason}.\nKnown splits: {known}; slices such as train[:98%], train[500:]."
+    )

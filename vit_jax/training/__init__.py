@@ -1,0 +1,1 @@
+"""The trainer: optimiser, state, step, evaluation, checkpoints, records, and the loop that ties them together."""

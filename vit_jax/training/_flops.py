@@ -1,0 +1,2 @@
+def forward_flops(m, s, c):
+    return 1

@@ -1,0 +1,38 @@
+"""From the model section of a config to a model."""
+
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+from ml_collections import ConfigDict
+
+from vit_jax.models import variants
+from vit_jax.models.vit import VisionTransformer
+
+
+def build(section: ConfigDict, classes: int, dtype: Dtype | None) -> VisionTransformer:
+    """The model that `config.model` describes, for so many classes.
+
+    Args:
+        section: `config.model`.
+        classes: number of logits.
+        dtype: arithmetic; None decides as `section.dtype` says.
+
+    Raises:
+        ValueError: the fields contradict each other, or there is no such variant.
+    """
+    fields = section.to_dict()
+    sized = variants.fields(fields.pop("variant"))
+    named = fields.pop("dtype")
+    fields = {**sized, **{key: value for key, value in fields.items() if value is not None}}
+    # A token that no head reads is a wasted one: there is one where the pooling needs it, unless asked for.
+    fields.setdefault("class_token", fields["pooling"] == "token")
+    if dtype is None:
+        dtype = arithmetic(named)
+    return VisionTransformer(classes=classes, dtype=dtype, **fields)
+
+
+def arithmetic(name: str) -> Dtype:
+    """The dtype that a config's name stands for; 'auto' is float32 on CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype(name)

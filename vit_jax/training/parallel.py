@@ -1,0 +1,90 @@
+"""The mesh of devices, how arrays lie on it, and the processes that share it."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vit_jax.errors import UserError
+
+
+def initialize(distributed: bool) -> None:
+    """Joins the other processes of the cluster, where asked to; before any device is touched.
+
+    Raises:
+        UserError: the cluster cannot be found out.
+    """
+    if not distributed or jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"config.mesh.distributed is True, but no cluster is found: {str(error).splitlines()[0]}\n"
+            "  allowed: under Slurm, Open MPI, Kubernetes or on a Cloud TPU; else False"
+        ) from error
+
+
+def make_mesh(devices: int | None) -> Mesh:
+    """A mesh of one axis, 'data', over so many devices, or all.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    present = jax.devices()
+    if devices is not None and devices > len(present):
+        raise UserError(f"config.mesh.devices is {devices}\n  allowed: 1 to {len(present)}, or None for all")
+    count = devices or len(present)
+    # Automatic axes: XLA places the collectives; `make_mesh` would make explicit ones by default.
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=present[:count])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def spread(mesh: Mesh) -> NamedSharding:
+    """The first axis divided among the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def is_main() -> bool:
+    """Whether this process writes the records; of several, one does."""
+    return jax.process_index() == 0
+
+
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+    """Raises UserError where the devices and microbatches do not divide the batch evenly."""
+    parts = mesh.size * accumulation
+    if batch_size % parts:
+        lower, upper = batch_size // parts * parts, -(-batch_size // parts) * parts
+        near = " or ".join(str(size) for size in (lower, upper) if size)
+        microbatches = f" of {accumulation} microbatches" if accumulation > 1 else ""
+        raise UserError(
+            f"config.train.batch_size is {batch_size}, which does not divide among {mesh.size} devices{microbatches}\n"
+            f"  allowed: a multiple of {parts}, as {near}"
+        )
+
+
+def cache_compilations() -> None:
+    """Keeps compiled programs in the user's cache folder, so that a second start need not wait for the compiler.
+
+    Host programs are tied to the processor's instructions, so each processor has a folder of its own.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "vit_jax" / f"xla-{_processor()}"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _processor() -> str:
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        flags = platform.machine() + platform.processor()
+    return hashlib.sha256(flags.encode()).hexdigest()[:12]

@@ -1,0 +1,194 @@
+"""What a run leaves behind and shows: metrics.jsonl, TensorBoard events, config.json, environment.json, progress."""
+
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+SUMMARY = "summary.json"
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "tensorflow-datasets",
+    "ml-collections",
+    "clu",
+)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(scratch, "w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, command and git revision: what made the numbers beside it."""
+    devices = jax.devices()
+    return {
+        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in devices],
+        "cpus": os.cpu_count(),
+        "processes": jax.process_count(),
+        "git": git_revision(),
+    }
+
+
+def git_revision() -> str | None:
+    """The revision of the code, '+changed' behind it where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return git("rev-parse", "HEAD") + ("+changed" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Records:
+    """metrics.jsonl and, beside it, TensorBoard events: one line, one step. With enabled=False, nothing is written."""
+
+    def __init__(self, workdir: Path, step: int, tensorboard: bool, enabled: bool = True):
+        """Opens the records of a run that stands at `step`; lines of later steps, which it will repeat, are cut off."""
+        self._file = self._writer = None
+        if not enabled:
+            return
+        path = workdir / METRICS
+        cut_back(path, step)
+        self._file = open(path, "a")  # noqa: SIM115
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(workdir), purge_step=step + 1 if step else None, flush_secs=10)
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends one line; it is with the operating system when this returns."""
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        if self._writer is not None:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Brings all lines to the disk: what stands before a checkpoint must not be lost with the machine."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drops the lines of metrics.jsonl beyond `step`, and a last line that was cut short when its writer was killed."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith("\n") or record["step"] > step:
+            break
+        kept.append(line)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text("".join(kept))
+    os.replace(scratch, path)
+
+
+class Progress:
+    """One line that is overwritten in a terminal; elsewhere a plain line for each record."""
+
+    def __init__(self, steps: int, steps_an_epoch: float, stream: io.TextIOBase | None = None, enabled: bool = True):
+        self._steps, self._steps_an_epoch = steps, steps_an_epoch
+        self._stream, self._enabled = stream or sys.stdout, enabled
+        self._live = self._stream.isatty()
+        self._open = False
+
+    def show(self, step: int, metrics: dict[str, float], seconds_left: float, recorded: bool) -> None:
+        """Shows where the run stands. Off a terminal only what is `recorded` is shown."""
+        if not self._enabled or not (recorded or self._live):
+            return
+        text = progress_line(step, self._steps, step / self._steps_an_epoch, metrics)
+        text += f"  left {clock(seconds_left)}"
+        if self._live:
+            self._stream.write("\r\x1b[K" + text[: _terminal_width() - 1])
+            self._open = True
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own, below the live one."""
+        if self._enabled:
+            self._stream.write(("\n" if self._open else "") + text + "\n")
+            self._stream.flush()
+        self._open = False
+
+
+def _terminal_width() -> int:
+    try:
+        return os.get_terminal_size().columns
+    except OSError:
+        return 120
+
+
+def progress_line(step: int, steps: int, epoch: float, metrics: dict[str, float]) -> str:
+    """'step 200/4400  epoch 17.9  loss 0.512  ...  left 1:05'."""
+    parts = [
+        f"step {step:>{len(str(steps))}}/{steps}",
+        f"epoch {epoch:.1f}",
+        f"loss {metrics['train/loss']:.4f}",
+        f"accuracy {100 * metrics['train/accuracy']:.1f} %",
+        f"rate {metrics['train/learning_rate']:.2e}",
+        f"{metrics['images_per_second']:,.0f} images/s",
+    ]
+    if "mfu" in metrics:
+        parts.append(f"MFU {100 * metrics['mfu']:.1f} %")
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """'1:05' or '2:03:20'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

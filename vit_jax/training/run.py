@@ -1,0 +1,133 @@
+"""A config turned into the parts of a run, checked against its data and the devices before anything is compiled."""
+
+import dataclasses
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vit_jax.data import pipeline, sources
+from vit_jax.data.augment import Augment
+from vit_jax.data.sources import Source
+from vit_jax.errors import UserError
+from vit_jax.models.patches import grid_of
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.training import model as models
+from vit_jax.training import optimizer as optimizers
+from vit_jax.training import parallel
+from vit_jax.training import state as states
+from vit_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run.
+
+    Attributes:
+        config: what it was built from.
+        mesh: the devices.
+        sources: by role: 'train', 'validation' (where there is one), 'test'.
+        model: for the set's classes.
+        augment: for the set's channels; in the model's dtype.
+        steps: updates in all.
+        optimizer: the chain.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    sources: dict[str, Source]
+    model: VisionTransformer
+    augment: Augment
+    steps: int
+    optimizer: optax.GradientTransformation
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return self.sources["train"].images.shape[1:]
+
+    @property
+    def steps_an_epoch(self) -> float:
+        """Updates that make up one pass over the training split."""
+        return len(self.sources["train"]) / self.config.train.batch_size
+
+    def feeds(self, role: str) -> pipeline.Pipeline:
+        """The pipeline over one of the sources."""
+        return pipeline.make(self.sources[role], self.mesh, self.config.data.resident)
+
+    def evaluation_batch_size(self) -> int:
+        """Examples a step of evaluation, rounded up so that the devices divide it."""
+        asked = self.config.train.evaluation_batch_size or self.config.train.batch_size
+        return -(-asked // self.mesh.size) * self.mesh.size
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state, without making it."""
+        shapes = jax.eval_shape(self._create)
+        everywhere = parallel.replicated(self.mesh)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, on every device."""
+        return jax.jit(self._create, out_shardings=parallel.replicated(self.mesh))()
+
+    def _create(self) -> TrainState:
+        average = self.config.optimizer.average_decay > 0
+        return states.create(self.model, self.optimizer, self.image_shape, self.config.train.seed, average)
+
+
+def check(config: ConfigDict) -> Mesh:
+    """Checks a config against the devices and the presence of its data; quick, and nothing is loaded or compiled.
+
+    Raises:
+        UserError: what is wrong, and the way out.
+    """
+    data = config.data
+    mesh = check_data(config, [split for split in (data.train, data.validation, data.test) if split])
+    parallel.check_batch(config.train.batch_size, config.train.accumulation, mesh)
+    return mesh
+
+
+def check_data(config: ConfigDict, splits: list[str]) -> Mesh:
+    """As `check`, for these splits, and whatever the batch size is."""
+    mesh, data = parallel.make_mesh(config.mesh.devices), config.data
+    shape = sources.check(data.name, splits, data_dir=data.dir, cache_dir=data.cache_dir, image_size=data.image_size)
+    _check_patch(config, shape)
+    return mesh
+
+
+def _check_patch(config: ConfigDict, shape: tuple[int, ...]) -> None:
+    patch_size = models.build(config.model, classes=2, dtype="float32").patch_size
+    try:
+        grid_of((shape[0], shape[1]), patch_size)
+    except ValueError as error:
+        fitting = [size for size in range(1, min(shape[:2]) + 1) if shape[0] % size == shape[1] % size == 0]
+        raise UserError(
+            f"config.model.variant is {config.model.variant!r}: {error}\n"
+            f"  allowed: patches of {', '.join(map(str, fitting))}; or another config.data.image_size"
+        ) from None
+
+
+def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) -> Run:
+    """Loads the data of a checked config and makes the parts of its run.
+
+    Args:
+        config: a config that has passed `check`.
+        mesh: the devices.
+        splits: split expressions by role, 'train' among them; None for those of the config.
+
+    Raises:
+        UserError: the data cannot be had, or does not go with the model.
+    """
+    data = config.data
+    if splits is None:
+        splits = {role: data[role] for role in ("train", "validation", "test") if data[role]}
+    loaded = {
+        role: sources.load(data.name, split, data_dir=data.dir, cache_dir=data.cache_dir, image_size=data.image_size)
+        for role, split in splits.items()
+    }
+    train = loaded["train"]
+    model = models.build(config.model, classes=len(train.class_names), dtype=None)
+    augment = Augment(train.mean, train.std, dtype=model.dtype, **config.augment.to_dict())
+    steps = config.train.steps or max(1, round(config.train.epochs * len(train) / config.train.batch_size))
+    return Run(config, mesh, loaded, model, augment, steps, optimizers.make(config.optimizer, steps))

@@ -1,0 +1,60 @@
+"""All that training carries from one step to the next, and all that a checkpoint holds."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax.models.vit import VisionTransformer
+
+METRICS = ("loss", "accuracy", "gradient_norm")
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """The state after `step` updates.
+
+    Attributes:
+        step: int32, updates made so far. Order, augmentation and dropout follow from the seed and this alone.
+        parameters: of the model, float32.
+        optimizer: optax's state.
+        averaged: exponential average of the parameters, or None.
+        metrics: by name, float32 sums over the steps since the last record, and their `count`; here, and not with the
+            host, so that a resumed run writes the very records that the undisturbed one does.
+    """
+
+    # Any: transformations of JAX rebuild the state with shapes, shardings and placeholders in place of arrays.
+    step: Any
+    parameters: Any
+    optimizer: Any
+    averaged: Any
+    metrics: Any
+
+    def for_evaluation(self) -> Any:
+        """The parameters to judge and to use: the averaged ones where there are any."""
+        return self.parameters if self.averaged is None else self.averaged
+
+
+def create(
+    model: VisionTransformer,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    seed: int,
+    average: bool,
+) -> TrainState:
+    """The state before the first step, for images of (height, width, channels)."""
+    parameters = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        parameters=parameters,
+        optimizer=optimizer.init(parameters),
+        # A copy: two leaves of the state must not share a buffer that is then donated twice.
+        averaged=jax.tree.map(jnp.copy, parameters) if average else None,
+        metrics=empty_metrics(),
+    )
+
+
+def empty_metrics() -> dict[str, jax.Array]:
+    """Sums over no steps."""
+    return {name: jnp.zeros((), jnp.float32) for name in (*METRICS, "count")}
