@@ -44,7 +44,7 @@ def in_memory(shape: Shape, fill: Fill) -> Arrays:
     if needed > memory:
         raise UserError(
             f"{needed / 1e9:.0f} GB of decoded images do not fit into {memory / 1e9:.0f} GB of memory.\n"
-            "Give data.cache_dir on a disk with room for them, or a smaller data.image_size."
+            "Give config.data.cache_dir on a disk with room for them, or a smaller config.data.image_size."
         )
     images, labels = np.empty(shape, np.uint8), np.empty(shape[0], np.int32)
     fill(images, labels)

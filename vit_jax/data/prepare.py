@@ -134,7 +134,7 @@ def prepare(archive: Archive, *, data_dir: Path, source: Path | None = None) -> 
         where = f" {error.filename}" if error.filename else ""
         raise UserError(
             f"{archive.name}: cannot be prepared in {data_dir}: {error.strerror or error}{where}.\n"
-            "Free or unlock it, or give another folder with --data_dir (data.data_dir)."
+            "Free or unlock it, or give another folder with --data_dir (config.data.dir)."
         ) from error
 
 
@@ -203,7 +203,7 @@ def _check_format(archive: Archive, folder: Path) -> None:
     if found != "array_record":
         raise UserError(
             f"{archive.name}: {folder} exists, and holds {found} files where array_record is needed.\n"
-            "Move it away, or give another folder with --data_dir (data.data_dir)."
+            "Move it away, or give another folder with --data_dir (config.data.dir)."
         )
 
 
@@ -422,7 +422,7 @@ examples:
     python -m vit_jax.data.prepare cifar10 --from ~/Downloads/cifar-10-binary.tar.gz
     python -m vit_jax.data.prepare cifar100 --from /data/cifar-100-binary
 
-  somewhere else than ~/tensorflow_datasets (give the same folder as data.data_dir, or set TFDS_DATA_DIR):
+  somewhere else than ~/tensorflow_datasets (give the same folder as --config.data.dir, or set TFDS_DATA_DIR):
     python -m vit_jax.data.prepare cifar10 --data_dir /data/tfds
 
 The archives are the binary versions at https://www.cs.toronto.edu/~kriz/cifar.html; the Python versions are not read.

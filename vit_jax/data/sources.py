@@ -177,7 +177,7 @@ def _describe(name: str, data_dir: Path) -> Description:
 def _target_size(description: Description, image_size: ImageSize) -> tuple[int, int]:
     if image_size is None and None in description.shape:
         raise UserError(
-            f"data set {description.name!r}: its images differ in size.\nGive data.image_size, for example 224."
+            f"data set {description.name!r}: its images differ in size.\nGive config.data.image_size, for example 224."
         )
     return _size(description.shape, image_size)
 
@@ -187,7 +187,7 @@ def _size(shape: tuple[int | None, int | None, int], image_size: ImageSize) -> t
         return shape[:2]
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 1:
-        raise UserError(f"data.image_size: {image_size} given; at least 1 pixel is needed.")
+        raise UserError(f"config.data.image_size: {image_size} given; at least 1 pixel is needed.")
     return height, width
 
 
@@ -293,7 +293,7 @@ def _wrong_format(name: str, builder) -> UserError:
     found = builder.info.file_format.value
     return UserError(
         f"data set {name!r}: {builder.data_dir} holds {found} files; array_record is needed.\n{way_out},\n"
-        "or give another folder as data.data_dir."
+        "or give another folder as config.data.dir."
     )
 
 
@@ -327,12 +327,12 @@ def _not_prepared(name: str, data_dir: Path) -> UserError:
         return UserError(
             f"data set {name!r}: not prepared in {data_dir}.\n"
             f"On any machine with TensorFlow, once: tfds build {name} --file_format=array_record\n"
-            f"then copy the folder ~/tensorflow_datasets/{base} from there into {data_dir} (data.data_dir)."
+            f"then copy the folder ~/tensorflow_datasets/{base} from there into {data_dir} (config.data.dir)."
         )
     own = [entry.name for entry in data_dir.iterdir() if entry.is_dir()] if data_dir.is_dir() else []
     near = difflib.get_close_matches(base, sorted({*known, *own, *SETS}), n=4)
     return UserError(
-        f"data set {name!r}: not known to TFDS, and not prepared in {data_dir} (data.data_dir).\n"
+        f"data set {name!r}: not known to TFDS, and not prepared in {data_dir} (config.data.dir).\n"
         + (f"Nearest known names: {', '.join(near)}." if near else "Known: digits, cifar10, cifar100 and TFDS's sets.")
     )
 

@@ -7,6 +7,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
 from vit_jax.models.dense import Dense, stacked
+from vit_jax.models.dropout import Dropout
 
 
 def attention_weights(
@@ -61,6 +62,6 @@ class Attention(nn.Module):
         queries, keys, values = jnp.moveaxis(fused.reshape(batch, count, 3, self.heads, width // self.heads), 2, 0)
         weights = attention_weights(queries, keys, mask)
         self.sow("intermediates", "weights", weights)
-        weights = nn.Dropout(self.dropout)(weights, deterministic=not train).astype(self.dtype)
+        weights = Dropout(self.dropout)(weights, train).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values).reshape(batch, count, width)
         return Dense(width, dtype=self.dtype, name="out")(mixed)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from vit_jax.models.attention import Attention
 from vit_jax.models.dense import Dense
+from vit_jax.models.dropout import Dropout
 
 LAYER_NORM_EPSILON = 1e-6
 
@@ -44,21 +45,9 @@ class MlpBlock(nn.Module):
         bias_init = nn.initializers.normal(1e-6)
         hidden = Dense(self.hidden, dtype=self.dtype, bias_init=bias_init, name="up")(tokens)
         hidden = jax.nn.gelu(hidden, approximate=True)
-        hidden = nn.Dropout(self.dropout)(hidden, deterministic=not train)
+        hidden = Dropout(self.dropout)(hidden, train)
         outputs = Dense(tokens.shape[-1], dtype=self.dtype, bias_init=bias_init, name="down")(hidden)
-        return nn.Dropout(self.dropout)(outputs, deterministic=not train)
-
-
-class StochasticDepth(nn.Module):
-    """Drops a residual branch for whole examples in training and scales the others up (arXiv 1603.09382)."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(
-        self, branch: Float[Array, "batch tokens width"], train: bool = False
-    ) -> Float[Array, "batch tokens width"]:
-        return nn.Dropout(self.rate, broadcast_dims=(1, 2))(branch, deterministic=not train)
+        return Dropout(self.dropout)(outputs, train)
 
 
 class EncoderBlock(nn.Module):
@@ -89,12 +78,12 @@ class EncoderBlock(nn.Module):
     ) -> Float[Array, "batch tokens width"]:
         branch = LayerNorm(self.dtype, name="norm_attention")(tokens)
         branch = Attention(self.heads, self.attention_dropout, self.dtype, name="attention")(branch, mask, train)
-        branch = nn.Dropout(self.dropout)(branch, deterministic=not train)
-        tokens = tokens + StochasticDepth(self.stochastic_depth)(branch, train)
+        branch = Dropout(self.dropout)(branch, train)
+        tokens = tokens + Dropout(self.stochastic_depth, shared_axes=(1, 2))(branch, train)
 
         branch = LayerNorm(self.dtype, name="norm_mlp")(tokens)
         branch = MlpBlock(self.mlp_width, self.dropout, self.dtype, name="mlp")(branch, train)
-        return tokens + StochasticDepth(self.stochastic_depth)(branch, train)
+        return tokens + Dropout(self.stochastic_depth, shared_axes=(1, 2))(branch, train)
 
 
 class Encoder(nn.Module):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Num
 
+from vit_jax.models.dropout import Dropout
 from vit_jax.models.encoder import Encoder
 from vit_jax.models.patches import PatchEmbedding
 from vit_jax.models.pooling import POOLINGS, Head
@@ -74,7 +75,7 @@ class VisionTransformer(nn.Module):
             tokens = jnp.concatenate([token, tokens], axis=1)
         if self.position == "learned":
             tokens = LearnedPositions(name="positions")(tokens)
-        tokens = nn.Dropout(self.dropout)(tokens, deterministic=not train)
+        tokens = Dropout(self.dropout)(tokens, train)
         tokens = Encoder(
             depth=self.depth,
             heads=self.heads,

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 import vit_jax
 from vit_jax.data import pipeline
+from vit_jax.models.summary import forward_flops
 from vit_jax.training import evaluate, hardware, optimizer, parallel, records, workdir
 from vit_jax.training import run as runs
-from vit_jax.training._flops import forward_flops
 from vit_jax.training.checkpoint import METRIC, Checkpoints
 from vit_jax.training.meter import Meter
 from vit_jax.training.run import Run

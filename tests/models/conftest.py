@@ -1,0 +1,47 @@
+"""What the tests of the models share: a small model, random parameters, the recorded reference numbers."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.models.vit import VisionTransformer
+
+GOLDENS = "VIT_JAX_TEST_GOLDENS"
+SMALL = {"classes": 5, "patch_size": 2, "width": 16, "depth": 2, "heads": 2, "mlp_width": 24}
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder of reference numbers of the published implementation."""
+    folder = Path(os.environ.get(GOLDENS, Path(__file__).resolve().parents[3] / "shared" / "goldens"))
+    if not (folder / "params_token.npz").is_file():
+        pytest.skip(f"no reference numbers in {folder}: name their folder in {GOLDENS}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small():
+    """A function that makes a model of two blocks, 16 wide; keywords replace its fields."""
+    return lambda **fields: VisionTransformer(**{**SMALL, **fields})
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    """A function that draws all variables of a module at random: none is zero or one, as some are at initialisation."""
+
+    def variables(module, *inputs, seed=0, scale=0.3):
+        generator = np.random.default_rng(seed)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        return jax.tree.map(lambda leaf: jnp.asarray(scale * generator.normal(size=leaf.shape), leaf.dtype), shapes)
+
+    return variables
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """A function that draws normal float32 numbers of a shape."""
+    return lambda *shape, seed=0: jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

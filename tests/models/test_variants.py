@@ -1,0 +1,51 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vit_jax.models import variants
+from vit_jax.models.vit import VisionTransformer
+
+# Published counts, 224 pixels and 1000 classes (arXiv 2010.11929, table 1; 2106.10270, table 1; and their files).
+PARAMETERS = {
+    "Ti/16": 5_717_416,
+    "S/16": 22_050_664,
+    "S/32": 22_878_952,
+    "B/8": 86_576_872,
+    "B/16": 86_567_656,
+    "B/32": 88_224_232,
+    "L/16": 304_326_632,
+    "L/32": 306_535_400,
+    "H/14": 632_045_800,
+}
+
+
+def shapes(name, **fields):
+    model = VisionTransformer(**{"classes": 1000, **variants.fields(name), **fields})
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_published_sizes_have_the_published_number_of_parameters(name):
+    assert count(shapes(name)) == PARAMETERS[name]
+
+
+def test_the_bare_tables_of_b16_are_the_class_token_and_the_positions():
+    parameters = shapes("B/16")
+    bare = count(parameters["class_token"]) + count(parameters["positions"])
+    assert bare == 768 + 197 * 768
+    assert count(parameters) - bare == 86_415_592
+
+
+def test_mean_pooling_saves_the_class_token_and_its_position():
+    assert count(shapes("B/16", class_token=False, pooling="mean")) == 86_566_120
+
+
+@pytest.mark.parametrize("name", ["b/16", "B16", "B/0", "B/", "X/16", "B/16/2", ""])
+def test_what_is_no_variant_is_refused_with_what_would_be(name):
+    with pytest.raises(ValueError, match=r"is no variant.*Ti, S, B, L, H"):
+        variants.fields(name)

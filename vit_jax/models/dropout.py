@@ -1,0 +1,47 @@
+"""Dropout and stochastic depth by a cheap counter-based generator."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+
+def keep_mask(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
+    """True with probability 1 - rate, independently at each place.
+
+    A place's bits are MurmurHash3's finaliser (Appleby 2011) of its number, between two words of the key: a third of
+    the work of Threefry, and good enough for masks. They depend on the key and the place alone, so that they are the
+    same however the array is spread over devices.
+    """
+    words = jax.random.bits(key, (2,), jnp.uint32)
+    places = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        places += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    bits = (places + words[0]) * jnp.uint32(0x9E3779B9)  # neighbours far apart, before they are mixed
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    bits = (bits ^ (bits >> 16) ^ words[1]) * jnp.uint32(0x9E3779B1)
+    return (bits ^ (bits >> 15)) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+class Dropout(nn.Module):
+    """Sets a share of the values to zero in training and scales up the others (draws from the generator 'dropout').
+
+    Attributes:
+        rate: the share.
+        shared_axes: axes along which a draw is shared; all but the first make it stochastic depth: a residual branch
+            is dropped for whole examples (arXiv 1603.09382).
+    """
+
+    rate: float
+    shared_axes: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, values: Float[Array, "*shape"], train: bool = False) -> Float[Array, "*shape"]:
+        if not train or self.rate == 0:
+            return values
+        shape = tuple(1 if axis in self.shared_axes else size for axis, size in enumerate(values.shape))
+        keep = keep_mask(self.make_rng("dropout"), self.rate, shape)
+        return jnp.where(keep, values * jnp.asarray(1 / (1 - self.rate), values.dtype), jnp.zeros((), values.dtype))
