@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models.encoder import Encoder, EncoderBlock, LayerNorm, MlpBlock, StochasticDepth
+from vit_jax.models.dropout import Dropout
+from vit_jax.models.encoder import Encoder, EncoderBlock, LayerNorm, MlpBlock
 
 
 def test_mlp_is_dense_gelu_dense_in_the_tanh_form(draw, randomise):
@@ -50,7 +51,7 @@ def test_the_encoder_does_not_know_the_order_of_its_tokens(draw, randomise):
 def test_a_branch_is_dropped_for_whole_examples_and_its_mean_is_kept():
     examples, rate = 4096, 0.3
     branch = jnp.ones((examples, 2, 3))
-    outputs = np.asarray(StochasticDepth(rate).apply({}, branch, True, rngs={"dropout": jax.random.key(0)}))
+    outputs = np.asarray(Dropout(rate, shared_axes=(1, 2)).apply({}, branch, True, rngs={"dropout": jax.random.key(0)}))
     first = outputs[:, :1, :1]
     np.testing.assert_array_equal(outputs, np.broadcast_to(first, outputs.shape))
     np.testing.assert_allclose(np.unique(first), [0, 1 / (1 - rate)], rtol=1e-6)
