@@ -5,8 +5,8 @@
 
 Both sides get the same step (AdamW, softmax cross-entropy, donated state), and take turns, A B A B, so that what else
 the machine does falls on both. Prints one JSON line a side: images_per_second and step_ms (medians over the turns),
-compile_s, peak_memory_mb (of the device; on CPU of the whole process so far, so use --only to compare), and for ours `ratio`, the median over the
-turns of its speed divided by the other's.
+compile_s, peak_memory_mb (of the device; on CPU of the whole process so far, so compare with --only), and for ours
+`ratio`, the median over the turns of its speed divided by the other's.
 """
 
 import argparse

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,11 +50,10 @@ def start(tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
     environment |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache)}
 
-    def run(folder, *arguments, module="vit_jax.main"):
+    def run(folder, *arguments, module="vit_jax.main", **variables):
         command = [sys.executable, "-m", module, *arguments, f"--workdir={folder}"]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=ROOT, env=environment | variables, **pipes)
 
     return run
 
@@ -189,6 +189,29 @@ def test_a_damaged_config_of_a_workdir_is_named(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert main.main(["--config=configs/digits.py", f"--workdir={tmp_path}"]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_losses_of_one(start, tmp_path):
+    few = [*SMALL, "--config.train.steps=60"]
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    both = [
+        start(tmp_path / "two", *few, "--config.mesh.distributed=True", **cluster, JAX_PROCESS_ID=str(number))
+        for number in range(2)
+    ]
+    outputs = [finish(process) for process in both]
+    assert "finished" in outputs[0] and "finished" not in outputs[1]
+    finish(start(tmp_path / "one", *few))
+    for two, one in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert two == pytest.approx(one, abs=1e-5)
+    again = finish(start(tmp_path / "two", *few))  # what two wrote, one reads
+    assert "is finished" in again
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def test_default_workdirs():

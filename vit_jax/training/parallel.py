@@ -14,17 +14,22 @@ from vit_jax.errors import UserError
 def initialize(distributed: bool) -> None:
     """Joins the other processes of the cluster, where asked to; before any device is touched.
 
+    Slurm, Open MPI, Kubernetes and Cloud TPUs tell JAX all that it needs. Elsewhere three variables of the environment
+    do: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
     Raises:
         UserError: the cluster cannot be found out.
     """
     if not distributed or jax.distributed.is_initialized():
         return
+    given = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**{name: int(value) for name, value in given.items() if value})
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"config.mesh.distributed is True, but no cluster is found: {str(error).splitlines()[0]}\n"
-            "  allowed: under Slurm, Open MPI, Kubernetes or on a Cloud TPU; else False"
+            "  allowed: under Slurm, Open MPI, Kubernetes or on Cloud TPUs; else set JAX_COORDINATOR_ADDRESS,\n"
+            "  JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process"
         ) from error
 
 

@@ -37,11 +37,12 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
     mesh = runs.check(config)
     workdir.claim(folder, config)
     summary = workdir.read_summary(folder)
+    say = print if parallel.is_main() else lambda *_, **__: None
     if summary is not None:
-        print(f"{folder} is finished: {describe(summary)}\nto train anew, give another --workdir, or remove this one")
+        say(f"{folder} is finished: {describe(summary)}\nto train anew, give another --workdir, or remove this one")
         return summary
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"
-    print(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}, {devices}", flush=True)
+    say(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}, {devices}", flush=True)
     run = runs.build(config, mesh)
     if parallel.is_main():
         records.write_json(folder / records.CONFIG, config.to_dict())
