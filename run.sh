@@ -36,7 +36,7 @@ make_venv() {
         rm -rf "$venv"
         fail "$python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"
     }
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" ||
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -r "$root/requirements.txt" ||
         fail "the packages could not be installed (see above); the next call tries again"
     cp "$root/requirements.txt" "$venv/requirements.txt" # written last: an interrupted set-up is not taken for done
     say "set up"
