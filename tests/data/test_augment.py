@@ -2,6 +2,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from vit_jax.data import augment
 
@@ -68,3 +69,29 @@ def test_mixup_blends_images_and_targets_by_one_share_from_its_distribution():
     assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), abs=0.01)
     np.testing.assert_allclose(mixed[0], [shares[0], 0], atol=1e-3)
     np.testing.assert_allclose(mixed[-1], [1 - shares[-1], 0], atol=1e-3)
+
+
+def test_turning_and_scaling_is_the_affine_map_of_scipy():
+    images = np.random.default_rng(1).integers(0, 256, (6, 9, 8, 2), np.uint8)
+    key, rotation, scaling = jax.random.key(7), 40.0, 0.3
+    made = np.asarray(augment.turn_and_scale(key, jax.numpy.asarray(images), rotation, scaling))
+    draws = np.asarray(jax.random.uniform(key, (2, 6), minval=-1.0), np.float64)
+    centre = np.array([4.0, 3.5])
+    for image, result, turn, scale in zip(images, made, *draws, strict=True):
+        angle, factor = np.deg2rad(rotation) * turn, 1 + scaling * scale
+        inverse = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / factor
+        for channel in range(2):
+            wanted = scipy.ndimage.affine_transform(
+                image[..., channel].astype(np.float64), inverse, centre - inverse @ centre, order=1
+            )
+            inside = scipy.ndimage.affine_transform(
+                np.ones((9, 8)), inverse, centre - inverse @ centre, order=1, mode="constant", cval=0
+            )
+            difference = np.abs(result[..., channel] - wanted)[inside > 0.99]
+            assert difference.max() <= 0.51
+    assert len({round(float(turn), 3) for turn in draws[0]}) == 6
+
+
+def test_turning_by_nothing_changes_nothing():
+    made = augment.turn_and_scale(jax.random.key(0), jax.numpy.asarray(IMAGES), 0.0, 0.0)
+    np.testing.assert_array_equal(made, IMAGES)

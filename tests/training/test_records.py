@@ -55,6 +55,14 @@ def test_the_progress_line_off_a_terminal_is_plain_and_only_for_records():
     )
 
 
+def test_in_a_narrow_terminal_the_least_important_parts_give_way():
+    metrics = {"train/loss": 0.5, "train/accuracy": 0.25, "train/learning_rate": 1e-3, "images_per_second": 1234.5}
+    metrics["mfu"] = 0.412
+    wide, narrow = (records.progress_line(50, 200, 2.5, metrics, 65, width) for width in (None, 80))
+    assert wide.endswith("rate 1.00e-03  1,234 images/s  MFU 41.2 %  left 1:05")
+    assert narrow == "step  50/200  loss 0.5000  accuracy 25.0 %  1,234 images/s  left 1:05"
+
+
 @pytest.mark.parametrize("seconds, text", [(0.4, "0:00"), (65, "1:05"), (7400, "2:03:20")])
 def test_clock(seconds, text):
     assert records.clock(seconds) == text

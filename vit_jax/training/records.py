@@ -148,13 +148,10 @@ class Progress:
         """Shows where the run stands. Off a terminal only what is `recorded` is shown."""
         if not self._enabled or not (recorded or self._live):
             return
-        text = progress_line(step, self._steps, step / self._steps_an_epoch, metrics)
-        text += f"  left {clock(seconds_left)}"
-        if self._live:
-            self._stream.write("\r\x1b[K" + text[: _terminal_width() - 1])
-            self._open = True
-        else:
-            self._stream.write(text + "\n")
+        width = _terminal_width() if self._live else None
+        text = progress_line(step, self._steps, step / self._steps_an_epoch, metrics, seconds_left, width)
+        self._stream.write(f"\r\x1b[K{text}" if self._live else text + "\n")
+        self._open = self._live
         self._stream.flush()
 
     def say(self, text: str) -> None:
@@ -172,19 +169,28 @@ def _terminal_width() -> int:
         return 120
 
 
-def progress_line(step: int, steps: int, epoch: float, metrics: dict[str, float]) -> str:
-    """'step 200/4400  epoch 17.9  loss 0.512  ...  left 1:05'."""
-    parts = [
-        f"step {step:>{len(str(steps))}}/{steps}",
-        f"epoch {epoch:.1f}",
-        f"loss {metrics['train/loss']:.4f}",
-        f"accuracy {100 * metrics['train/accuracy']:.1f} %",
-        f"rate {metrics['train/learning_rate']:.2e}",
-        f"{metrics['images_per_second']:,.0f} images/s",
-    ]
+def progress_line(
+    step: int, steps: int, epoch: float, metrics: dict[str, float], seconds_left: float, width: int | None = None
+) -> str:
+    """'step 200/4400  epoch 17.9  loss 0.5120  accuracy 91.2 %  rate 9.80e-04  1,234 images/s  left 1:05'.
+
+    Where the terminal is narrower, the learning rate and then the epoch give way.
+    """
+    parts = {
+        "step": f"step {step:>{len(str(steps))}}/{steps}",
+        "epoch": f"epoch {epoch:.1f}",
+        "loss": f"loss {metrics['train/loss']:.4f}",
+        "accuracy": f"accuracy {100 * metrics['train/accuracy']:.1f} %",
+        "rate": f"rate {metrics['train/learning_rate']:.2e}",
+        "speed": f"{metrics['images_per_second']:,.0f} images/s",
+    }
     if "mfu" in metrics:
-        parts.append(f"MFU {100 * metrics['mfu']:.1f} %")
-    return "  ".join(parts)
+        parts["mfu"] = f"MFU {100 * metrics['mfu']:.1f} %"
+    parts["left"] = f"left {clock(seconds_left)}"
+    for name in ("rate", "epoch", "mfu"):
+        if width is not None and len("  ".join(parts.values())) >= width:
+            parts.pop(name, None)
+    return "  ".join(parts.values())[:width]
 
 
 def clock(seconds: float) -> str:

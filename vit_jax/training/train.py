@@ -86,6 +86,8 @@ class Trainer:
         peak = peak * run.mesh.size if peak else None
         seconds = checkpoints.metadata()["seconds"] if resumed else 0.0
         self.meter = Meter(self.config.train.batch_size, 3 * self.flops, peak, seconds)
+        # A CPU is host and device in one: there each dispatch is read at once, and each record's speed is its own.
+        self.overlaps = run.mesh.devices.flat[0].platform != "cpu"
         self.progress = records.Progress(run.steps, run.steps_an_epoch, enabled=parallel.is_main())
 
     def train(self) -> dict[str, Any]:
@@ -142,14 +144,14 @@ class Trainer:
             end = self._boundary()
             self.state, sums = update(self.state, self._feed(end), np.int32(end - self.step))
             self.step = end
-            # The dispatch before is read while this one computes: the device never waits for the host. (A CPU is both:
-            # there is nothing to overlap, and waiting keeps the speed in each record its own.)
-            if self.run.mesh.devices.flat[0].platform == "cpu":
-                jax.block_until_ready(sums)
+            # The dispatch before is read while this one computes: the device never waits for the host.
             self._record(pending)
             pending = (end, sums)
             if self._is_due(self.config.train.evaluate_every) or self._is_due(self.config.checkpoint.every):
                 self._settle(pending)
+                pending = None
+            elif not self.overlaps:
+                self._record(pending)
                 pending = None
 
     def _boundary(self) -> int:
