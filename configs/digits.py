@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     # Digits stand upright and centred: they are turned and scaled a little and blended, but not shifted.
     config.augment.update(rotation=8.0, scaling=0.08, mixup=1.0)
     config.optimizer.update(
-        name="adamw", learning_rate=2e-3, warmup_steps=200, weight_decay=0.05, gradient_clip=1.0, average_decay=0.99
+        name="adamw", learning_rate=2e-3, warmup_steps=200, weight_decay=0.5, gradient_clip=1.0, average_decay=0.99
     )
     config.train.update(batch_size=64, epochs=200, label_smoothing=0.1, evaluate_every=500)
     config.checkpoint.every = 500

@@ -49,20 +49,37 @@ class Option:
 
 OPTIONS: dict[str, dict[str, Option]] = {
     "model": {
-        "variant": Option("Ti/4", str, "size and patch size (pixels): Ti, S, B, L or H, a slash, any patch size"),
+        "variant": Option(
+            "Ti/4", str, "size and patch size (pixels): Ti, S, B, L, H or a hybrid, a slash, any patch size"
+        ),
         "width": Option(None, int, "size of a token; None: the variant's", least=1),
         "depth": Option(None, int, "encoder blocks; None: the variant's", least=1),
         "heads": Option(None, int, "attention heads; None: the variant's", least=1),
         "mlp_width": Option(None, int, "hidden width of the MLPs; None: the variant's", least=1),
-        "pooling": Option("token", str, "what the head reads: the class token, or the mean of the patches"),
         "class_token": Option(None, bool, "a class token before the patches; None: where pooling needs one"),
-        "position": Option("learned", str, "position embedding"),
+        "registers": Option(0, int, "learned tokens besides that no head reads", least=0),
+        "pooling": Option("token", str, "what the head reads", choices=("token", "mean", "map")),
+        "position": Option("learned", str, "position embedding; see docs/models.md"),
+        "position_at": Option(None, str, "where it acts: input, layers or shared; None: where its kind usually does"),
+        "position_width": Option(0, int, "channels it is concatenated in; 0: it is added", least=0),
+        "mlp": Option("gelu", str, "MLP of the blocks: gelu or swiglu"),
+        "gelu": Option("tanh", str, "form of the GELU: tanh or exact"),
+        "qkv_bias": Option(True, bool, "queries, keys and values have a bias"),
+        "qk_norm": Option(False, bool, "queries and keys are normalised, each head by itself"),
+        "layer_scale": Option(
+            None, float, "start of the learned factors on the branches; None: no such factors", least=0
+        ),
+        "parallel": Option(False, bool, "attention and MLP side by side"),
+        "layer_norm_epsilon": Option(1e-6, float, "added to the variance", least=0),
         "pre_logits": Option(
             None, int, "width of a Dense + tanh layer before the classifier; None: no such layer", least=1
         ),
         "dropout": Option(0.0, float, "rate after the position embedding and the dense layers", least=0, below=1),
         "attention_dropout": Option(0.0, float, "rate on the attention weights", least=0, below=1),
-        "stochastic_depth": Option(0.0, float, "rate of the last block's branches; linear from 0", least=0, below=1),
+        "stochastic_depth": Option(0.0, float, "rate of the last block's branches", least=0, below=1),
+        "stochastic_depth_schedule": Option("linear", str, "over the blocks: linear from 0, or constant"),
+        "remat": Option(False, bool, "compute blocks again in the backward pass rather than keep what they computed"),
+        "scan": Option(False, bool, "compile one block and run it depth times: a faster compile"),
         "dtype": Option(
             "auto",
             str,

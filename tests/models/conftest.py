@@ -45,3 +45,11 @@ def randomise():
 def draw():
     """A function that draws normal float32 numbers of a shape."""
     return lambda *shape, seed=0: jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.fixture
+def quick_compilation():
+    """Programs that run once, and whose last bits do not matter, are not worth optimising."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,8 +1,15 @@
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from vit_jax.models.encoder import Encoder, EncoderBlock, LayerNorm, MlpBlock
+from vit_jax.models.attention import Attention
+from vit_jax.models.encoder import BlockOptions, Encoder, EncoderBlock, depth_rates
+from vit_jax.models.mlp import MlpBlock, SwigluBlock
+from vit_jax.models.norm import LayerNorm, LayerScale
 
 
 def test_mlp_is_dense_gelu_dense_in_the_tanh_form(draw, randomise):
@@ -36,19 +43,20 @@ def test_layer_norm_statistics_are_float32_in_bfloat16_arithmetic():
 
 
 def test_the_encoder_does_not_know_the_order_of_its_tokens(draw, randomise):
-    tokens = draw(2, 6, 8)
-    order = np.array([3, 0, 5, 1, 4, 2])
-    module = Encoder(depth=2, heads=2, mlp_width=12)
+    tokens = draw(2, 5, 16)
+    order = np.array([3, 0, 1, 4, 2])
+    module = Encoder(depth=2, options=BlockOptions(heads=2, mlp_width=24))
     variables = randomise(module, tokens)
     with jax.default_matmul_precision("highest"):
-        outputs, permuted = (module.apply(variables, x) for x in (tokens, tokens[:, order]))
+        apply = jax.jit(module.apply)
+        outputs, permuted = (apply(variables, x) for x in (tokens, tokens[:, order]))
     np.testing.assert_allclose(permuted, outputs[:, order], atol=1e-5)
     assert np.abs(outputs[:, order] - outputs).max() > 0.1
 
 
 def test_stochastic_depth_grows_linearly_from_zero(randomise):
     examples, depth, last = 4096, 4, 0.6
-    module = Encoder(depth=depth, heads=1, mlp_width=1, stochastic_depth=last)
+    module = Encoder(depth=depth, options=BlockOptions(heads=1, mlp_width=1), stochastic_depth=last)
     tokens = jnp.zeros((examples, 1, depth))
     variables = randomise(module, tokens[:1], scale=0)
     # Block i adds one to channel i, and nothing else does anything.
@@ -71,3 +79,92 @@ def test_stochastic_depth_grows_linearly_from_zero(randomise):
     # Blocks fall independently of each other.
     both = ((outputs[:, 2] == 0) & (outputs[:, 3] == 0)).mean()
     assert abs(both - 0.4 * 0.6) < 4 * np.sqrt(0.24 * 0.76 / examples)
+
+
+def dense(inputs, parameters):
+    return inputs @ np.float64(parameters["kernel"]) + np.float64(parameters["bias"])
+
+
+def test_exact_gelu_is_by_the_error_function(draw, randomise):
+    tokens = draw(2, 3, 6)
+    module = MlpBlock(10, gelu="exact")
+    parameters = randomise(module, tokens, scale=1.0)["params"]
+    with jax.default_matmul_precision("highest"):
+        outputs = module.apply({"params": parameters}, tokens)
+    hidden = dense(np.float64(tokens), parameters["up"])
+    hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+    np.testing.assert_allclose(outputs, dense(hidden, parameters["down"]), atol=1e-5)
+
+
+def test_swiglu_gates_by_the_first_half(draw, randomise):
+    tokens = draw(2, 3, 6)
+    module = SwigluBlock(10)
+    parameters = randomise(module, tokens)["params"]
+    with jax.default_matmul_precision("highest"):
+        outputs = module.apply({"params": parameters}, tokens)
+    gate, up = np.split(dense(np.float64(tokens), parameters["gate_up"]), 2, axis=-1)
+    np.testing.assert_allclose(outputs, dense(gate / (1 + np.exp(-gate)) * up, parameters["down"]), atol=1e-5)
+
+
+def normed(x, parameters, epsilon=1e-6):
+    centred = x - x.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
+    return scaled * np.float64(parameters["scale"]) + np.float64(parameters["bias"])
+
+
+def test_queries_and_keys_are_normalised_head_by_head(draw, randomise):
+    tokens = draw(1, 4, 8)
+    module = Attention(2, qk_norm=True, qkv_bias=False)
+    parameters = randomise(module, tokens)["params"]
+    assert list(parameters["qkv"]) == ["kernel"]
+    with jax.default_matmul_precision("highest"):
+        outputs = module.apply({"params": parameters}, tokens)
+    fused = (np.float64(tokens[0]) @ np.float64(parameters["qkv"]["kernel"])).reshape(4, 3, 2, 4)
+    queries, keys = normed(fused[:, 0], parameters["norm_queries"]), normed(fused[:, 1], parameters["norm_keys"])
+    scores = np.einsum("qhd,khd->hqk", queries, keys) / 2
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    mixed = np.einsum("hqk,khd->qhd", weights, fused[:, 2]).reshape(1, 4, 8)
+    np.testing.assert_allclose(outputs, dense(mixed, parameters["out"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("layer_scale", [None, 0.1])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_block_is_put_together_as_its_formula_says(draw, randomise, parallel, layer_scale):
+    tokens = draw(2, 5, 16)
+    options = BlockOptions(heads=2, mlp_width=24, parallel=parallel, layer_scale=layer_scale)
+    module = EncoderBlock(options)
+    p = randomise(module, tokens)["params"]
+    attention = lambda x: Attention(2).apply({"params": p["attention"]}, x)  # noqa: E731
+    mlp = lambda x: MlpBlock(24).apply({"params": p["mlp"]}, x)  # noqa: E731
+    norm = lambda name, x: LayerNorm().apply({"params": p[name]}, x)  # noqa: E731
+    scale = lambda name: p[name]["scale"] if layer_scale else 1  # noqa: E731
+    if parallel:
+        y = norm("norm", tokens)
+        expected = tokens + scale("scale") * (attention(y) + mlp(y))
+    else:
+        middle = tokens + scale("scale_attention") * attention(norm("norm_attention", tokens))
+        expected = middle + scale("scale_mlp") * mlp(norm("norm_mlp", middle))
+    np.testing.assert_allclose(module.apply({"params": p}, tokens), expected, atol=1e-6)
+
+
+def test_layer_scale_starts_at_its_value(draw):
+    parameters = LayerScale(1e-4).init(jax.random.key(0), draw(1, 2, 4))["params"]
+    np.testing.assert_array_equal(parameters["scale"], np.full(4, np.float32(1e-4)))
+
+
+def test_epsilon_reaches_every_layer_norm(small, draw, randomise):
+    model = small(depth=1, pooling="map", qk_norm=True, layer_norm_epsilon=0.5)
+    images = draw(2, 4, 4, 3)
+    ours = lambda module, name: isinstance(module, LayerNorm) and module.epsilon == 0.5  # noqa: E731
+    run = partial(model.apply, capture_intermediates=ours)
+    _, captured = jax.eval_shape(run, randomise(model, images), images)
+    named = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(captured["intermediates"])]
+    calls = [name for name in named if "__call__" in name]
+    # Two in the block, queries and keys, the encoder's last, attention pooling's.
+    assert len(calls) == 6, calls
+
+
+def test_the_rates_of_the_blocks_follow_the_schedule():
+    assert depth_rates(4, 0.3, "constant") == [0.3] * 4
+    np.testing.assert_allclose(depth_rates(4, 0.3, "linear"), [0, 0.1, 0.2, 0.3])
+    assert depth_rates(1, 0.3, "linear") == [0]

@@ -1,5 +1,7 @@
 """The published implementation's own numbers: its parameters in our tree give its logits."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,9 +48,9 @@ def ours(arrays, names):
 def compare(model, parameters, goldens, kind):
     inputs = jnp.asarray(np.load(goldens / f"inputs_{kind}.npy"))
     with jax.default_matmul_precision("highest"):
-        logits, captured = model.apply(
-            {"params": parameters}, inputs, capture_intermediates=lambda module, name: module.name == "encoder"
-        )
+        logits, captured = jax.jit(
+            partial(model.apply, capture_intermediates=lambda module, _: module.name == "encoder")
+        )({"params": parameters}, inputs)
     encoded = captured["intermediates"]["encoder"]["__call__"][0]
     np.testing.assert_allclose(
         encoded[0], np.load(goldens / f"encoded_{kind}.npy").reshape(encoded[0].shape), atol=2e-5
@@ -60,3 +62,23 @@ def test_a_plain_model_gives_the_published_logits(goldens):
     arrays = dict(np.load(goldens / "params_token.npz"))
     parameters = ours(arrays, ("MultiHeadDotProductAttention_0", "MlpBlock_0", "LayerNorm_1"))
     compare(VisionTransformer(patch_size=4, **FIELDS), parameters, goldens, "token")
+
+
+def stem(arrays):
+    """The ResNet of the hybrid; published scales and biases are [1, 1, 1, C]."""
+    norm = lambda name: {part: arrays[f"{name}/{part}"].reshape(-1) for part in ("scale", "bias")}  # noqa: E731
+    tree = {"convolution_root": {"kernel": arrays["conv_root/kernel"]}, "norm_root": norm("gn_root")}
+    for stage in (0, 1):
+        prefix = f"block{stage + 1}/unit1"
+        unit = {f"convolution_{i}": {"kernel": arrays[f"{prefix}/conv{i}/kernel"]} for i in (1, 2, 3)}
+        unit |= {f"norm_{i}": norm(f"{prefix}/gn{i}") for i in (1, 2, 3)}
+        unit |= {"convolution_projection": {"kernel": arrays[f"{prefix}/conv_proj/kernel"]}}
+        tree[f"stage_{stage}_unit_0"] = {**unit, "norm_projection": norm(f"{prefix}/gn_proj")}
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def test_a_hybrid_gives_the_published_logits(goldens):
+    arrays = dict(np.load(goldens / "params_hybrid.prelinen.npz"))
+    parameters = ours(arrays, ("MultiHeadDotProductAttention_1", "MlpBlock_3", "LayerNorm_2"))
+    model = VisionTransformer(patch_size=1, stem=(1, 1), stem_width=32, **FIELDS)
+    compare(model, {**parameters, "stem": stem(arrays)}, goldens, "hybrid")

@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from vit_jax import summary as command
 from vit_jax.models import variants
-from vit_jax.models.summary import forward_flops
+from vit_jax.models.summary import forward_flops, layers, training_bytes
 from vit_jax.models.vit import VisionTransformer
 
 
@@ -23,13 +24,137 @@ def test_three_forward_passes_cost_what_is_known(name, size, classes, gigaflops)
     assert 3 * forward_flops(model, (size, size), 3) / 1e9 == pytest.approx(gigaflops, rel=0.002)
 
 
-def compiled_flops(model, images):
+def products(jaxpr):
+    """Operations of every product and convolution of a traced program, those of scans as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            size = equation.outvars[0].aval.size
+            for axis in contracted:
+                size *= shape[axis]
+            total += 2 * size
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            total += 2 * equation.outvars[0].aval.size * kernel[0] * kernel[1] * kernel[2]
+        for parameter in equation.params.values():
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                total += products(inner) * equation.params.get("length", 1)
+    return total
+
+
+FIELDS = [
+    {},
+    {"class_token": False, "pooling": "mean", "pre_logits": 12},
+    {"registers": 3, "pooling": "map", "position": "rotary"},
+    {"pooling": "none", "classes": {"one": 3, "other": 4}, "pre_logits": 8},
+    {"classes": None, "mlp": "swiglu", "qk_norm": True, "position": "relative"},
+    {"position": "sincos_2d", "position_width": 4, "parallel": True, "scan": True},
+    {"stem": (), "stem_width": 32, "patch_size": 2},
+    {"stem": (1, 2), "stem_width": 32, "patch_size": 1, "remat": True},
+    {"stem": (2, 1, 1), "stem_width": 32, "patch_size": 1},
+]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_flops_are_those_of_the_traced_program(small, fields):
+    model = small(**fields)
+    size = (48, 31) if fields.get("stem") else (16, 24)
+    images = jax.ShapeDtypeStruct((1, *size, 5), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    traced = products(jax.make_jaxpr(model.apply)(shapes, images).jaxpr)
+    assert forward_flops(model, size, 5) == traced
+    table = layers(model, size, 5)
+    parts = [layer for layer in table if layer.name.count("/") < 2]
+    assert sum(layer.flops for layer in parts) == traced
+    assert sum(layer.parameters for layer in parts) == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_flops_are_what_the_compiler_counts_less_the_elementwise_ones(small):
+    model = small(width=128, heads=2, mlp_width=512)
+    images = jax.ShapeDtypeStruct((2, 8, 12, 5), jnp.float32)
     parameters = jax.eval_shape(model.init, jax.random.key(0), images)
-    return jax.jit(model.apply).lower(parameters, images).compile().cost_analysis()["flops"]
-
-
-@pytest.mark.parametrize("fields", [{}, {"class_token": False, "pooling": "mean", "pre_logits": 64}])
-def test_flops_are_what_the_compiler_counts_less_the_elementwise_ones(small, fields):
-    model = small(width=128, heads=2, mlp_width=512, **fields)
-    counted = compiled_flops(model, jax.ShapeDtypeStruct((2, 8, 12, 5), jnp.float32)) / 2
+    counted = jax.jit(model.apply).lower(parameters, images).compile().cost_analysis()["flops"] / 2
     assert 0.93 * counted < forward_flops(model, (8, 12), 5) < counted
+
+
+def test_the_parts_of_a_block_add_up_to_it(small):
+    table = {layer.name: layer for layer in layers(small(layer_scale=0.1, qk_norm=True), (8, 8), 3)}
+    parts = [layer for name, layer in table.items() if name.startswith("encoder/block_1/")]
+    assert [layer.name.split("/")[2] for layer in parts] == [
+        "norm_attention", "attention", "scale_attention", "norm_mlp", "mlp", "scale_mlp"
+    ]  # fmt: skip
+    for number in ("parameters", "flops"):
+        assert sum(getattr(layer, number) for layer in parts) == getattr(table["encoder/block_1"], number)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, pytest.param({"mlp": "swiglu"}, marks=pytest.mark.slow), {"scan": True, "remat": True}], ids=str
+)
+def test_the_memory_of_training_is_near_what_the_compiler_plans(small, fields):
+    model = small(width=64, depth=6, mlp_width=256, patch_size=4, **fields)
+    images = jnp.zeros((32, 32, 32, 3))
+    parameters = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def loss(parameters, images):
+        return jnp.square(model.apply(parameters, images)).sum()
+
+    planned = jax.jit(jax.grad(loss)).lower(parameters, images).compile().memory_analysis().temp_size_in_bytes
+    estimated = training_bytes(model, (32, 32), 3, 32)
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    assert (estimated["parameters"], estimated["gradients"], estimated["optimizer"]) == (size, size, 2 * size)
+    assert 0.7 * planned < estimated["activations"] < 1.3 * planned
+
+
+def run(capsys, *arguments):
+    try:
+        status = command.main(list(arguments))
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+def test_the_command_prints_the_layers_and_the_totals(capsys):
+    status, out, err = run(capsys, "B/16")
+    assert status == 0 and err == ""
+    lines = [line.split() for line in out.splitlines()]
+    assert ["embedding", "196", "x", "768", "590,592", "231.2"] in lines
+    assert ["encoder/block_11", "197", "x", "768", "7,087,872", "2,907.9"] in lines
+    assert ["parameters", "86,567,656"] in lines
+    assert ["of", "modules", "86,415,592"] in lines
+    assert ["forward,", "an", "image", "35.13", "GFLOP"] in lines
+
+
+def test_the_command_takes_any_field_and_size(capsys):
+    status, out, _ = run(
+        capsys, "R+Ti/16", "--image_size=64x96", "--classes=0", "--set", "pooling=map", "--set", "class_token=False"
+    )
+    assert status == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["stem", "16", "x", "24", "x", "64", "9,536", "28.9"] in lines
+    assert not any(line[:1] == ["head"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Q/16"], "error: 'Q/16' is no variant: a size (Ti, S, B, L, H)"),
+        (["B/16", "--image_size=225"], "error: a patch of 16 does not divide an image of 225x225"),
+        (["B/16", "--image_size=big"], "error: --image_size=big\n  allowed: pixels"),
+        (["B/16", "--batch_size=0"], "error: --batch_size=0\n  allowed: a whole number of at least 1"),
+        (
+            ["B/16", "--set", "colour=1"],
+            "error: --set colour=1: the model has no such field\n  known: patch_size, width",
+        ),
+        (["B/16", "--set", "dropout=a"], "error: --set dropout=a: that is no float\n  the default is 0.0"),
+        (["B/16", "--set", "class_token=False"], "error: pooling is 'token' but class_token is False"),
+        (["B/16", "--set", "pre_logits=wide"], "error: "),
+        ([], "usage: "),
+    ],
+)
+def test_a_mistake_ends_the_command_with_what_is_allowed(capsys, arguments, message):
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(message) and "Traceback" not in err

@@ -16,11 +16,17 @@ PARAMETERS = {
     "L/16": 304_326_632,
     "L/32": 306_535_400,
     "H/14": 632_045_800,
+    "R+Ti/16": 6_337_704,
+    "R26+S/32": 36_431_912,
+    "R26+B/32": 101_383_976,
+    "R50+B/16": 98_659_112,
+    "R50+L/32": 328_994_856,
 }
 
 
 def shapes(name, **fields):
-    model = VisionTransformer(**{"classes": 1000, **variants.fields(name), **fields})
+    # A scanned model has the same parameters, and one block to trace instead of up to 32.
+    model = VisionTransformer(**{"classes": 1000, "scan": True, **variants.fields(name), **fields})
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 
@@ -45,7 +51,11 @@ def test_mean_pooling_saves_the_class_token_and_its_position():
     assert count(shapes("B/16", class_token=False, pooling="mean")) == 86_566_120
 
 
-@pytest.mark.parametrize("name", ["b/16", "B16", "B/0", "B/", "X/16", "B/16/2", ""])
+def test_every_hybrid_is_counted():
+    assert set(variants.HYBRIDS) <= set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", ["b/16", "B16", "B/0", "B/", "X/16", "B/16/2", "R50+B/32", ""])
 def test_what_is_no_variant_is_refused_with_what_would_be(name):
     with pytest.raises(ValueError, match=r"is no variant.*Ti, S, B, L, H"):
         variants.fields(name)

@@ -8,20 +8,26 @@ from jaxtyping import Array, Bool, Float
 
 from vit_jax.models.dense import Dense, stacked
 from vit_jax.models.dropout import Dropout
+from vit_jax.models.norm import LayerNorm
+from vit_jax.models.positions import Terms, rotate
 
 
 def attention_weights(
     queries: Float[Array, "batch queries heads size"],
     keys: Float[Array, "batch keys heads size"],
     mask: Bool[Array, "#batch #heads #queries keys"] | None = None,
+    bias: Float[Array, "#batch heads queries keys"] | None = None,
 ) -> Float[Array, "batch heads queries keys"]:
     """Softmax of the scaled scores, in float32 whatever the arguments are.
 
-    Scores are divided by the square root of the *head* size. A key whose mask is False gets a weight of exactly 0; a
-    query that may see no key at all gets zeros everywhere, not an average over what is hidden from it.
+    Scores are divided by the square root of the *head* size; `bias` is added to them after that. A key whose mask is
+    False gets a weight of exactly 0; a query that may see no key at all gets zeros everywhere, not an average over
+    what is hidden from it.
     """
     scores = jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32)
     scores = scores * queries.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
     if mask is None:
         return jax.nn.softmax(scores, axis=-1)
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
@@ -35,11 +41,17 @@ class Attention(nn.Module):
         heads: number of heads; they share the width evenly.
         dropout: rate at which attention weights are dropped in training.
         dtype: arithmetic of the products; softmax is in float32.
+        qkv_bias: whether queries, keys and values have a bias.
+        qk_norm: whether queries and keys pass a LayerNorm over each head's channels (arXiv 2302.05442, section 2).
+        layer_norm_epsilon: of that LayerNorm.
     """
 
     heads: int
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_norm_epsilon: float = 1e-6
 
     @nn.compact
     def __call__(
@@ -47,8 +59,11 @@ class Attention(nn.Module):
         tokens: Float[Array, "batch tokens width"],
         mask: Bool[Array, "#batch #heads #queries tokens"] | None = None,
         train: bool = False,
+        positions: Terms = Terms(),  # noqa: B008 (it is immutable)
     ) -> Float[Array, "batch tokens width"]:
         """Mixes tokens; `mask` is True where a query (third axis) may see a key (fourth).
+
+        Of `positions`, the bias and the rotation act here. The weights are sown as 'weights' among the intermediates.
 
         Raises:
             ValueError: the heads do not divide the width.
@@ -57,10 +72,15 @@ class Attention(nn.Module):
         if width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide a width of {width}")
         kernel_init = stacked(nn.initializers.xavier_uniform(), 3)
-        fused = Dense(3 * width, dtype=self.dtype, kernel_init=kernel_init, name="qkv")(tokens)
+        fused = Dense(3 * width, self.qkv_bias, dtype=self.dtype, kernel_init=kernel_init, name="qkv")(tokens)
         # One transpose brings all three into the layout that the batched products read.
         queries, keys, values = jnp.moveaxis(fused.reshape(batch, count, 3, self.heads, width // self.heads), 2, 0)
-        weights = attention_weights(queries, keys, mask)
+        if self.qk_norm:
+            queries = LayerNorm(self.dtype, self.layer_norm_epsilon, name="norm_queries")(queries)
+            keys = LayerNorm(self.dtype, self.layer_norm_epsilon, name="norm_keys")(keys)
+        if positions.rotation is not None:
+            queries, keys = rotate(queries, *positions.rotation), rotate(keys, *positions.rotation)
+        weights = attention_weights(queries, keys, mask, positions.bias)
         self.sow("intermediates", "weights", weights)
         weights = Dropout(self.dropout)(weights, train).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values).reshape(batch, count, width)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 
-def keep_mask(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
+def keep_mask(key: PRNGKeyArray, rate: float | Float[Array, ""], shape: tuple[int, ...]) -> Bool[Array, "..."]:
     """True with probability 1 - rate, independently at each place.
 
     A place's bits are MurmurHash3's finaliser (Appleby 2011) of its number, between two words of the key: a third of
@@ -23,24 +23,28 @@ def keep_mask(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> Bool[Ar
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     bits = (bits ^ (bits >> 16) ^ words[1]) * jnp.uint32(0x9E3779B1)
-    return (bits ^ (bits >> 15)) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    if isinstance(rate, jax.Array):
+        limit = (rate.astype(jnp.float32) * 2.0**32).astype(jnp.uint32)
+    else:
+        limit = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return (bits ^ (bits >> 15)) >= limit
 
 
 class Dropout(nn.Module):
     """Sets a share of the values to zero in training and scales up the others (draws from the generator 'dropout').
 
     Attributes:
-        rate: the share.
+        rate: the share. An array where layers that differ in it share one program (`Encoder.scan`).
         shared_axes: axes along which a draw is shared; all but the first make it stochastic depth: a residual branch
             is dropped for whole examples (arXiv 1603.09382).
     """
 
-    rate: float
+    rate: float | Float[Array, ""]
     shared_axes: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, values: Float[Array, "*shape"], train: bool = False) -> Float[Array, "*shape"]:
-        if not train or self.rate == 0:
+        if not train or (not isinstance(self.rate, jax.Array) and self.rate == 0):
             return values
         shape = tuple(1 if axis in self.shared_axes else size for axis, size in enumerate(values.shape))
         keep = keep_mask(self.make_rng("dropout"), self.rate, shape)

@@ -1,5 +1,7 @@
 """The Transformer encoder (arXiv 2010.11929, eq. 2 and 3): pre-LN blocks of attention and MLP."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,58 +9,30 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
 from vit_jax.models.attention import Attention
-from vit_jax.models.dense import Dense
 from vit_jax.models.dropout import Dropout
+from vit_jax.models.mlp import MLPS, MlpBlock, SwigluBlock
+from vit_jax.models.norm import LayerNorm, LayerScale
+from vit_jax.models.positions import POSITIONS, Place, Terms
 
-LAYER_NORM_EPSILON = 1e-6
-
-
-class LayerNorm(nn.Module):
-    """Layer normalisation, statistics in float32, result in `dtype`."""
-
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, tokens: Float[Array, "*leading width"]) -> Float[Array, "*leading width"]:
-        norm = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, name="norm")
-        nn.share_scope(self, norm)
-        return norm(tokens).astype(self.dtype)
+SCHEDULES = ("linear", "constant")
 
 
-class MlpBlock(nn.Module):
-    """Two dense layers with a GELU between, its tanh form (as the published code computes it).
-
-    Attributes:
-        hidden: width of the layer between.
-        dropout: rate after each of the two layers in training.
-        dtype: arithmetic of the products.
-    """
-
-    hidden: int
-    dropout: float = 0.0
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, tokens: Float[Array, "batch tokens width"], train: bool = False
-    ) -> Float[Array, "batch tokens width"]:
-        bias_init = nn.initializers.normal(1e-6)
-        hidden = Dense(self.hidden, dtype=self.dtype, bias_init=bias_init, name="up")(tokens)
-        hidden = jax.nn.gelu(hidden, approximate=True)
-        hidden = Dropout(self.dropout)(hidden, train)
-        outputs = Dense(tokens.shape[-1], dtype=self.dtype, bias_init=bias_init, name="down")(hidden)
-        return Dropout(self.dropout)(outputs, train)
-
-
-class EncoderBlock(nn.Module):
-    """x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)).
+@dataclasses.dataclass(frozen=True)
+class BlockOptions:
+    """What all blocks of an encoder have in common.
 
     Attributes:
         heads: attention heads.
         mlp_width: hidden width of the MLP.
         dropout: rate after attention and inside the MLP.
         attention_dropout: rate on the attention weights.
-        stochastic_depth: rate at which this block's branches are dropped.
+        mlp: 'gelu' or 'swiglu' (see `mlp`).
+        gelu: its form, 'tanh' or 'exact'.
+        qkv_bias: whether queries, keys and values have a bias.
+        qk_norm: whether queries and keys are normalised, each head by itself.
+        layer_scale: what the learned factors on the branches' channels start at; None for no such factors.
+        parallel: attention and MLP side by side, behind one LayerNorm, instead of one after the other.
+        layer_norm_epsilon: added to the variance.
         dtype: arithmetic.
     """
 
@@ -66,8 +40,31 @@ class EncoderBlock(nn.Module):
     mlp_width: int
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    stochastic_depth: float = 0.0
+    mlp: str = "gelu"
+    gelu: str = "tanh"
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    parallel: bool = False
+    layer_norm_epsilon: float = 1e-6
     dtype: Dtype = jnp.float32
+
+
+class EncoderBlock(nn.Module):
+    """x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)); or in parallel, both of one LayerNorm.
+
+    The parallel form is that of ViT-22B (arXiv 2302.05442, section 2), as one residual branch: it is scaled and
+    dropped as a whole.
+
+    Attributes:
+        options: see there.
+        position: a kind of `positions.POSITIONS` of which this block has its own; None for none.
+        place: the tokens that position embedding is for.
+    """
+
+    options: BlockOptions
+    position: str | None = None
+    place: Place | None = None
 
     @nn.compact
     def __call__(
@@ -75,15 +72,47 @@ class EncoderBlock(nn.Module):
         tokens: Float[Array, "batch tokens width"],
         mask: Bool[Array, "#batch #heads #queries tokens"] | None = None,
         train: bool = False,
+        rate: float | Float[Array, ""] = 0.0,
+        positions: Terms = Terms(),  # noqa: B008 (it is immutable)
     ) -> Float[Array, "batch tokens width"]:
-        branch = LayerNorm(self.dtype, name="norm_attention")(tokens)
-        branch = Attention(self.heads, self.attention_dropout, self.dtype, name="attention")(branch, mask, train)
-        branch = Dropout(self.dropout)(branch, train)
-        tokens = tokens + Dropout(self.stochastic_depth, shared_axes=(1, 2))(branch, train)
+        """One layer; `rate` is that of stochastic depth, `positions` what all layers share of a position embedding."""
+        options = self.options
+        if self.position is not None:
+            positions = POSITIONS[self.position](self.place, name="positions")()
+        if positions.table is not None:
+            tokens = tokens + positions.table.astype(tokens.dtype)
+        if options.parallel:
+            normed = self._norm("norm")(tokens)
+            branch = self._attention(normed, mask, train, positions) + self._mlp()(normed, train)
+            tokens = tokens + self._finish(branch, "scale", rate, train)
+        else:
+            branch = self._attention(self._norm("norm_attention")(tokens), mask, train, positions)
+            tokens = tokens + self._finish(branch, "scale_attention", rate, train)
+            branch = self._mlp()(self._norm("norm_mlp")(tokens), train)
+            tokens = tokens + self._finish(branch, "scale_mlp", rate, train)
+        self.sow("intermediates", "output", tokens)
+        return tokens
 
-        branch = LayerNorm(self.dtype, name="norm_mlp")(tokens)
-        branch = MlpBlock(self.mlp_width, self.dropout, self.dtype, name="mlp")(branch, train)
-        return tokens + Dropout(self.stochastic_depth, shared_axes=(1, 2))(branch, train)
+    def _norm(self, name: str) -> LayerNorm:
+        return LayerNorm(self.options.dtype, self.options.layer_norm_epsilon, name=name)
+
+    def _attention(
+        self, tokens: jax.Array, mask: jax.Array | None, train: bool, positions: Terms
+    ) -> Float[Array, "batch tokens width"]:
+        fields = ("heads", "dtype", "qkv_bias", "qk_norm", "layer_norm_epsilon")
+        given = {name: getattr(self.options, name) for name in fields}
+        attention = Attention(dropout=self.options.attention_dropout, **given, name="attention")
+        return Dropout(self.options.dropout)(attention(tokens, mask, train, positions), train)
+
+    def _mlp(self) -> MlpBlock | SwigluBlock:
+        form = {"gelu": self.options.gelu} if self.options.mlp == "gelu" else {}
+        options = self.options
+        return MLPS[options.mlp](options.mlp_width, options.dropout, options.dtype, **form, name="mlp")
+
+    def _finish(self, branch: jax.Array, scale: str, rate: float | jax.Array, train: bool) -> jax.Array:
+        if self.options.layer_scale is not None:
+            branch = LayerScale(self.options.layer_scale, name=scale)(branch)
+        return Dropout(rate, shared_axes=(1, 2))(branch, train)
 
 
 class Encoder(nn.Module):
@@ -91,17 +120,24 @@ class Encoder(nn.Module):
 
     Attributes:
         depth: number of blocks.
-        stochastic_depth: rate of the last block; it grows linearly from 0 at the first.
-        others: as in `EncoderBlock`.
+        options: what they have in common.
+        stochastic_depth: rate of the last block.
+        stochastic_depth_schedule: 'linear' from 0 at the first block, or 'constant'.
+        position: a kind of position embedding of which every block has its own; None for none.
+        place: the tokens it is for.
+        remat: keep the blocks' inputs alone for the backward pass, and compute the rest again.
+        scan: one program for all blocks, run `depth` times, instead of `depth` copies of it. Their parameters are then
+            one tree `blocks` with a leading axis of layers (see `stacking`).
     """
 
     depth: int
-    heads: int
-    mlp_width: int
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
+    options: BlockOptions
     stochastic_depth: float = 0.0
-    dtype: Dtype = jnp.float32
+    stochastic_depth_schedule: str = "linear"
+    position: str | None = None
+    place: Place | None = None
+    remat: bool = False
+    scan: bool = False
 
     @nn.compact
     def __call__(
@@ -109,15 +145,40 @@ class Encoder(nn.Module):
         tokens: Float[Array, "batch tokens width"],
         mask: Bool[Array, "#batch #heads #queries tokens"] | None = None,
         train: bool = False,
+        positions: Terms = Terms(),  # noqa: B008 (it is immutable)
     ) -> Float[Array, "batch tokens width"]:
-        for index in range(self.depth):
-            tokens = EncoderBlock(
-                heads=self.heads,
-                mlp_width=self.mlp_width,
-                dropout=self.dropout,
-                attention_dropout=self.attention_dropout,
-                stochastic_depth=self.stochastic_depth * index / max(self.depth - 1, 1),
-                dtype=self.dtype,
-                name=f"block_{index}",
-            )(tokens, mask, train)
-        return LayerNorm(self.dtype, name="norm")(tokens)
+        """The tokens after all blocks and the last LayerNorm; `positions` is what all blocks share."""
+        rates = depth_rates(self.depth, self.stochastic_depth, self.stochastic_depth_schedule)
+
+        def run(block: EncoderBlock, tokens: jax.Array, rate: float | jax.Array) -> jax.Array:
+            def layer(block: EncoderBlock, tokens: jax.Array) -> jax.Array:
+                return block(tokens, mask, train, rate, positions)
+
+            # Inside a scan, nothing could merge the second computation with the first.
+            return nn.remat(layer, prevent_cse=not self.scan)(block, tokens) if self.remat else layer(block, tokens)
+
+        block = lambda name: EncoderBlock(self.options, self.position, self.place, name=name)  # noqa: E731
+        if self.scan:
+            tokens = _scan(run, block("blocks"), tokens, rates)
+        else:
+            for index, rate in enumerate(rates):
+                tokens = run(block(f"block_{index}"), tokens, rate)
+        return LayerNorm(self.options.dtype, self.options.layer_norm_epsilon, name="norm")(tokens)
+
+
+def depth_rates(depth: int, rate: float, schedule: str) -> list[float]:
+    """The stochastic depth of each block: from 0 to `rate` in even steps, or `rate` for all."""
+    return [rate if schedule == "constant" else rate * index / max(depth - 1, 1) for index in range(depth)]
+
+
+def _scan(run, block: EncoderBlock, tokens: jax.Array, rates: list[float]) -> jax.Array:
+    """`run` with each layer's parameters in turn."""
+    step = nn.scan(
+        # A rate of zero stays a number, so that nothing is drawn for it.
+        lambda block, tokens, rate: (run(block, tokens, rate if any(rates) else 0.0), None),
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=len(rates),
+    )
+    tokens, _ = step(block, tokens, jnp.asarray(rates, jnp.float32))
+    return tokens

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from typing import Any
 
 SIZES = {
     "Ti": {"width": 192, "depth": 12, "heads": 3, "mlp_width": 768},
@@ -11,17 +12,30 @@ SIZES = {
     "H": {"width": 1280, "depth": 32, "heads": 16, "mlp_width": 5120},
 }
 
+# A hybrid's second number is the pixels a token stands for: what the stem shrinks, times the patch on its feature map.
+# R50+B/16 has R50's first three stages alone, and so stays at 16.
+HYBRIDS = {
+    "R+Ti/16": {"stem": (), "patch_size": 8, **SIZES["Ti"]},
+    "R26+S/32": {"stem": (2, 2, 2, 2), "patch_size": 1, **SIZES["S"]},
+    "R26+B/32": {"stem": (2, 2, 2, 2), "patch_size": 1, **SIZES["B"]},
+    "R50+B/16": {"stem": (3, 4, 9), "patch_size": 1, **SIZES["B"]},
+    "R50+L/32": {"stem": (3, 4, 6, 3), "patch_size": 1, **SIZES["L"]},
+}
 
-def fields(name: str) -> dict[str, int]:
-    """The fields of `VisionTransformer` that a name such as 'Ti/16' stands for: any size with any patch size.
+
+def fields(name: str) -> dict[str, Any]:
+    """The fields of `VisionTransformer` that a name stands for: any size with any patch size, or a published hybrid.
 
     Raises:
-        ValueError: there is no such size, or the name is not of that form.
+        ValueError: there is no such size or hybrid, or the name is not of that form.
     """
+    if name in HYBRIDS:
+        return dict(HYBRIDS[name])
     match = re.fullmatch(r"([A-Za-z]+)/([1-9][0-9]*)", name)
     if match is None or match[1] not in SIZES:
         near = difflib.get_close_matches(name.split("/")[0], SIZES, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"{name!r} is no variant: a size ({', '.join(SIZES)}), a slash and a patch size, as '{near}/16'"
+            f"{name!r} is no variant: a size ({', '.join(SIZES)}), a slash and a patch size, as '{near}/16', or one of "
+            f"{', '.join(HYBRIDS)}"
         )
     return {**SIZES[match[1]], "patch_size": int(match[2])}

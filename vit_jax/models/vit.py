@@ -1,41 +1,68 @@
 """The Vision Transformer (arXiv 2010.11929)."""
 
+import dataclasses
+import math
+from collections.abc import Mapping
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Num
 
+from vit_jax.models.checks import check
 from vit_jax.models.dropout import Dropout
-from vit_jax.models.encoder import Encoder
-from vit_jax.models.patches import PatchEmbedding
-from vit_jax.models.pooling import POOLINGS, Head
-from vit_jax.models.positions import LearnedPositions
+from vit_jax.models.encoder import BlockOptions, Encoder
+from vit_jax.models.patches import PatchEmbedding, grid_of
+from vit_jax.models.pooling import POOLINGS, Head, Heads
+from vit_jax.models.positions import POSITIONS, Place, Terms
+from vit_jax.models.resnet import ResNetStem, stem_output
 
 
 class VisionTransformer(nn.Module):
     """Embeds patches, encodes them, pools the tokens and classifies.
 
     Attributes:
-        classes: number of logits.
-        patch_size: height and width of a patch, in pixels.
+        classes: number of logits; a mapping from names to numbers for several heads on the same features; None for no
+            head: the features come out.
+        patch_size: height and width of a patch, in pixels (of the stem's feature map, where there is a stem).
         width: size of a token.
         depth: number of encoder blocks.
         heads: attention heads a block; they share the width evenly.
         mlp_width: hidden width of the blocks' MLPs.
         class_token: whether a learned token stands before the patches.
-        pooling: 'token' (the class token's output) or 'mean' (over the patches' outputs).
-        position: 'learned' (a table added at the input) or 'none'.
+        pooling: 'token' (the class token's output), 'mean' (over the patches' outputs), 'map' (attention pooling) or
+            'none' (all tokens come out, and the head reads each).
+        position: 'learned', 'learned_2d', 'sincos_2d', 'sinusoidal', 'none', 'relative' or 'rotary' (see `positions`).
         pre_logits: width of a Dense + tanh layer before the classifier; None for none.
         dropout: rate after the position embedding and every dense layer but queries, keys and values.
         attention_dropout: rate on the attention weights.
-        stochastic_depth: rate at which the last block's branches are dropped; grows linearly from 0.
+        stochastic_depth: rate at which the last block's branches are dropped.
         dtype: arithmetic; parameters, LayerNorm statistics, softmax and head are float32.
+        stochastic_depth_schedule: 'linear' (from 0 at the first block to the rate at the last) or 'constant'.
+        registers: learned tokens between class token and patches that no head reads (arXiv 2309.16588).
+        position_at: where positions act: 'input', 'layers' (in every layer, each with its own) or 'shared' (in every
+            layer, the same); None for where the kind usually does: 'input' for tables, 'layers' for the last two.
+        position_width: 0 where a table is added to the tokens; else so many of a token's `width` channels, the last,
+            hold the (fixed) table, concatenated to an embedding of the patch in the other width - position_width.
+        mlp: 'gelu', or 'swiglu' (of a gate and an MLP as wide as `mlp_width` each).
+        gelu: 'tanh' or 'exact'.
+        qkv_bias: whether queries, keys and values have a bias.
+        qk_norm: whether queries and keys are normalised, each head by itself.
+        layer_scale: what the learned factors on the residual branches' channels start at; None for no such factors.
+        parallel: attention and MLP side by side instead of one after the other.
+        layer_norm_epsilon: added to the variance.
+        stem: bottleneck units of each stage of a ResNet before the patches; () for its root alone, None for no stem.
+        stem_width: channels of its root.
+        remat: compute blocks again in the backward pass instead of keeping what they computed.
+        scan: one program for all blocks; their parameters are then stacked (see `stacking`).
 
     Raises:
         ValueError: at construction, for fields that contradict each other.
     """
 
-    classes: int
+    classes: int | Mapping[str, int] | None
     patch_size: int
     width: int
     depth: int
@@ -49,8 +76,28 @@ class VisionTransformer(nn.Module):
     attention_dropout: float = 0.0
     stochastic_depth: float = 0.0
     dtype: Dtype = jnp.float32
+    stochastic_depth_schedule: str = "linear"
+    registers: int = 0
+    position_at: str | None = None
+    position_width: int = 0
+    mlp: str = "gelu"
+    gelu: str = "tanh"
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    parallel: bool = False
+    layer_norm_epsilon: float = 1e-6
+    stem: tuple[int, ...] | None = None
+    stem_width: int = 64
+    remat: bool = False
+    scan: bool = False
 
     def __post_init__(self) -> None:
+        # Models are arguments of compiled functions, and so have to be hashable.
+        if isinstance(self.classes, Mapping):
+            self.classes = FrozenDict(self.classes)
+        if isinstance(self.stem, list):
+            self.stem = tuple(self.stem)
         check(self)
         super().__post_init__()
 
@@ -60,50 +107,117 @@ class VisionTransformer(nn.Module):
         inputs: Num[Array, "batch height width channels"] | Num[Array, "batch patches pixels"],
         mask: Bool[Array, "#batch #heads #queries tokens"] | None = None,
         train: bool = False,
-    ) -> Float[Array, "batch classes"]:
-        """Logits in float32, of images or of ready-made patches.
+        grid: tuple[int, int] | None = None,
+    ) -> Float[Array, "batch *outputs"] | dict[str, Float[Array, "batch *outputs"]]:
+        """Logits in float32 [batch, classes], of images or of ready-made patches.
+
+        With pooling 'none' they are [batch, tokens, classes]; with several heads, a dictionary of them; with none, the
+        features [batch, width] or [batch, tokens, width].
 
         Args:
             inputs: images, or patches as `patches.patchify` makes them.
-            mask: True where a token (third axis) may attend to another (fourth); the class token counts first.
+            mask: True where a token (third axis) may attend to another (fourth); class token and registers count first.
             train: dropout and stochastic depth are on; they draw from the generator 'dropout'.
+            grid: rows and columns of ready-made patches; None where they make a square or their order is enough.
+
+        Raises:
+            ValueError: the patch does not divide the images, or patches are given without a grid they make up.
         """
-        tokens = PatchEmbedding(self.width, self.patch_size, self.dtype, name="embedding")(inputs.astype(self.dtype))
-        if self.class_token:
-            token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width), jnp.float32)
-            token = jnp.broadcast_to(token.astype(self.dtype), (tokens.shape[0], 1, self.width))
-            tokens = jnp.concatenate([token, tokens], axis=1)
-        if self.position == "learned":
-            tokens = LearnedPositions(name="positions")(tokens)
+        if inputs.ndim == 4:
+            grid = token_grid(self, inputs.shape[1:3])
+        else:
+            grid = _grid_of_patches(self, inputs.shape[1], grid)
+        if self.stem is not None:
+            inputs = ResNetStem(self.stem, self.stem_width, self.dtype, name="stem")(inputs)
+        width = self.width - self.position_width
+        tokens = PatchEmbedding(width, self.patch_size, self.dtype, name="embedding")(inputs.astype(self.dtype))
+        place, at = self._place(grid), position_at(self)
+        positions = Terms() if at == "layers" else POSITIONS[self.position](place, name="positions")()
+        tokens = self._join(tokens, positions)
+        if at == "input" and not self.position_width and positions.table is not None:
+            tokens = tokens + positions.table.astype(tokens.dtype)
         tokens = Dropout(self.dropout)(tokens, train)
-        tokens = Encoder(
+        self.sow("intermediates", "embedded", tokens)
+        tokens = self._encoder(place)(tokens, mask, train, positions if at == "shared" else Terms())
+        features = POOLINGS[self.pooling](place.extra, self._options(), name="pooling")(tokens)
+        if self.classes is None:
+            return features.astype(jnp.float32)
+        head = Heads if isinstance(self.classes, Mapping) else Head
+        return head(self.classes, self.pre_logits, name="head")(features)
+
+    def _place(self, grid: tuple[int, int]) -> Place:
+        width = self.position_width or self.width
+        return Place(*grid, int(self.class_token), self.registers, width, self.width // self.heads, self.heads)
+
+    def _join(self, tokens: jax.Array, positions: Terms) -> jax.Array:
+        """The concatenated position, where there is one, then class token and registers before the patches."""
+        batch = tokens.shape[0]
+        before = []
+        if self.position_width:
+            table = positions.table[:, -tokens.shape[1] :].astype(tokens.dtype)
+            tokens = jnp.concatenate([tokens, jnp.broadcast_to(table, (batch, *table.shape[1:]))], axis=-1)
+        if self.class_token:
+            before += [self.param("class_token", nn.initializers.zeros, (1, 1, self.width), jnp.float32)]
+        if self.registers:
+            # Not zero: registers that start as the same would stay the same.
+            normal, shape = nn.initializers.normal(0.02), (1, self.registers, self.width)
+            before += [self.param("registers", normal, shape, jnp.float32)]
+        before = [jnp.broadcast_to(token.astype(self.dtype), (batch, *token.shape[1:])) for token in before]
+        return jnp.concatenate([*before, tokens], axis=1) if before else tokens
+
+    def _options(self) -> BlockOptions:
+        return BlockOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(BlockOptions)})
+
+    def _encoder(self, place: Place) -> Encoder:
+        own = self.position if position_at(self) == "layers" else None
+        return Encoder(
             depth=self.depth,
-            heads=self.heads,
-            mlp_width=self.mlp_width,
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
+            options=self._options(),
             stochastic_depth=self.stochastic_depth,
-            dtype=self.dtype,
+            stochastic_depth_schedule=self.stochastic_depth_schedule,
+            position=own,
+            place=place if own else None,
+            remat=self.remat,
+            scan=self.scan,
             name="encoder",
-        )(tokens, mask, train)
-        features = POOLINGS[self.pooling](tokens, int(self.class_token))
-        return Head(self.classes, self.pre_logits, name="head")(features)
+        )
 
 
-def check(model: VisionTransformer) -> None:
-    """Raises ValueError, saying what would be allowed, for fields that no model can have together."""
-    for field in ("classes", "patch_size", "width", "depth", "heads", "mlp_width"):
-        if getattr(model, field) < 1:
-            raise ValueError(f"{field} is {getattr(model, field)}: it must be at least 1")
-    for field in ("dropout", "attention_dropout", "stochastic_depth"):
-        if not 0 <= getattr(model, field) < 1:
-            raise ValueError(f"{field} is {getattr(model, field)}: a rate is at least 0 and below 1")
-    if model.width % model.heads:
-        near = [heads for heads in range(1, model.width + 1) if model.width % heads == 0 and heads <= 2 * model.heads]
-        raise ValueError(f"heads is {model.heads}, which does not divide the width {model.width}: {near} would")
-    if model.pooling not in POOLINGS:
-        raise ValueError(f"pooling is {model.pooling!r}: one of {', '.join(POOLINGS)}")
-    if model.pooling == "token" and not model.class_token:
-        raise ValueError("pooling is 'token' but class_token is False: set class_token, or pool by 'mean'")
-    if model.position not in ("learned", "none"):
-        raise ValueError(f"position is {model.position!r}: one of learned, none")
+def position_at(model: VisionTransformer) -> str:
+    """Where the model's positions act: 'input', 'layers' or 'shared'."""
+    return model.position_at or POSITIONS[model.position].at[0]
+
+
+def token_grid(model: VisionTransformer, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the patches that the model makes of images of (height, width) `image_size`.
+
+    Raises:
+        ValueError: the patch does not divide the image (or the stem's feature map).
+    """
+    if model.stem is None:
+        return grid_of(image_size, model.patch_size)
+    height, width, _ = stem_output(model.stem, model.stem_width, image_size)
+    try:
+        return grid_of((height, width), model.patch_size)
+    except ValueError as error:
+        raise ValueError(
+            f"of an image of {image_size[0]}x{image_size[1]} the stem leaves {height}x{width}: {error}"
+        ) from None
+
+
+def _grid_of_patches(model: VisionTransformer, count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    if model.stem is not None:
+        raise ValueError("a model with a stem takes images [batch, height, width, channels], not ready-made patches")
+    if grid is not None:
+        if grid[0] * grid[1] != count:
+            raise ValueError(f"a grid of {grid[0]}x{grid[1]} is given for {count} patches")
+        return grid
+    side = math.isqrt(count)
+    if side * side == count:
+        return side, side
+    if POSITIONS[model.position].needs_grid:
+        raise ValueError(
+            f"{count} patches make no square, and position {model.position!r} has to know their rows and columns: "
+            "give them as grid=(rows, columns)"
+        )
+    return 1, count

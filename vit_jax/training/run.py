@@ -11,8 +11,7 @@ from vit_jax.data import pipeline, sources
 from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
-from vit_jax.models.patches import grid_of
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.vit import VisionTransformer, token_grid
 from vit_jax.training import model as models
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training import parallel
@@ -97,14 +96,15 @@ def check_data(config: ConfigDict, splits: list[str]) -> Mesh:
 
 
 def _check_patch(config: ConfigDict, shape: tuple[int, ...]) -> None:
-    patch_size = models.build(config.model, classes=2, dtype="float32").patch_size
+    model = models.build(config.model, classes=2, dtype="float32")
     try:
-        grid_of((shape[0], shape[1]), patch_size)
+        token_grid(model, (shape[0], shape[1]))
     except ValueError as error:
         fitting = [size for size in range(1, min(shape[:2]) + 1) if shape[0] % size == shape[1] % size == 0]
+        patches = f"patches of {', '.join(map(str, fitting))}; or " if model.stem is None else ""
         raise UserError(
             f"config.model.variant is {config.model.variant!r}: {error}\n"
-            f"  allowed: patches of {', '.join(map(str, fitting))}; or another config.data.image_size"
+            f"  allowed: {patches}another config.data.image_size"
         ) from None
 
 

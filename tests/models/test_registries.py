@@ -1,0 +1,98 @@
+"""Every option beside every other: it builds, runs, and every parameter gets a finite gradient that is not all zero."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.models.mlp import GELUS, MLPS
+from vit_jax.models.pooling import POOLINGS
+from vit_jax.models.positions import POSITIONS
+
+POSITION = [
+    *({"position": name, "position_at": at} for name, kind in POSITIONS.items() for at in kind.at),
+    *({"position": name, "position_width": 4} for name, kind in POSITIONS.items() if kind.fixed and "input" in kind.at),
+]
+POOLING = [
+    *({"pooling": name, "class_token": True, "registers": 1} for name in POOLINGS),
+    *({"pooling": name, "class_token": False} for name in POOLINGS if name != "token"),
+]
+BLOCK = [
+    {},
+    *({"mlp": name} for name in MLPS),
+    *({"gelu": name} for name in GELUS),
+    {"qkv_bias": False},
+    {"qk_norm": True},
+    {"layer_scale": 0.1},
+    {"parallel": True},
+    {"dropout": 0.1, "attention_dropout": 0.1},
+    {"stochastic_depth": 0.1},
+    {"stochastic_depth": 0.1, "stochastic_depth_schedule": "constant"},
+    {"remat": True},
+    {"scan": True},
+    {"pre_logits": 4},
+    {"classes": {"one": 2, "other": 3}},
+]
+AXES = (POSITION, POOLING, BLOCK)
+
+
+def pairs_once():
+    """Few triples in which every two options of different axes meet."""
+    left = {
+        (a, b, i, j)
+        for a, b in itertools.combinations(range(3), 2)
+        for i in range(len(AXES[a]))
+        for j in range(len(AXES[b]))
+    }
+    triples = []
+    while left:
+        covered = lambda t: [(a, b, t[a], t[b]) for a, b in itertools.combinations(range(3), 2)]  # noqa: E731
+        best = max(itertools.product(*(range(len(axis)) for axis in AXES)), key=lambda t: len(left & set(covered(t))))
+        left -= set(covered(best))
+        triples.append(best)
+    return triples
+
+
+def fields_of(triple):
+    return {key: value for axis, index in zip(AXES, triple, strict=True) for key, value in axis[index].items()}
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def check(small, randomise, draw, fields):
+    images = draw(2, 4, 4, 3)
+    model = small(depth=1, **fields)
+    variables = randomise(model, images)
+
+    def loss(parameters):
+        outputs = model.apply({"params": parameters}, images, train=True, rngs={"dropout": jax.random.key(0)})
+        return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(outputs))
+
+    gradients = jax.jit(jax.grad(loss))(variables["params"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        name = jax.tree_util.keystr(path)
+        assert np.all(np.isfinite(leaf)), name
+        # In the last block, no patch's output is read by the class token's head: there, offsets do nothing.
+        unread = model.pooling == "token" and name.endswith("['positions']['offsets']")
+        assert np.any(leaf != 0) or unread, name
+
+
+def name_of(triple):
+    return "-".join(f"{key}={value}" for key, value in fields_of(triple).items())
+
+
+EACH = [tuple(index % len(axis) for axis in AXES) for index in range(max(map(len, AXES)))]
+
+
+@pytest.mark.parametrize("triple", EACH, ids=name_of)
+def test_every_option_trains(small, randomise, draw, triple):
+    check(small, randomise, draw, fields_of(triple))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("triple", pairs_once(), ids=name_of)
+def test_every_pair_of_options_trains(small, randomise, draw, triple):
+    check(small, randomise, draw, fields_of(triple))
