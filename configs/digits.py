@@ -9,6 +9,7 @@ def get_config() -> ConfigDict:
     """The whole experiment."""
     config = options.default()
     config.model.update(variant="Ti/2", width=64, depth=4, heads=4, mlp_width=128, pooling="mean", dropout=0.1)
+    config.model.position = "sincos_2d"
     config.data.name = "digits"
     # Digits stand upright and centred: they are turned and scaled a little and blended, but not shifted.
     config.augment.update(rotation=8.0, scaling=0.08, mixup=1.0)
