@@ -1,4 +1,14 @@
-"""CIFAR-10 from scratch at 32 pixels."""
+"""CIFAR-10 from scratch at 32 pixels.
+
+    python -m vit_jax.main --config=configs/cifar10.py:cpu
+
+On two cores (AMD EPYC with AVX-512; jax 0.10.2, float32): 8:28 of training, test accuracy 60.80 % on all 10,000 images
+at the last step (seed 0).
+
+    python -m vit_jax.main --config=configs/cifar10.py
+
+The full recipe, for an accelerator, is not yet measured.
+"""
 
 from ml_collections import ConfigDict
 

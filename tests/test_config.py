@@ -103,7 +103,7 @@ BAD = {
     "model.position_at=nowhere": ["position_at", "nowhere"],
     "model.mlp=relu": ["mlp is 'relu'", "swiglu"],
     "model.layer_scale=0": ["layer_scale", "above 0"],
-    "model.variant=R50+B/16": ["'R50+B/16'", "8x8", "config.data.image_size"],
+    "model.variant=R+Ti/16": ["'R+Ti/16'", "8x8", "config.data.image_size"],
     "model.class_token=False model.pooling=token": ["class_token", "pooling"],
     "model.variant=Ti/3": ["'Ti/3'", "8x8", "1, 2, 4, 8"],
     "mesh.devices=100": ["config.mesh.devices", "100"],
@@ -203,7 +203,11 @@ def test_a_workdir_of_another_config_is_left_alone_and_the_difference_shown(tmp_
 
 
 def test_a_set_that_is_not_prepared_is_said_at_once_without_network(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("socket.create_connection", lambda *_, **__: (_ for _ in ()).throw(OSError("unreachable")))
+
+    def refuse(*_, **__):
+        raise OSError("unreachable")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
     arguments = ["--config=configs/cifar10.py", f"--config.data.dir={tmp_path / 'nowhere'}"]
     error = run_main(tmp_path, capsys, monkeypatch, *arguments)
     assert "cifar10" in error
