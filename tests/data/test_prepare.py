@@ -361,7 +361,7 @@ def test_a_refusal_by_the_server_is_told(served, tmp_path):
 
 
 @pytest.mark.parametrize("function", [sources.load, sources.check])
-def test_no_connection_is_told_within_four_seconds(stand10, tmp_path, monkeypatch, function):
+def test_no_connection_is_told_with_the_way_out(stand10, tmp_path, monkeypatch, function):
     with socket.socket() as closed:  # a port that nobody listens on
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/cifar-10-binary.tar.gz"
