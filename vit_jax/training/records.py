@@ -174,7 +174,7 @@ def progress_line(
 ) -> str:
     """'step 200/4400  epoch 17.9  loss 0.5120  accuracy 91.2 %  rate 9.80e-04  1,234 images/s  left 1:05'.
 
-    Where the terminal is narrower, the learning rate and then the epoch give way.
+    Where the terminal is narrower, the learning rate, then the epoch, then the MFU give way.
     """
     parts = {
         "step": f"step {step:>{len(str(steps))}}/{steps}",
@@ -190,7 +190,8 @@ def progress_line(
     for name in ("rate", "epoch", "mfu"):
         if width is not None and len("  ".join(parts.values())) >= width:
             parts.pop(name, None)
-    return "  ".join(parts.values())[:width]
+    # A line as wide as the terminal would wrap, and could not be overwritten.
+    return "  ".join(parts.values())[: width and width - 1]
 
 
 def clock(seconds: float) -> str:
