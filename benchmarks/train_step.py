@@ -26,7 +26,7 @@ from plain_flax import PlainViT
 
 from vit_jax.models import variants
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training.step import cross_entropy
+from vit_jax.training.losses import cross_entropy
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

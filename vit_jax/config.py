@@ -89,6 +89,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "data": {
         "name": Option("digits", str, "digits (embedded), or an image-classification set of TFDS: cifar10, ..."),
+        "labels": Option(
+            "label", str, "what is learned; several of the set's kinds of label get a head each: 'label,coarse_label'"
+        ),
+        "features": Option(
+            None, str, "folder of stored features (python -m vit_jax.features) that heads are trained on, not images"
+        ),
         "train": Option("train", str, "training split, in TFDS's syntax: 'train', 'train[:98%]', ..."),
         "validation": Option(None, str, "validation split, e.g. 'train[98%:]'; None: no validation"),
         "test": Option("test", str, "test split"),
@@ -125,6 +131,10 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "epsilon": Option(1e-8, float, "Adam's epsilon", least=0),
         "momentum": Option(0.9, float, "SGD's momentum", least=0, below=1),
         "gradient_clip": Option(None, float, "largest global norm of the gradient; None: not clipped", least=0),
+        "trained": Option(
+            None, str, "patterns of the parameters' names that are trained, the rest frozen: 'head/*'; None: all"
+        ),
+        "frozen": Option(None, str, "patterns of those that are not: 'embedding/*,positions/*'; None: none"),
         "average_decay": Option(
             0.0, float, "decay of the averaged parameters, which are then the ones evaluated; 0: none", least=0, below=1
         ),
@@ -135,6 +145,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "steps": Option(None, int, "updates; None: by epochs", least=1),
         "epochs": Option(None, float, "passes over the training split; None: by steps", least=0),
         "accumulation": Option(1, int, "microbatches an update is summed from", least=1),
+        "loss_weights": Option(
+            None, str, "factors of several heads' losses: 'label=1,coarse_label=0.5'; None: 1 for each"
+        ),
         "label_smoothing": Option(0.0, float, "share of the label spread over all classes", least=0, below=1),
         "evaluate_every": Option(0, int, "steps between evaluations; 0: at the end alone", least=0),
         "evaluation_batch_size": Option(None, int, "examples a step of evaluation; None: as batch_size", least=1),
@@ -142,6 +155,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "checkpoint": {
         "every": Option(0, int, "steps between checkpoints; 0: at the end alone", least=0),
+        "init_from": Option(
+            None, str, "parameters to start from: a run's folder, or any file that docs/weights.md lists; None: random"
+        ),
         "keep": Option(2, int, "how many of the newest are kept", least=1),
         "keep_best": Option(1, int, "how many of the best (by validation accuracy) are kept besides", least=0),
     },
@@ -306,7 +322,7 @@ def _check_value(name: str, option: Option, value: Any) -> None:
 
 
 def _check_together(config: ConfigDict) -> None:
-    from vit_jax.training import model
+    from vit_jax.training import losses, model
 
     train = config.train
     if (train.steps is None) == (not train.epochs):
@@ -317,10 +333,34 @@ def _check_together(config: ConfigDict) -> None:
             f"config.train.batch_size is {train.batch_size}, which {train.accumulation} microbatches do not divide\n"
             f"  allowed: a multiple of config.train.accumulation"
         )
+    losses.loss_weights(config)
+    _check_features(config)
     try:
         model.build(config.model, classes=2, dtype="float32")
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None
+
+
+def _check_features(config: ConfigDict) -> None:
+    """Heads on stored features: what was computed once can be neither trained nor augmented."""
+    if config.data.features is None:
+        return
+    if config.checkpoint.init_from is None:
+        raise UserError(
+            "config.data.features needs the backbone that made them\n  give its run as config.checkpoint.init_from"
+        )
+    patterns = (config.optimizer.trained or "").split(",")
+    if not all(pattern.strip().startswith("head/") for pattern in patterns):
+        raise UserError(
+            f"config.data.features goes with heads alone; config.optimizer.trained is {config.optimizer.trained!r}\n"
+            "  allowed: 'head/*', or patterns below it"
+        )
+    for key, value in config.augment.items():
+        if value != OPTIONS["augment"][key].default:
+            raise UserError(
+                f"config.data.features are of images as they are; config.augment.{key} is {value!r}\n"
+                f"  allowed: --config.augment.{key}={OPTIONS['augment'][key].default}"
+            )
 
 
 def differences(old: dict, new: dict) -> list[str]:

@@ -5,6 +5,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from vit_jax import commands
 from vit_jax import config as options
 from vit_jax.errors import UserError
 
@@ -73,21 +74,25 @@ def default_workdir(spec: str) -> Path:
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    try:
-        flags, overrides = parse(arguments)
-        config = options.load(flags.config)
-        for assignment in overrides:
-            options.override(config, assignment)
-        options.check(config)
-        # Imported only now: what is wrong with the line typed is said at once.
-        from vit_jax.training import parallel, train
+    return commands.finish(lambda: run(arguments))
 
-        parallel.cache_compilations()
-        train.train(config, Path(flags.workdir).expanduser() if flags.workdir else default_workdir(flags.config))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+def run(arguments: list[str]) -> None:
+    """Trains as the arguments say.
+
+    Raises:
+        UserError: what is wrong, and the way out.
+    """
+    flags, overrides = parse(arguments)
+    config = options.load(flags.config)
+    for assignment in overrides:
+        options.override(config, assignment)
+    options.check(config)
+    # Imported only now: what is wrong with the line typed is said at once.
+    from vit_jax.training import parallel, train
+
+    parallel.cache_compilations()
+    train.train(config, Path(flags.workdir).expanduser() if flags.workdir else default_workdir(flags.config))
 
 
 if __name__ == "__main__":

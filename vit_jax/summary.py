@@ -5,6 +5,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from vit_jax import commands
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,12 +27,7 @@ R50+B/16, R50+L/32. --set gives any other field of the model (docs/models.md lis
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command's flags; --help and mistakes end the process, the latter with status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.summary",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("summary", DESCRIPTION)
     parser.add_argument("variant", metavar="VARIANT", help="name of a model, e.g. B/16")
     parser.add_argument("--image_size", default="224", help="pixels: 224, or height x width as 224x320 (default: 224)")
     parser.add_argument("--channels", type=int, default=3, help="values a pixel (default: 3)")
@@ -136,12 +132,7 @@ def _totals(layers: list["Layer"], flops: int, memory: dict[str, int], batch_siz
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
     flags = parse(arguments)
-    try:
-        print(summarise(flags))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return commands.finish(lambda: print(summarise(flags)))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ import pytest
 from vit_jax import config as options
 from vit_jax.data import pipeline
 from vit_jax.data.augment import Augment
-from vit_jax.data.sources import Source
+from vit_jax.data.sources import LabelSet, Source
+from vit_jax.training import freezing, losses, parallel, state, step
 from vit_jax.training import model as models
 from vit_jax.training import optimizer as optimizers
-from vit_jax.training import parallel, state, step
 
 
 def toy_config(**sections):
@@ -22,31 +22,39 @@ def toy_config(**sections):
     return config
 
 
-def toy_source(examples=100):
-    """Images whose label can be learned: a bright pixel stands at the label's place."""
+def toy_source(examples=100, kinds=("label",)):
+    """Images whose label can be learned: a bright pixel stands at the label's place; 'parity' is whether it is odd."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 4, examples).astype(np.int32)
     images = generator.integers(0, 128, (examples, 4, 4, 1), np.uint8)
     images[np.arange(examples), labels, labels, 0] = 255
-    return Source("toy", "train", images, labels, tuple("abcd"), (0.3,), (0.2,))
+    others = {"parity": LabelSet(labels % 2, ("even", "odd"))} if "parity" in kinds else {}
+    return Source("toy", "train", images, labels, tuple("abcd"), (0.3,), (0.2,), others=others)
 
 
 class Toy:
     """A compiled update over the toy source, its state, and dispatches of it."""
 
     def __init__(self, config, devices=1, resident="always"):
-        self.config, self.mesh, self.source = config, parallel.make_mesh(devices), toy_source()
-        self.model = models.build(config.model, classes=4, dtype=None)
+        kinds = losses.label_kinds(config.data)
+        self.config, self.mesh, self.source = config, parallel.make_mesh(devices), toy_source(kinds=kinds)
+        self.model = models.build(config.model, classes=self.source.classes(), dtype=None)
         self.optimizer = optimizers.make(config.optimizer, config.train.steps)
         augment = Augment(self.source.mean, self.source.std, **config.augment.to_dict())
-        self.update = step.make_update(self.model, self.optimizer, augment, config, self.mesh)
+        shapes = jax.eval_shape(lambda: state.initialize(self.model, (4, 4, 1), 0))
+        self.mask = freezing.trained(config.optimizer, shapes)
+        self.update = step.make_update(self.model, self.optimizer, augment, config, self.mesh, self.mask)
         self.feeds = pipeline.make(self.source, self.mesh, resident)
         self.augment = augment
 
     def start(self):
-        create = lambda: state.create(  # noqa: E731
-            self.model, self.optimizer, (4, 4, 1), self.config.train.seed, self.config.optimizer.average_decay > 0
-        )
+        names = losses.metric_names(losses.loss_weights(self.config))
+
+        def create():
+            parameters = state.initialize(self.model, (4, 4, 1), self.config.train.seed)
+            average = self.config.optimizer.average_decay > 0
+            return state.create(parameters, self.optimizer, average, names, self.mask)
+
         return jax.jit(create, out_shardings=parallel.replicated(self.mesh))()
 
     def feed(self, first, count):

@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax.training import step
-from vit_jax.training.state import METRICS
+from vit_jax.training import losses, step
+
+METRICS = ("loss", "accuracy", "gradient_norm")
 
 RANDOM = {
     "model": {"dropout": 0.1, "stochastic_depth": 0.1},
@@ -26,7 +27,7 @@ def test_the_loss_is_smoothed_cross_entropy():
     targets = 0.8 * np.eye(5)[labels] + 0.2 / 5
     wanted = -(targets * (logits - np.log(np.exp(logits).sum(1, keepdims=True)))).sum(1)
     smoothed = optax.smooth_labels(jax.nn.one_hot(labels, 5), 0.2)
-    made = step.cross_entropy(jnp.asarray(logits, jnp.float32), smoothed)
+    made = losses.cross_entropy(jnp.asarray(logits, jnp.float32), smoothed)
     np.testing.assert_allclose(made, wanted, rtol=1e-5)
 
 

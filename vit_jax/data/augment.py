@@ -5,7 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
+
+Targets = PyTree[Float[Array, "batch _"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Augment:
         self,
         key: PRNGKeyArray,
         images: UInt8[Array, "batch height width channels"],
-        targets: Float[Array, "batch classes"],
-    ) -> tuple[Float[Array, "batch height width channels"], Float[Array, "batch classes"]]:
-        """Crops, flips, normalises and mixes; targets are class probabilities."""
+        targets: Targets,
+    ) -> tuple[Float[Array, "batch height width channels"], Targets]:
+        """Crops, flips, normalises and mixes; targets are class probabilities [batch, classes], or a tree of such."""
         crop_key, flip_key, turn_key, mix_key = jax.random.split(key, 4)
         if self.crop_padding:
             images = pad_and_crop(crop_key, images, self.crop_padding)
@@ -56,6 +58,21 @@ class Augment:
         mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
         # One product and one sum a pixel, in float32 before it is rounded to `dtype`.
         return (images.astype(jnp.float32) * (1 / (255 * std)) - mean / std).astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class AsTheyAre:
+    """In place of `Augment` where the inputs are stored features: nothing is done to them."""
+
+    def __call__(
+        self, key: PRNGKeyArray, inputs: Float[Array, "batch *example"], targets: Targets
+    ) -> tuple[Float[Array, "batch *example"], Targets]:
+        """Inputs and targets as they are."""
+        return inputs, targets
+
+    def normalize(self, inputs: Float[Array, "batch *example"]) -> Float[Array, "batch *example"]:
+        """Inputs as they are."""
+        return inputs
 
 
 def pad_and_crop(
@@ -107,9 +124,9 @@ def turn_and_scale(
 def mixup(
     key: PRNGKeyArray,
     inputs: Float[Array, "batch height width channels"],
-    targets: Float[Array, "batch classes"],
+    targets: Targets,
     alpha: float,
-) -> tuple[Float[Array, "batch height width channels"], Float[Array, "batch classes"]]:
+) -> tuple[Float[Array, "batch height width channels"], Targets]:
     """Blends each example with another of the batch, in a share drawn from Beta(alpha, alpha) (arXiv 1710.09412).
 
     The order of a batch is random already, so the example at the mirrored place will do as the other.
@@ -117,4 +134,5 @@ def mixup(
     share = jax.random.beta(key, alpha, alpha, (inputs.shape[0],))
     pixels = share[:, None, None, None].astype(inputs.dtype)
     inputs = pixels * inputs + (1 - pixels) * inputs[::-1]
-    return inputs, share[:, None] * targets + (1 - share[:, None]) * targets[::-1]
+    blend = lambda kind: share[:, None] * kind + (1 - share[:, None]) * kind[::-1]  # noqa: E731
+    return inputs, jax.tree.map(blend, targets)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import math
 import os
@@ -148,6 +149,27 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def more_labels(
+    folder: Path | None, kind: str, count: int, fill: Callable[[np.ndarray], None]
+) -> Int32[np.ndarray, " examples"]:
+    """Labels of another kind, made by `fill(labels)`; kept beside the arrays in `folder` once known."""
+    kept = folder / f"labels-{kind}.npy" if folder else None
+    if kept:
+        try:
+            labels = np.load(kept, allow_pickle=False)
+            if (labels.dtype, labels.shape) == (np.int32, (count,)):
+                return labels
+        except (OSError, ValueError, EOFError):
+            pass  # not there yet, or not whole: made anew below
+    labels = np.empty(count, np.int32)
+    fill(labels)
+    if kept:
+        content = io.BytesIO()
+        np.save(content, labels)
+        _write(kept, content.getvalue())
+    return labels
+
+
 def mean_and_std(arrays: Arrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, of pixels scaled to [0, 1]; kept beside the arrays once known.
 
@@ -171,15 +193,15 @@ def mean_and_std(arrays: Arrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
     variance = np.maximum(squares.sum((0, 1)) / count - mean**2, 0.0)
     mean, std = tuple((mean / 255).tolist()), tuple((np.sqrt(variance) / 255).tolist())
     if kept:
-        _write_text(kept, json.dumps({"mean": mean, "std": std}))
+        _write(kept, json.dumps({"mean": mean, "std": std}).encode())
     return mean, std
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all; silently not at all where the folder is read-only, since the text can be made again."""
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all; silently not at all where the folder is read-only, since the content can be made again."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(text)
+        scratch.write_bytes(content)
         os.replace(scratch, path)
     except OSError:
         pass

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Int, Shaped
 
 from vit_jax.data import order
 from vit_jax.data.sources import Source
@@ -26,8 +26,8 @@ class Feed:
 
     Attributes:
         images: uint8, the whole set [examples, height, width, channels], or the batches' own
-            [batches, batch, height, width, channels].
-        labels: int32, likewise [examples] or [batches, batch].
+            [batches, batch, height, width, channels]; stored features likewise, float32 [examples, ...].
+        labels: int32, likewise [examples] or [batches, batch]; a dictionary of such where there are several kinds.
         indices: int32 [batches, batch] into the whole set; None where images are the batches' own.
     """
 
@@ -39,12 +39,12 @@ class Feed:
 
 def take(
     feed: Feed, position: Int[Array, ""], sharding: NamedSharding
-) -> tuple[UInt8[Array, "batch height width channels"], Int[Array, " batch"]]:
+) -> tuple[Shaped[Array, "batch *example"], Int[Array, " batch"] | dict[str, Int[Array, " batch"]]]:
     """The batch at a position of the feed, each device holding its share of the examples."""
     if feed.indices is None:
-        return feed.images[position], feed.labels[position]
+        return jax.tree.map(lambda array: array[position], (feed.images, feed.labels))
     indices = jax.lax.with_sharding_constraint(feed.indices[position], sharding)
-    return feed.images[indices], feed.labels[indices]
+    return jax.tree.map(lambda array: array[indices], (feed.images, feed.labels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +66,15 @@ class Pipeline:
         if self.resident is not None:
             return dataclasses.replace(self.resident, indices=_put(self.mesh, PartitionSpec(), indices))
         spread = PartitionSpec(None, "data")
-        height, width, channels = self.source.images.shape[1:]
+        example = self.source.images.shape[1:]
         images = _build(
             self.mesh,
             spread,
-            (*indices.shape, height, width, channels),
-            lambda index: self.source.read(indices[index[:2]].ravel()).reshape(
-                *indices[index[:2]].shape, height, width, channels
-            ),
+            (*indices.shape, *example),
+            lambda index: self.source.read(indices[index[:2]].ravel()).reshape(*indices[index[:2]].shape, *example),
         )
-        return Feed(images, _put(self.mesh, spread, self.source.labels[indices]), None)
+        put = lambda labels: _put(self.mesh, spread, labels[indices])  # noqa: E731
+        return Feed(images, jax.tree.map(put, self.source.targets()), None)
 
 
 def make(source: Source, mesh: Mesh, resident: str = "auto") -> Pipeline:
@@ -83,9 +82,8 @@ def make(source: Source, mesh: Mesh, resident: str = "auto") -> Pipeline:
     fits = resident == "always" or (resident == "auto" and source.images.nbytes <= _room(mesh))
     if not fits:
         return Pipeline(source, mesh, None)
-    images = _put(mesh, PartitionSpec(), source.images)
-    labels = _put(mesh, PartitionSpec(), source.labels)
-    return Pipeline(source, mesh, Feed(images, labels, None))
+    put = lambda array: _put(mesh, PartitionSpec(), array)  # noqa: E731
+    return Pipeline(source, mesh, Feed(put(source.images), jax.tree.map(put, source.targets()), None))
 
 
 def train_indices(

@@ -13,11 +13,11 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32, Integer, UInt8
+from jaxtyping import Float32, Int32, Integer, UInt8
 
 from vit_jax.data import cache, prepare
 from vit_jax.data import splits as split_expressions
@@ -27,6 +27,15 @@ _NAME = re.compile(r"^(?P<set>\w+)(/[\w.\-]+)?(:(?P<version>[\d.*]+))?$")
 _CHUNK = 256  # examples that one thread reads and decodes at a time
 
 ImageSize = int | tuple[int, int] | None
+LABEL = "label"  # what TFDS calls the label of a set that has one
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelSet:
+    """One kind of label: [examples] indices into its class names."""
+
+    labels: Int32[np.ndarray, " examples"]
+    class_names: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,27 +45,51 @@ class Source:
     Attributes:
         name: the set, such as `cifar10`.
         split: the expression that was asked for, such as `train[:98%]`.
-        images: [examples, height, width, channels], 0 to 255; may be memory-mapped and is not to be written to.
+        images: [examples, height, width, channels], 0 to 255; may be memory-mapped and is not to be written to. Of
+            stored features (`vit_jax.data.stored`), float32 [examples, width] or [examples, tokens, width].
         labels: [examples], the index into `class_names`.
         class_names: one name a class.
         mean, std: per channel, of pixels scaled to [0, 1], over all of the set's train split (over the split that is
             read where there is no train split), at the size of `images`.
+        label: what the set calls `labels`.
+        others: further labels of the same examples, by name.
+        pieces: the stretches of stored splits that the examples are, in order.
     """
 
     name: str
     split: str
-    images: UInt8[np.ndarray, "examples height width channels"]
+    images: UInt8[np.ndarray, "examples height width channels"] | Float32[np.ndarray, "examples *features"]
     labels: Int32[np.ndarray, " examples"]
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    label: str = LABEL
+    others: Mapping[str, LabelSet] = dataclasses.field(default_factory=dict)
+    pieces: tuple[split_expressions.Piece, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def targets(self) -> Int32[np.ndarray, " examples"] | dict[str, Int32[np.ndarray, " examples"]]:
+        """The labels; where there are several kinds, all of them by name, the first one first."""
+        if not self.others:
+            return self.labels
+        return {self.label: self.labels, **{name: others.labels for name, others in self.others.items()}}
+
+    def classes(self) -> int | dict[str, int]:
+        """The number of classes; where there are several kinds of label, that of each by name."""
+        if not self.others:
+            return len(self.class_names)
+        return {self.label: len(self.class_names), **{name: len(o.class_names) for name, o in self.others.items()}}
+
+    def ids(self) -> list[str]:
+        """A name for each example that does not depend on the expression it was asked for by: 'train:17'."""
+        pieces = self.pieces or (split_expressions.Piece(self.split, 0, len(self)),)
+        return [f"{piece.split}:{place}" for piece in pieces for place in range(piece.start, piece.stop)]
+
     def read(
         self, indices: Integer[np.ndarray, " batch"] | Sequence[int]
-    ) -> UInt8[np.ndarray, "batch height width channels"]:
+    ) -> UInt8[np.ndarray, "batch height width channels"] | Float32[np.ndarray, "batch *features"]:
         """The images at `indices`, copied into memory."""
         return np.asarray(self.images[np.asarray(indices, np.intp)])
 
@@ -68,18 +101,21 @@ class Description:
     Attributes:
         name: the set.
         sizes: the examples of each stored split.
-        class_names: one name a class.
+        labels: the class names of each kind of label.
         shape: height, width and channels; height and width are None where images differ in size.
         key: the folder in the cache, which changes when the stored set does; None for a set that needs no cache.
-        decode: decode(split, images, labels) fills arrays of a whole stored split, and resizes to the size of `images`.
+        decode: decode(split, images, labels) fills arrays of a whole stored split with its images, at their size, and
+            the labels of the kind `label`.
+        read_labels: read_labels(split, kind, labels) fills an array with the labels of another kind.
     """
 
     name: str
     sizes: Mapping[str, int]
-    class_names: tuple[str, ...]
+    labels: Mapping[str, tuple[str, ...]]
     shape: tuple[int | None, int | None, int]
     key: str | None
     decode: Callable[[str, np.ndarray, np.ndarray], None]
+    read_labels: Callable[[str, str, np.ndarray], None]
 
 
 def load(
@@ -89,6 +125,7 @@ def load(
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     image_size: ImageSize = None,
+    labels: Sequence[str] = (LABEL,),
 ) -> Source:
     """Opens a part of a data set; the first time, decodes (for CIFAR, downloads and prepares) it.
 
@@ -99,17 +136,21 @@ def load(
         cache_dir: where decoded images are kept; by default $XDG_CACHE_HOME/vit_jax/data, else ~/.cache/vit_jax/data.
         image_size: pixels of a side, or (height, width): images are scaled to cover it and cropped at the centre.
             None leaves them as they are, which a set of images of different sizes does not allow.
+        labels: the kinds of label that are wanted, the first one first: `label`, or what the set has besides, as
+            CIFAR-100's `coarse_label`.
 
     Raises:
         UserError: an unknown or unprepared set, one without images and labels of the supported kind, a bad split
-            expression, or images of different sizes without `image_size`.
+            expression, a kind of label that it does not have, or images of different sizes without `image_size`.
     """
     data_dir = _data_dir(data_dir)
     archive = _missing_archive(name, data_dir)
     if archive:
         split_expressions.parse(split, archive.sizes)  # a mistake is worth knowing before a download
+        _check_labels(name, archive.label_keys, labels)
         prepare.prepare(archive, data_dir=data_dir)
     description = _describe(name, data_dir)
+    _check_labels(name, description.labels, labels)
     pieces = split_expressions.parse(split, description.sizes)
     size = _target_size(description, image_size)
     root = cache.default_dir() if cache_dir is None else Path(cache_dir).expanduser()
@@ -118,11 +159,45 @@ def load(
     if reference not in stored:
         stored[reference] = _stored_split(description, reference, size, root)
     mean, std = cache.mean_and_std(stored[reference])
-    parts = [(stored[p.split].images[p.start : p.stop], stored[p.split].labels[p.start : p.stop]) for p in pieces]
-    images, labels = parts[0] if len(parts) == 1 else (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    images = _join([stored[piece.split].images[piece.start : piece.stop] for piece in pieces])
+    first, *others = (_label_set(description, kind, pieces, stored, split) for kind in labels)
+    others = dict(zip(labels[1:], others, strict=True))
+    return Source(name, split, images, first.labels, first.class_names, mean, std, labels[0], others, pieces)
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _label_set(
+    description: Description,
+    kind: str,
+    pieces: tuple[split_expressions.Piece, ...],
+    stored: Mapping[str, cache.Arrays],
+    split: str,
+) -> LabelSet:
+    """The labels of one kind, of all the examples."""
+    parts = []
+    for piece in pieces:
+        whole = stored[piece.split].labels
+        if kind != LABEL:
+            fill = functools.partial(description.read_labels, piece.split, kind)
+            whole = cache.more_labels(stored[piece.split].folder, kind, len(whole), fill)
+        parts.append(whole[piece.start : piece.stop])
+    labels = _join(parts)
     if labels.min() < 0:
-        raise UserError(f"data set {name!r}: the split {split!r} has examples without a label; choose another split.")
-    return Source(name, split, images, labels, description.class_names, mean, std)
+        raise UserError(
+            f"data set {description.name!r}: the split {split!r} has examples without a {kind}; choose another split."
+        )
+    return LabelSet(labels, description.labels[kind])
+
+
+def _check_labels(name: str, known: Collection[str], labels: Sequence[str]) -> None:
+    for kind in labels:
+        if kind not in known:
+            raise UserError(f"config.data.labels: {name} has no {kind!r}\n  it has: {', '.join(known)}")
+    if len(set(labels)) < len(labels):
+        raise UserError(f"config.data.labels: {', '.join(labels)} names one twice")
 
 
 def check(
@@ -132,6 +207,7 @@ def check(
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     image_size: ImageSize = None,
+    labels: Sequence[str] = (LABEL,),
 ) -> tuple[int, int, int]:
     """Finds out within two seconds, decoding nothing, whether `load` can be expected to work for all these splits.
 
@@ -149,13 +225,20 @@ def check(
     if archive:
         for split in splits:
             split_expressions.parse(split, archive.sizes)
+        _check_labels(name, archive.label_keys, labels)
         prepare.check_reachable(archive)
         return (*_size(prepare.SHAPE, image_size), prepare.SHAPE[2])
     description = _describe(name, data_dir)
+    _check_labels(name, description.labels, labels)
     size = _target_size(description, image_size)
     for split in splits:
         split_expressions.parse(split, description.sizes)
     return (*size, description.shape[2])
+
+
+def kinds(name: str, data_dir: str | os.PathLike | None = None) -> tuple[str, ...]:
+    """The kinds of label that a prepared set has, `label` first."""
+    return tuple(_describe(name, _data_dir(data_dir)).labels)
 
 
 def _data_dir(data_dir: str | os.PathLike | None) -> Path:
@@ -216,8 +299,12 @@ def describe_digits() -> Description:
         images_out[:] = np.stack([resize_and_crop(image, images_out.shape[1:3]) for image in scaled])
         labels_out[:] = labels[chosen[split]]
 
+    def read_labels(split: str, kind: str, labels_out: np.ndarray) -> None:
+        labels_out[:] = labels[chosen[split]] % 2  # of the kinds besides `label` there is this one alone
+
     sizes = {split: len(indices) for split, indices in chosen.items()}
-    return Description("digits", sizes, tuple("0123456789"), (8, 8, 1), None, decode)
+    names = {LABEL: tuple("0123456789"), "parity": ("even", "odd")}
+    return Description("digits", sizes, names, (8, 8, 1), None, decode, read_labels)
 
 
 def digits_split(
@@ -253,14 +340,15 @@ def describe_tfds(name: str, data_dir: Path) -> Description:
     builder = _builder(name, data_dir)
     if builder is None:
         raise _not_prepared(name, data_dir)
-    image, label = _features(name, builder)
+    image, labels = _features(name, builder)
     stored = {split: info for split, info in builder.info.splits.items() if info.num_examples}
     missing = [path for info in stored.values() for path in info.filepaths if not path.exists()]
     if missing:
         raise UserError(f"data set {name!r}: {missing[0]} is missing.\nRemove {builder.data_dir} and prepare it again.")
     sizes = {split: info.num_examples for split, info in stored.items()}
     key = f"{builder.info.full_name.replace('/', '_')}-{_fingerprint(builder)}"
-    return Description(name, sizes, tuple(label.names), image.shape, key, functools.partial(_decode_records, builder))
+    decode, read_labels = functools.partial(_decode_records, builder), functools.partial(_read_labels, builder)
+    return Description(name, sizes, labels, image.shape, key, decode, read_labels)
 
 
 def _builder(name: str, data_dir: Path):
@@ -298,7 +386,7 @@ def _wrong_format(name: str, builder) -> UserError:
 
 
 def _features(name: str, builder):
-    """The features `image` and `label`, checked to be of the kind that is read here."""
+    """The feature `image`, checked to be of the kind that is read here, and the class names of each label there is."""
     import tensorflow_datasets as tfds
 
     features = dict(builder.info.features.items())
@@ -313,7 +401,8 @@ def _features(name: str, builder):
             f"data set {name!r}: its images are {image.np_dtype} of shape {image.shape}; "
             "8-bit images of 1, 3 or 4 channels are needed."
         )
-    return image, label
+    kinds = {key: value for key, value in features.items() if isinstance(value, tfds.features.ClassLabel)}
+    return image, {key: tuple(kinds[key].names) for key in (LABEL, *(key for key in kinds if key != LABEL))}
 
 
 def _not_prepared(name: str, data_dir: Path) -> UserError:
@@ -369,6 +458,16 @@ def _decode_records(builder, split: str, images: np.ndarray, labels: np.ndarray)
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         for _ in threads.map(work, range(0, len(labels), _CHUNK)):
             pass
+
+
+def _read_labels(builder, split: str, kind: str, labels: np.ndarray) -> None:
+    """Reads the labels of one kind of a whole stored split; no image is decoded."""
+    import tensorflow_datasets as tfds
+
+    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record")
+    for start in range(0, len(labels), _CHUNK):
+        places = list(range(start, min(start + _CHUNK, len(labels))))
+        labels[places] = [example[kind] for example in records.__getitems__(places)]
 
 
 def _decode_image(encoded: bytes, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"]:

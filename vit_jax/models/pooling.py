@@ -114,3 +114,22 @@ class Heads(nn.Module):
     @nn.compact
     def __call__(self, features: Float[Array, "*leading width"]) -> dict[str, Float[Array, "*leading _"]]:
         return {name: Head(count, self.pre_logits, name=name)(features) for name, count in self.classes.items()}
+
+
+class HeadAlone(nn.Module):
+    """The head of a model without the model: logits of stored features, by the same parameters `head/...`.
+
+    Attributes:
+        classes: as of `VisionTransformer`, but not None.
+        pre_logits: likewise.
+    """
+
+    classes: int | Mapping[str, int]
+    pre_logits: int | None = None
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, "*leading width"], train: bool = False
+    ) -> Float[Array, "*leading classes"] | dict[str, Float[Array, "*leading _"]]:
+        head = Heads if isinstance(self.classes, Mapping) else Head
+        return head(self.classes, self.pre_logits, name="head")(features)

@@ -1,6 +1,6 @@
 """Evaluation of a whole split, exactly: every example once, whatever the batch size or the number of devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,10 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax.data import pipeline
-from vit_jax.data.augment import Augment
+from vit_jax.data.augment import AsTheyAre, Augment
+from vit_jax.models.pooling import HeadAlone
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import parallel
-from vit_jax.training.step import cross_entropy
+from vit_jax.training.losses import cross_entropy
 
 TOP = 5
 # Batches of a set that is sent rather than resident: enough to hide the dispatch, few enough to fit.
@@ -42,38 +43,83 @@ def score(
 
 
 def make_scorer(
-    model: VisionTransformer, augment: Augment, mesh: Mesh
-) -> Callable[[Any, pipeline.Feed, jax.Array], dict[str, jax.Array]]:
-    """The compiled function (parameters, feed, real [batches, batch]) -> sums as of `score` over all its batches."""
+    model: VisionTransformer | HeadAlone, augment: Augment | AsTheyAre, mesh: Mesh
+) -> Callable[[Any, pipeline.Feed, jax.Array], dict[str, Any]]:
+    """The compiled function (parameters, feed, real [batches, batch]) -> sums as of `score` over all its batches.
 
-    def run(parameters: Any, feed: pipeline.Feed, real: jax.Array) -> dict[str, jax.Array]:
-        def body(position: jax.Array, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            images, labels = pipeline.take(feed, position, parallel.spread(mesh))
-            logits = model.apply({"params": parameters}, augment.normalize(images))
-            return jax.tree.map(jnp.add, sums, score(logits, labels, real[position]))
+    Of a model with several heads, a dictionary of such sums.
+    """
 
-        zeros = {"examples": 0, "correct": 0, "top5": 0, "loss": 0.0}
+    def one(logits: Any, labels: Any, real: jax.Array) -> dict[str, Any]:
+        if isinstance(logits, Mapping):
+            return {name: score(logits[name], labels[name], real) for name in labels}
+        return score(logits, labels, real)
+
+    def run(parameters: Any, feed: pipeline.Feed, real: jax.Array) -> dict[str, Any]:
+        def body(position: jax.Array, sums: dict[str, Any]) -> dict[str, Any]:
+            inputs, labels = pipeline.take(feed, position, parallel.spread(mesh))
+            logits = model.apply({"params": parameters}, augment.normalize(inputs))
+            return jax.tree.map(jnp.add, sums, one(logits, labels, real[position]))
+
+        zeros = _zeros(model.classes)
         return jax.lax.fori_loop(0, real.shape[0], body, jax.tree.map(jnp.asarray, zeros))
 
     return jax.jit(run, out_shardings=parallel.replicated(mesh))
 
 
+def extract(
+    model: VisionTransformer, augment: Augment, parameters: Any, batches: pipeline.Pipeline, batch_size: int
+) -> Iterator[Float[np.ndarray, "examples *features"]]:
+    """What a model makes of every example of a source, in order, some batches at a time; no augmentation, no dropout.
+
+    With a model whose `classes` is None, these are features.
+    """
+
+    def run(parameters: Any, feed: pipeline.Feed) -> jax.Array:
+        def one(position: jax.Array) -> jax.Array:
+            inputs, _ = pipeline.take(feed, position, parallel.spread(batches.mesh))
+            return model.apply({"params": parameters}, augment.normalize(inputs))
+
+        return jax.lax.map(one, jnp.arange(rows))
+
+    indices, real = pipeline.evaluation_indices(batch_size, len(batches.source))
+    rows = min(BATCHES_A_DISPATCH, len(indices))
+    compiled = jax.jit(run, out_shardings=parallel.replicated(batches.mesh))
+    for start in range(0, len(indices), rows):
+        part, present = indices[start : start + rows], real[start : start + rows]
+        features = np.asarray(compiled(parameters, batches.feed(np.pad(part, ((0, rows - len(part)), (0, 0))))))
+        yield features[: len(part)].reshape(-1, *features.shape[2:])[present.ravel()]
+
+
+def _zeros(classes: int | Mapping[str, int]) -> dict[str, Any]:
+    zeros = {"examples": 0, "correct": 0, "top5": 0, "loss": 0.0}
+    return {name: dict(zeros) for name in classes} if isinstance(classes, Mapping) else zeros
+
+
 def evaluate(
     scorer: Callable, parameters: Any, batches: pipeline.Pipeline, batch_size: int, split: str
 ) -> dict[str, float | int]:
-    """Metrics of the whole split, named '<split>/accuracy', '/top5', '/loss' (means) and '/examples' (a count)."""
+    """Metrics of the whole split, named '<split>/accuracy', '/top5', '/loss' (means) and '/examples' (a count).
+
+    With several heads these are the first one's, and '<split>/<head>/accuracy', '/top5' and '/loss' are each one's.
+    """
     indices, real = pipeline.evaluation_indices(batch_size, len(batches.source))
     rows = len(indices) if batches.resident is not None else min(BATCHES_A_DISPATCH, len(indices))
-    totals = {"examples": 0, "correct": 0, "top5": 0, "loss": 0.0}
+    totals = _zeros(batches.source.classes())
     for start in range(0, len(indices), rows):
         part, present = indices[start : start + rows], real[start : start + rows]
         missing = ((0, rows - len(part)), (0, 0))  # the last dispatch is filled up, so that one program serves all
         sums = scorer(parameters, batches.feed(np.pad(part, missing)), np.pad(present, missing))
-        totals = {name: totals[name] + sums[name].item() for name in totals}
-    count = totals["examples"]
-    return {
-        f"{split}/accuracy": totals["correct"] / count,
-        f"{split}/top5": totals["top5"] / count,
-        f"{split}/loss": totals["loss"] / count,
-        f"{split}/examples": count,
-    }
+        totals = jax.tree.map(lambda total, more: total + more.item(), totals, sums)
+    if not batches.source.others:
+        return {**_means(split, totals), f"{split}/examples": totals["examples"]}
+    first = totals[batches.source.label]
+    metrics = {**_means(split, first), f"{split}/examples": first["examples"]}
+    for name in batches.source.classes():
+        metrics |= _means(f"{split}/{name}", totals[name])
+    return metrics
+
+
+def _means(prefix: str, sums: dict[str, float | int]) -> dict[str, float]:
+    names = {"accuracy": "correct", "top5": "top5", "loss": "loss"}
+    return {f"{prefix}/{metric}": sums[name] / sums["examples"] for metric, name in names.items()}

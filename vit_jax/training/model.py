@@ -1,5 +1,7 @@
 """From the model section of a config to a model."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
@@ -9,12 +11,12 @@ from vit_jax.models import variants
 from vit_jax.models.vit import VisionTransformer
 
 
-def build(section: ConfigDict, classes: int, dtype: Dtype | None) -> VisionTransformer:
+def build(section: ConfigDict, classes: int | Mapping[str, int], dtype: Dtype | None) -> VisionTransformer:
     """The model that `config.model` describes, for so many classes.
 
     Args:
         section: `config.model`.
-        classes: number of logits.
+        classes: number of logits; of several heads, by name.
         dtype: arithmetic; None decides as `section.dtype` says.
 
     Raises:

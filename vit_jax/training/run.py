@@ -1,20 +1,24 @@
 """A config turned into the parts of a run, checked against its data and the devices before anything is compiled."""
 
 import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax.data import pipeline, sources
-from vit_jax.data.augment import Augment
+from vit_jax.data import pipeline, sources, stored
+from vit_jax.data.augment import AsTheyAre, Augment
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
+from vit_jax.models.pooling import HeadAlone
 from vit_jax.models.vit import VisionTransformer, token_grid
+from vit_jax.training import freezing, losses, parallel
 from vit_jax.training import model as models
 from vit_jax.training import optimizer as optimizers
-from vit_jax.training import parallel
 from vit_jax.training import state as states
 from vit_jax.training.state import TrainState
 
@@ -27,24 +31,25 @@ class Run:
         config: what it was built from.
         mesh: the devices.
         sources: by role: 'train', 'validation' (where there is one), 'test'.
+        image_shape: height, width and channels.
         model: for the set's classes.
+        applied: what steps and evaluation apply: the model, or its head alone where features are stored.
         augment: for the set's channels; in the model's dtype.
         steps: updates in all.
         optimizer: the chain.
+        mask: True where a parameter is trained; None where all are.
     """
 
     config: ConfigDict
     mesh: Mesh
     sources: dict[str, Source]
+    image_shape: tuple[int, int, int]
     model: VisionTransformer
-    augment: Augment
+    applied: VisionTransformer | HeadAlone
+    augment: Augment | AsTheyAre
     steps: int
     optimizer: optax.GradientTransformation
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels."""
-        return self.sources["train"].images.shape[1:]
+    mask: Any | None
 
     @property
     def steps_an_epoch(self) -> float:
@@ -66,13 +71,17 @@ class Run:
         everywhere = parallel.replicated(self.mesh)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
 
-    def initial_state(self) -> TrainState:
-        """The state before the first step, on every device."""
-        return jax.jit(self._create, out_shardings=parallel.replicated(self.mesh))()
+    def initial_state(self, parameters: Any | None = None) -> TrainState:
+        """The state before the first step, on every device; from `parameters` where they are given."""
+        arguments = () if parameters is None else (parameters,)
+        return jax.jit(self._create, out_shardings=parallel.replicated(self.mesh))(*arguments)
 
-    def _create(self) -> TrainState:
+    def _create(self, parameters: Any | None = None) -> TrainState:
+        if parameters is None:
+            parameters = states.initialize(self.model, self.image_shape, self.config.train.seed)
         average = self.config.optimizer.average_decay > 0
-        return states.create(self.model, self.optimizer, self.image_shape, self.config.train.seed, average)
+        names = losses.metric_names(losses.loss_weights(self.config))
+        return states.create(parameters, self.optimizer, average, names, self.mask)
 
 
 def check(config: ConfigDict) -> Mesh:
@@ -90,8 +99,11 @@ def check(config: ConfigDict) -> Mesh:
 def check_data(config: ConfigDict, splits: list[str]) -> Mesh:
     """As `check`, for these splits, and whatever the batch size is."""
     mesh, data = parallel.make_mesh(config.mesh.devices), config.data
-    shape = sources.check(data.name, splits, data_dir=data.dir, cache_dir=data.cache_dir, image_size=data.image_size)
-    _check_patch(config, shape)
+    if data.features:
+        stored.find(Path(data.features).expanduser(), "train")
+        return mesh
+    where = {"data_dir": data.dir, "cache_dir": data.cache_dir, "image_size": data.image_size}
+    _check_patch(config, sources.check(data.name, splits, labels=losses.label_kinds(data), **where))
     return mesh
 
 
@@ -119,15 +131,42 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) 
     Raises:
         UserError: the data cannot be had, or does not go with the model.
     """
-    data = config.data
+    data, kinds = config.data, losses.label_kinds(config.data)
     if splits is None:
         splits = {role: data[role] for role in ("train", "validation", "test") if data[role]}
-    loaded = {
-        role: sources.load(data.name, split, data_dir=data.dir, cache_dir=data.cache_dir, image_size=data.image_size)
-        for role, split in splits.items()
-    }
+    if data.features:
+        loaded, image_shape = _stored(config, splits)
+    else:
+        where = {"data_dir": data.dir, "cache_dir": data.cache_dir, "image_size": data.image_size}
+        loaded = {role: sources.load(data.name, split, labels=kinds, **where) for role, split in splits.items()}
+        image_shape = loaded["train"].images.shape[1:]
     train = loaded["train"]
-    model = models.build(config.model, classes=len(train.class_names), dtype=None)
-    augment = Augment(train.mean, train.std, dtype=model.dtype, **config.augment.to_dict())
+    model = models.build(config.model, classes=train.classes(), dtype=None)
+    if data.features:
+        applied, augment = HeadAlone(model.classes, model.pre_logits), AsTheyAre()
+    else:
+        applied, augment = model, Augment(train.mean, train.std, dtype=model.dtype, **config.augment.to_dict())
     steps = config.train.steps or max(1, round(config.train.epochs * len(train) / config.train.batch_size))
-    return Run(config, mesh, loaded, model, augment, steps, optimizers.make(config.optimizer, steps))
+    shapes = jax.eval_shape(lambda: states.initialize(model, image_shape, 0))
+    mask = freezing.trained(config.optimizer, shapes)
+    optimizer = optimizers.make(config.optimizer, steps)
+    return Run(config, mesh, loaded, image_shape, model, applied, augment, steps, optimizer, mask)
+
+
+def _stored(config: ConfigDict, roles: Iterable[str]) -> tuple[dict[str, Source], tuple[int, int, int]]:
+    """The stored features of each role, and the shape of the images that they are of."""
+    folder, kinds = Path(config.data.features).expanduser(), losses.label_kinds(config.data)
+    read = {role: stored.read(stored.find(folder, role)) for role in roles}
+    return {role: features.source(kinds) for role, features in read.items()}, read["train"].image_shape
+
+
+def check_features(config: ConfigDict, parameters: Any, roles: Iterable[str]) -> None:
+    """Raises UserError where stored features are not those of these parameters' backbone."""
+    digest = freezing.backbone_digest(parameters)
+    for role in roles:
+        features = stored.read(stored.find(Path(config.data.features).expanduser(), role))
+        if features.backbone != digest:
+            raise UserError(
+                f"config.data.features: {features.path} was computed by another backbone\n"
+                f"  than {config.checkpoint.init_from} has; make it again from that: python -m vit_jax.features --help"
+            )

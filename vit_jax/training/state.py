@@ -1,5 +1,6 @@
 """All that training carries from one step to the next, and all that a checkpoint holds."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -8,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.models.vit import VisionTransformer
-
-METRICS = ("loss", "accuracy", "gradient_norm")
+from vit_jax.training import freezing
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -36,25 +36,37 @@ class TrainState(flax.struct.PyTreeNode):
         return self.parameters if self.averaged is None else self.averaged
 
 
+def initialize(model: VisionTransformer, image_shape: tuple[int, int, int], seed: int) -> Any:
+    """The model's parameters at random, for images of (height, width, channels)."""
+    return model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
+
+
 def create(
-    model: VisionTransformer,
+    parameters: Any,
     optimizer: optax.GradientTransformation,
-    image_shape: tuple[int, int, int],
-    seed: int,
     average: bool,
+    metrics: Sequence[str],
+    mask: Any | None = None,
 ) -> TrainState:
-    """The state before the first step, for images of (height, width, channels)."""
-    parameters = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
+    """The state before the first step.
+
+    Args:
+        parameters: to start from.
+        optimizer: the chain.
+        average: whether averaged parameters are kept.
+        metrics: the names of what steps record.
+        mask: True where a parameter is trained, None for all of them; the optimiser keeps nothing for the others.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         parameters=parameters,
-        optimizer=optimizer.init(parameters),
+        optimizer=optimizer.init(freezing.select(parameters, mask)),
         # A copy: two leaves of the state must not share a buffer that is then donated twice.
         averaged=jax.tree.map(jnp.copy, parameters) if average else None,
-        metrics=empty_metrics(),
+        metrics=empty_metrics(metrics),
     )
 
 
-def empty_metrics() -> dict[str, jax.Array]:
+def empty_metrics(names: Sequence[str]) -> dict[str, jax.Array]:
     """Sums over no steps."""
-    return {name: jnp.zeros((), jnp.float32) for name in (*METRICS, "count")}
+    return {name: jnp.zeros((), jnp.float32) for name in (*names, "count")}

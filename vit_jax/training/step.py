@@ -1,6 +1,6 @@
 """The loss, one update, and many updates in one dispatch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,49 +12,51 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from vit_jax.data import pipeline
-from vit_jax.data.augment import Augment
+from vit_jax.data.augment import AsTheyAre, Augment
+from vit_jax.data.sources import LABEL
+from vit_jax.models.pooling import HeadAlone
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import parallel
+from vit_jax.training import freezing, losses, parallel
 from vit_jax.training.state import TrainState, empty_metrics
 
 Gradients = Any
 
 
-def cross_entropy(
-    logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
-) -> Float[Array, " batch"]:
-    """Softmax cross-entropy of each example against class probabilities, in float32."""
-    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
-
-
 def make_update(
-    model: VisionTransformer, optimizer: optax.GradientTransformation, augment: Augment, config: ConfigDict, mesh: Mesh
+    model: VisionTransformer | HeadAlone,
+    optimizer: optax.GradientTransformation,
+    augment: Augment | AsTheyAre,
+    config: ConfigDict,
+    mesh: Mesh,
+    mask: Any | None = None,
 ) -> Callable[[TrainState, pipeline.Feed, np.ndarray], tuple[TrainState, dict[str, jax.Array]]]:
     """The compiled function (state, feed, count) -> (state after `count` steps, metrics since the last record).
 
     The number of steps is an argument, not a constant: one program serves every dispatch, so where a run is cut into
     dispatches changes no bit of it. The state is donated; batches are spread over the mesh, all else is replicated.
+    `mask` is True where a parameter is trained (see `freezing`); None for all of them.
     """
-    run_key = jax.random.key(config.train.seed)
+    run_key, weights = jax.random.key(config.train.seed), losses.loss_weights(config)
 
-    def step(state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
+    def step(state: TrainState, inputs: jax.Array, labels: Any) -> TrainState:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(run_key, state.step))
-        targets = jax.nn.one_hot(labels, model.classes)
-        batch = augment(augment_key, images, optax.smooth_labels(targets, config.train.label_smoothing))
-        parts = config.train.accumulation
-        gradients, metrics = accumulate(model, state.parameters, *batch, dropout_key, parts)
+        batch = augment(augment_key, inputs, make_targets(labels, model.classes, config.train.label_smoothing))
+        chosen = freezing.select(state.parameters, mask)
+        gradients, metrics = accumulate(
+            model, state.parameters, *batch, dropout_key, config.train.accumulation, weights, mask
+        )
         metrics["gradient_norm"] = optax.global_norm(gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, chosen)
+        chosen = optax.apply_updates(chosen, updates)
         # Sums begin anew behind each record, at steps that depend on the step alone.
-        begins = state.step % config.log.every == 0
-        sums = jax.tree.map(lambda old, new: jnp.where(begins, new, old), state.metrics, empty_metrics())
+        begins, zeros = state.step % config.log.every == 0, empty_metrics(losses.metric_names(weights))
+        sums = jax.tree.map(lambda old, new: jnp.where(begins, new, old), state.metrics, zeros)
         metrics["count"] = jnp.ones(())
         return TrainState(
             step=state.step + 1,
-            parameters=parameters,
+            parameters=freezing.merge(chosen, state.parameters),
             optimizer=optimizer_state,
-            averaged=average(state.averaged, parameters, state.step, config.optimizer.average_decay),
+            averaged=average(state.averaged, chosen, state.step, config.optimizer.average_decay),
             metrics={name: sums[name] + metrics[name] for name in sums},
         )
 
@@ -71,45 +73,61 @@ def make_update(
     return jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere))
 
 
+def make_targets(labels: Any, classes: Any, smoothing: float) -> losses.Logits:
+    """Class probabilities [batch, classes] of labels [batch], smoothed; of a dictionary of labels, one of them."""
+    if isinstance(labels, Mapping):
+        return {name: make_targets(labels[name], classes[name], smoothing) for name in labels}
+    return optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
+
+
 def accumulate(
-    model: VisionTransformer,
+    model: VisionTransformer | HeadAlone,
     parameters: Any,
-    inputs: Float[Array, "batch height width channels"],
-    targets: Float[Array, "batch classes"],
+    inputs: Float[Array, "batch *example"],
+    targets: losses.Logits,
     key: PRNGKeyArray,
     parts: int,
+    weights: Mapping[str, float] | None = None,
+    mask: Any | None = None,
 ) -> tuple[Gradients, dict[str, jax.Array]]:
-    """The batch's mean gradient, loss and accuracy, summed over `parts` microbatches, each with its own dropout key."""
+    """The batch's mean gradient and metrics, summed over `parts` microbatches, each with its own dropout key.
 
-    def loss(parameters: Any, inputs: jax.Array, targets: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
-        logits = model.apply({"params": parameters}, inputs, train=True, rngs={"dropout": key})
-        mean = cross_entropy(logits, targets).mean()
-        return mean / parts, {"loss": mean / parts, "accuracy": accuracy(logits, targets) / parts}
+    The gradient is that of the trained parameters (`mask`), with None for the others; nothing is computed for those.
+    """
+    weights = weights or {LABEL: 1.0}
+    # What is never updated has no use for noise: heads learn from the features that they will see.
+    train = not freezing.only_head(mask)
 
-    differentiate = jax.grad(loss, has_aux=True)
+    def loss(chosen: Any, inputs: jax.Array, targets: losses.Logits, key: jax.Array) -> tuple[jax.Array, dict]:
+        whole = freezing.merge(chosen, parameters)
+        logits = model.apply({"params": whole}, inputs, train=train, rngs={"dropout": key})
+        total, metrics = losses.measure(logits, targets, weights)
+        return total / parts, jax.tree.map(lambda metric: metric / parts, metrics)
+
+    differentiate, chosen = jax.grad(loss, has_aux=True), freezing.select(parameters, mask)
     if parts == 1:
-        return differentiate(parameters, inputs, targets, jax.random.fold_in(key, 0))
+        return differentiate(chosen, inputs, targets, jax.random.fold_in(key, 0))
 
-    def split(array: jax.Array) -> jax.Array:
+    def pick(part: jax.Array) -> Callable[[jax.Array], jax.Array]:
         # Every parts-th example, so that each device's share of a microbatch is already its own.
-        return array.reshape(array.shape[0] // parts, parts, *array.shape[1:])
+        split = lambda array: array.reshape(array.shape[0] // parts, parts, *array.shape[1:])  # noqa: E731
+        return lambda array: jax.lax.dynamic_index_in_dim(split(array), part, 1, keepdims=False)
 
     def one(part: jax.Array) -> tuple[Gradients, dict]:
-        here = [jax.lax.dynamic_index_in_dim(split(array), part, 1, keepdims=False) for array in (inputs, targets)]
-        return differentiate(parameters, *here, jax.random.fold_in(key, part))
+        here = jax.tree.map(pick(part), (inputs, targets))
+        return differentiate(chosen, *here, jax.random.fold_in(key, part))
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, 0))
     return jax.lax.fori_loop(0, parts, lambda part, sums: jax.tree.map(jnp.add, sums, one(part)), zeros)
 
 
-def accuracy(logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]) -> Float[Array, ""]:
-    """Share of examples whose largest logit stands where their largest target does."""
-    return (logits.argmax(axis=-1) == targets.argmax(axis=-1)).astype(jnp.float32).mean()
+def average(averaged: Any, chosen: Any, step: Int[Array, ""], decay: float) -> Any:
+    """Polyak averaging (arXiv 2010.11929, appendix B.1.1): the decay grows from 0.1 to `decay`, as step allows.
 
-
-def average(averaged: Any, parameters: Any, step: Int[Array, ""], decay: float) -> Any:
-    """Polyak averaging (arXiv 2010.11929, appendix B.1.1): the decay grows from 0.1 to `decay`, as step allows."""
+    `chosen` are the parameters, with None for those that are frozen: their average is what they are.
+    """
     if averaged is None:
         return None
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return optax.incremental_update(parameters, averaged, 1 - decay)
+    one = lambda new, old: None if new is None else optax.incremental_update(new, old, 1 - decay)  # noqa: E731
+    return freezing.merge(jax.tree.map(one, chosen, averaged, is_leaf=lambda leaf: leaf is None), averaged)

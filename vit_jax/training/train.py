@@ -10,14 +10,15 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 import vit_jax
+from vit_jax import weights
 from vit_jax.data import pipeline
 from vit_jax.models.summary import forward_flops
-from vit_jax.training import evaluate, hardware, optimizer, parallel, records, workdir
+from vit_jax.training import evaluate, freezing, hardware, losses, optimizer, parallel, records, workdir
 from vit_jax.training import run as runs
 from vit_jax.training.checkpoint import METRIC, Checkpoints
 from vit_jax.training.meter import Meter
 from vit_jax.training.run import Run
-from vit_jax.training.state import METRICS, TrainState
+from vit_jax.training.state import TrainState
 from vit_jax.training.step import make_update
 
 WRITTEN = (records.SUMMARY, records.METRICS, records.CONFIG, records.ENVIRONMENT, "TensorBoard events", "checkpoints/")
@@ -61,6 +62,15 @@ def describe(summary: dict[str, Any]) -> str:
     )
 
 
+def _classes(run: Run) -> str:
+    """'10 classes', or '10 classes of label, 2 of parity'."""
+    source = run.sources["train"]
+    if not source.others:
+        return f"{source.classes()} classes"
+    first, *rest = source.classes().items()
+    return ", ".join([f"{first[1]} classes of {first[0]}", *(f"{count} of {name}" for name, count in rest)])
+
+
 class Trainer:
     """One run, from its newest checkpoint or its start to its end."""
 
@@ -74,21 +84,36 @@ class Trainer:
         """
         self.run, self.config, self.folder, self.checkpoints = run, run.config, folder, checkpoints
         resumed = bool(checkpoints.steps())
-        self.state: TrainState = checkpoints.restore(run.abstract_state()) if resumed else run.initial_state()
+        self.state: TrainState = checkpoints.restore(run.abstract_state()) if resumed else self._start()
         self.step = int(self.state.step)
         self.tested: dict[str, float | int] = {}
         self.schedule = optimizer.schedule(self.config.optimizer, run.steps)
         self.feeds = {role: run.feeds(role) for role in run.sources}
-        self.scorer = evaluate.make_scorer(run.model, run.augment, run.mesh)
+        self.scorer = evaluate.make_scorer(run.applied, run.augment, run.mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.parameters))
         self.flops = forward_flops(run.model, run.image_shape[:2], run.image_shape[2])
         peak = hardware.peak(run.mesh.devices.flat[0].device_kind)
-        peak = peak * run.mesh.size if peak else None
+        peak = peak * run.mesh.size if peak and run.applied is run.model else None
         seconds = checkpoints.metadata()["seconds"] if resumed else 0.0
-        self.meter = Meter(self.config.train.batch_size, 3 * self.flops, peak, seconds)
+        # Forward and twice that backward; below a frozen backbone's heads there is no backward pass.
+        passes = 1 if freezing.only_head(run.mask) else 3
+        self.meter = Meter(self.config.train.batch_size, passes * self.flops, peak, seconds)
+        self.names = losses.metric_names(losses.loss_weights(self.config))
         # A CPU is host and device in one: there each dispatch is read at once, and each record's speed is its own.
         self.overlaps = run.mesh.devices.flat[0].platform != "cpu"
         self.progress = records.Progress(run.steps, run.steps_an_epoch, enabled=parallel.is_main())
+
+    def _start(self) -> TrainState:
+        """The state before the first step: at random, or from another run's or other people's parameters."""
+        run, path = self.run, self.config.checkpoint.init_from
+        if path is None:
+            return run.initial_state()
+        parameters, report = weights.load_into(path, run.model, run.image_shape[:2], run.image_shape[2])
+        if parallel.is_main():
+            print(report, flush=True)
+        if self.config.data.features:
+            runs.check_features(self.config, parameters, run.sources)
+        return run.initial_state(parameters)
 
     def train(self) -> dict[str, Any]:
         """Runs to the end; returns what it writes to summary.json."""
@@ -111,13 +136,17 @@ class Trainer:
         say(parameter_overview.get_parameter_overview(self.state.parameters, include_stats=False))
         height, width, channels = run.image_shape
         sizes = ", ".join(f"{len(source):,} {role}" for role, source in run.sources.items())
-        say(f"data: {self.config.data.name}, {sizes}, {height}x{width}x{channels}, {run.model.classes} classes")
+        say(f"data: {self.config.data.name}, {sizes}, {height}x{width}x{channels}, {_classes(run)}")
         model = run.model
         say(
             f"model: patch {model.patch_size}, width {model.width}, depth {model.depth}, heads {model.heads}, MLP "
             f"{model.mlp_width}; {self.parameters:,} parameters, {self.flops / 1e9:.3g} GFLOP an image forward; "
             f"arithmetic in {model.dtype.name}"
         )
+        if run.mask is not None:
+            flags = zip(jax.tree.leaves(run.mask), jax.tree.leaves(self.state.parameters), strict=True)
+            count = sum(leaf.size for keep, leaf in flags if keep)
+            say(f"trained: {count:,} of {self.parameters:,} parameters; the others are frozen")
         start = f"going on at step {self.step:,} of" if self.step else "training for"
         epochs = run.steps / run.steps_an_epoch
         say(f"{start} {run.steps:,} steps of {self.config.train.batch_size} ({epochs:.1f} epochs), in {self.folder}")
@@ -125,7 +154,7 @@ class Trainer:
     def _compile(self) -> jax.stages.Compiled:
         run, began = self.run, time.monotonic()
         self.progress.say("compiling the training step ...")
-        update = make_update(run.model, run.optimizer, run.augment, self.config, run.mesh)
+        update = make_update(run.applied, run.optimizer, run.augment, self.config, run.mesh, run.mask)
         compiled = update.lower(self.state, self._feed(self.step), np.int32(0)).compile()
         self.progress.say(f"compiled in {time.monotonic() - began:.1f} s")
         return compiled
@@ -167,7 +196,7 @@ class Trainer:
         """Waits for a dispatch and shows it; what is to be recorded of it, if anything."""
         sums = {name: value.item() for name, value in jax.device_get(sums).items()}
         due = step == self.run.steps or step % self.config.log.every == 0
-        metrics = {f"train/{name}": sums[name] / sums["count"] for name in METRICS}
+        metrics = {f"train/{name}": sums[name] / sums["count"] for name in self.names}
         metrics["train/learning_rate"] = float(self.schedule(step - 1))
         metrics |= self.meter.speed(step, mark=due)
         self.progress.show(step, metrics, self.meter.left(step, self.run.steps), due)
@@ -212,8 +241,12 @@ class Trainer:
         size = self.run.evaluation_batch_size()
         metrics = evaluate.evaluate(self.scorer, self.state.for_evaluation(), self.feeds[role], size, role)
         accuracy, top5, loss, count = (metrics[f"{role}/{name}"] for name in ("accuracy", "top5", "loss", "examples"))
+        others = "".join(
+            f"; {name}: accuracy {100 * metrics[f'{role}/{name}/accuracy']:.2f} %"
+            for name in self.feeds[role].source.others
+        )
         self.progress.say(
             f"step {self.step}/{self.run.steps}  {role}: accuracy {100 * accuracy:.2f} %, top-5 {100 * top5:.2f} %, "
-            f"loss {loss:.4f} on {count:,} examples"
+            f"loss {loss:.4f}{others} on {count:,} examples"
         )
         return metrics

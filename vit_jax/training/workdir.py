@@ -11,7 +11,16 @@ from vit_jax.errors import UserError
 from vit_jax.training import records
 
 # What changes neither the numbers of a run nor the meaning of its checkpoints may differ when it goes on.
-FREE = ("log.", "checkpoint.", "mesh.", "data.dir", "data.cache_dir", "data.resident", "train.steps_per_dispatch")
+FREE = (
+    "log.",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "mesh.",
+    "data.dir",
+    "data.cache_dir",
+    "data.resident",
+    "train.steps_per_dispatch",
+)
 SHOWN = 4
 
 
