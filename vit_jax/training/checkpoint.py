@@ -1,38 +1,52 @@
-"""Saving and restoring the state with Orbax: in the background, the newest few and the best."""
+"""Saving and restoring the state: in the background, whole or not at all, the newest few and the best.
+
+Orbax writes the arrays. What it leaves to its callers is done here: a checkpoint carries digests of all that is in it
+and is verified when it is read; a damaged one is set aside and the next older one is taken; a save that fails costs
+nothing but itself; the newest and the best are kept, whatever is measured in between; files and directory entries are
+brought to the disk.
+"""
 
 import math
+import os
+import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
+import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.training import integrity
 from vit_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
+DAMAGED = "checkpoints-damaged"
 METRIC = "validation/accuracy"
+_WRITTEN = "_CHECKPOINT_METADATA"  # Orbax's, by which a checkpoint is known to be complete
+_SHOWN = 3
 
 
-def _rank(metrics: dict[str, float] | None) -> float:
-    value = (metrics or {}).get(METRIC, -math.inf)
-    return -math.inf if math.isnan(value) else value
+class Damaged(Exception):
+    """A checkpoint is not what was written; says how."""
 
 
-def _preservation(keep: int, keep_best: int) -> Any:
-    policies = ocp.training.preservation_policies
-    kept = [policies.LatestN(keep)]
-    if keep_best:
-        # Alone, the policy of the best would delete the newest: the two stand together.
-        best = policies.BestN(get_metric_fn=_rank, n=keep_best, keep_checkpoints_without_metrics=False)
-        kept.append(best)
-    return policies.AnyPreservationPolicy(kept)
+class SaveFailed(Exception):
+    """A save did not land; says why."""
 
 
 class Checkpoints:
     """The checkpoints of a workdir; a context manager that on leaving waits for the save under way."""
 
-    def __init__(self, workdir: Path, keep: int = 2, keep_best: int = 1, read_only: bool = False):
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int = 2,
+        keep_best: int = 1,
+        read_only: bool = False,
+        say: Callable[[str], None] = print,
+    ):
         """Opens, or starts, WORKDIR/checkpoints.
 
         Args:
@@ -40,69 +54,228 @@ class Checkpoints:
             keep: how many of the newest are kept.
             keep_best: how many of those with the best validation accuracy are kept besides.
             read_only: leave alone what another process may be writing there.
+            say: is told of damaged checkpoints.
         """
-        self._orbax = ocp.training.Checkpointer(
-            workdir.resolve() / FOLDER,
-            save_decision_policy=None,
-            preservation_policy=_preservation(keep, keep_best),
-            cleanup_tmp_directories=not read_only,
-        )
-        self._saving = None
+        self.folder = workdir.resolve() / FOLDER
+        self._aside = workdir.resolve() / DAMAGED
+        self._keep, self._keep_best, self._say = keep, keep_best, say
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._known: dict[int, dict[str, Any]] = {}  # what stands beside the arrays; it never changes
+        if not read_only and jax.process_index() == 0:
+            self._clean()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            self.wait()
-        finally:
-            self._orbax.close()
+        self._join()
+
+    def _clean(self) -> None:
+        """Removes what a process that was killed in the middle of a save, or of a removal, left behind."""
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.is_dir() and not (path.name.isdigit() and (path / _WRITTEN).exists()):
+                shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """The steps that there are checkpoints of, oldest first."""
-        return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+        entries = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(int(path.name) for path in entries if path.name.isdigit() and (path / _WRITTEN).exists())
 
     def best(self) -> tuple[int, float] | None:
         """The step with the best validation accuracy, and that; None where none was measured. Of equals, the newest."""
-        ranked = [(_rank(checkpoint.metrics), checkpoint.step) for checkpoint in self._orbax.checkpoints]
-        score, step = max(ranked, default=(-math.inf, 0))
+        score, step = max(((self._score(step), step) for step in self.steps()), default=(-math.inf, 0))
         return (step, score) if score > -math.inf else None
 
+    def _score(self, step: int) -> float:
+        try:
+            score = self._read_beside(step)["metrics"].get(METRIC, -math.inf)
+        except Damaged:
+            return -math.inf
+        return -math.inf if math.isnan(score) else score
+
     def metadata(self, step: int | None = None) -> dict[str, Any]:
-        """What was saved beside the state of a step (by default the newest): `config` and `seconds` of training."""
-        return self._orbax.metadata(step or self.steps()[-1]).custom_metadata
+        """What was saved beside the state of a step (by default the newest): `config`, `seconds` of training, ...
+
+        Raises:
+            UserError: there is no such checkpoint, or it is damaged.
+        """
+        try:
+            return self._read_beside(self._existing(step))["metadata"]
+        except Damaged as error:
+            raise UserError(str(error)) from error
+
+    def _existing(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            known = ", ".join(map(str, steps)) or "none"
+            wanted = "" if step is None else f" of step {step}"
+            raise UserError(f"{self.folder} has no checkpoint{wanted}\n  there are: {known}")
+        return steps[-1] if step is None else step
+
+    def _read_beside(self, step: int) -> dict[str, Any]:
+        """Metadata, metrics and digests of a checkpoint, as they were sealed."""
+        if step not in self._known:
+            from orbax.checkpoint import v1 as ocp
+
+            path = self.folder / str(step)
+            try:
+                content = ocp.checkpointables_metadata(path).custom_metadata
+            except Exception as error:  # Orbax raises many kinds for files that it cannot understand
+                raise Damaged(f"{path} is damaged: its metadata cannot be read ({_one_line(error)})") from error
+            if not integrity.is_sealed(content):
+                raise Damaged(f"{path} is damaged: its metadata are not those that were written")
+            self._known[step] = content
+        return self._known[step]
 
     def save(self, state: TrainState, metadata: dict, metrics: dict[str, float] | None = None) -> None:
-        """Starts a save of the state and what `metadata` is to return; back once the state may be overwritten."""
-        self.wait()
-        self._saving = self._orbax.save_checkpointables_async(
-            int(state.step), {"state": _without_none(state)}, force=True, metrics=metrics, custom_metadata=metadata
-        )
+        """Starts a save of the state and what `metadata` is to return; back once the state may be overwritten.
+
+        Raises:
+            SaveFailed: the save before this one did not land. This one is under way all the same.
+        """
+        self._join()
+        before, self._error = self._error, None
+        # A copy: the arrays are donated to the next step while this is written.
+        arrays = jax.tree.map(lambda leaf: np.array(jax.device_get(leaf)), _without_none(state))
+        metrics = {name: value for name, value in (metrics or {}).items() if not math.isnan(value)}
+        self._thread = threading.Thread(target=self._write, args=(arrays, metadata, metrics), name="save")
+        self._thread.start()
+        if before is not None:
+            raise SaveFailed(_one_line(before))
+
+    def _write(self, arrays: dict[str, Any], metadata: dict, metrics: dict[str, float]) -> None:
+        from orbax.checkpoint import v1 as ocp
+
+        try:
+            broken = integrity.not_finite(arrays)
+            if broken:
+                raise ValueError(f"not saved, since not finite: {', '.join(broken[:_SHOWN])}")
+            digests = integrity.digests(arrays)
+            content = integrity.seal({"metadata": metadata, "metrics": metrics, "digests": digests})
+            path = self.folder / str(int(arrays["step"]))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (path / _WRITTEN).exists():  # else: saved before, as where a stop meets a save that was due
+                ocp.save_checkpointables(path, {"state": arrays}, custom_metadata=content)
+            if jax.process_index() == 0:
+                integrity.to_disk(path)
+                self._drop_old()
+        except BaseException as error:
+            self._error = error
+
+    def _drop_old(self) -> None:
+        """Keeps the newest and the best."""
+        steps = self.steps()
+        ranked = sorted((step for step in steps if self._score(step) > -math.inf), key=lambda s: (self._score(s), s))
+        kept = {*steps[-self._keep :], *ranked[max(0, len(ranked) - self._keep_best) :]}
+        for step in set(steps) - kept:
+            # First out of sight, in one move: a kill in the middle must not leave half of one to be found.
+            doomed = self.folder / f"removing-{step}"
+            os.rename(self.folder / str(step), doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def wait(self) -> None:
-        """Waits for the save under way; raises what made it fail."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        """Waits for the save under way.
+
+        Raises:
+            SaveFailed: it did not land.
+        """
+        self._join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise SaveFailed(_one_line(error)) from error
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-        """The state of a step (by default the newest) with the shapes, types and shardings of `like`.
+        """The state of a step (by default the newest) with the shapes, types and shardings of `like`, verified.
 
         Args:
             like: arrays or jax.ShapeDtypeStruct.
             step: one of `steps()`.
 
         Raises:
-            UserError: there is no such checkpoint.
+            UserError: there is no such checkpoint, it is damaged, or it is that of another model.
         """
-        steps = self.steps()
-        if not steps or (step is not None and step not in steps):
-            known = ", ".join(map(str, steps)) or "none"
-            wanted = "" if step is None else f" of step {step}"
-            raise UserError(f"{self._orbax.directory} has no checkpoint{wanted}\n  there are: {known}")
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like)
-        loaded = self._orbax.load_checkpointables(step or steps[-1], {"state": _without_none(abstract)})["state"]
+        try:
+            return self._load(like, self._existing(step))
+        except Damaged as error:
+            raise UserError(f"{error}\n  verify all of them: python -m vit_jax.checkpoints verify DIR") from error
+
+    def restore_newest(self, like: TrainState) -> TrainState:
+        """The state of the newest checkpoint that is whole; damaged ones are set aside, and told of.
+
+        Raises:
+            UserError: there is none, or none is whole, or it is that of another model.
+        """
+        self._existing(None)
+        for step in reversed(self.steps()):
+            try:
+                return self._load(like, step)
+            except Damaged as error:
+                self._set_aside(step, error)
+        raise UserError(
+            f"no checkpoint in {self.folder} is whole; the damaged ones are in {self._aside}\n"
+            "  give another --workdir, or remove this one to train anew"
+        )
+
+    def _set_aside(self, step: int, error: Damaged) -> None:
+        goal = self._aside / str(step)
+        count = 0
+        while goal.exists():
+            count += 1
+            goal = self._aside / f"{step}-{count}"
+        if jax.process_index() == 0:
+            self._aside.mkdir(exist_ok=True)
+            os.rename(self.folder / str(step), goal)
+        self._known.pop(step, None)
+        self._say(f"{error}; set aside in {goal}")
+
+    def _load(self, like: TrainState, step: int) -> TrainState:
+        from orbax.checkpoint import v1 as ocp
+
+        path, content = self.folder / str(step), self._read_beside(step)
+        wanted = _without_none(like)
+        _check_kinds(path, {name: text.split(" ")[0] for name, text in content["digests"].items()}, wanted)
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), wanted
+        )
+        try:
+            loaded = ocp.load_checkpointables(path, {"state": abstract})["state"]
+            found = integrity.digests(loaded)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for files that they cannot understand
+            raise Damaged(f"{path} is damaged: it cannot be read ({_one_line(error)})") from error
+        changed = [name for name, text in content["digests"].items() if found.get(name) != text]
+        if changed:
+            raise Damaged(f"{path} is damaged: {_few(changed)} {'is' if len(changed) == 1 else 'are'} not as written")
         return like.replace(**loaded)
+
+
+def _check_kinds(path: Path, stored: dict[str, str], wanted: dict[str, Any]) -> None:
+    """Raises UserError where a whole checkpoint is that of another model, optimiser or version."""
+    wanted = {name: integrity.kind(leaf) for name, leaf in integrity.names_and_leaves(wanted).items()}
+    rows = [
+        f"{name}: {stored.get(name, 'not there')} -> {wanted.get(name, 'not there')}"
+        for name in sorted({*stored, *wanted})
+        if stored.get(name) != wanted.get(name)
+    ]
+    if rows:
+        raise UserError(
+            f"{path} is the state of another model or optimiser\n  saved -> wanted: {_few(rows)}\n"
+            "  give the config that it was saved with, or another --workdir"
+        )
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _without_none(state: TrainState) -> dict[str, Any]:

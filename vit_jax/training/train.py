@@ -84,7 +84,7 @@ class Trainer:
         """
         self.run, self.config, self.folder, self.checkpoints = run, run.config, folder, checkpoints
         resumed = bool(checkpoints.steps())
-        self.state: TrainState = checkpoints.restore(run.abstract_state()) if resumed else self._start()
+        self.state: TrainState = checkpoints.restore_newest(run.abstract_state()) if resumed else self._start()
         self.step = int(self.state.step)
         self.tested: dict[str, float | int] = {}
         self.schedule = optimizer.schedule(self.config.optimizer, run.steps)
