@@ -32,14 +32,13 @@ class Trained:
     state: "TrainState"
 
 
-def finish(action: Callable[[], object]) -> int:
-    """Runs a command; what it cannot do ends in its message and exit status 2."""
+def finish(action: Callable[[], int | None]) -> int:
+    """Runs a command and returns its exit status; what it cannot do ends in its message and status 2."""
     try:
-        action()
+        return action() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -151,7 +151,10 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "label_smoothing": Option(0.0, float, "share of the label spread over all classes", least=0, below=1),
         "evaluate_every": Option(0, int, "steps between evaluations; 0: at the end alone", least=0),
         "evaluation_batch_size": Option(None, int, "examples a step of evaluation; None: as batch_size", least=1),
-        "steps_per_dispatch": Option(50, int, "updates the device makes between two words with the host", least=1),
+        "steps_per_dispatch": Option(
+            50, int, "the most updates that the device makes between two words with the host", least=1
+        ),
+        "max_minutes": Option(None, float, "save and stop after so many minutes; the same command goes on", least=0),
     },
     "checkpoint": {
         "every": Option(0, int, "steps between checkpoints; 0: at the end alone", least=0),

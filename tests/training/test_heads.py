@@ -94,9 +94,7 @@ def test_the_optimiser_keeps_nothing_for_frozen_parameters(toy, make_config):
 def gradients(run, parameters, mask):
     inputs = run.augment.normalize(jnp.asarray(run.source.images[:16]))
     targets = jax.nn.one_hot(run.source.labels[:16], 4)
-    compiled = jax.jit(
-        lambda p: step.accumulate(run.model, p, inputs, targets, jax.random.key(0), 1, None, mask)
-    )
+    compiled = jax.jit(lambda p: step.accumulate(run.model, p, inputs, targets, jax.random.key(0), 1, None, mask))
     return compiled(parameters)[0]
 
 

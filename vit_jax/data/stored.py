@@ -118,7 +118,7 @@ def _beside(source: Source, about: dict) -> dict[str, np.ndarray]:
     """The arrays that are stored beside the features."""
     sets = {source.label: LabelSet(source.labels, source.class_names), **source.others}
     names = {kind: list(one.class_names) for kind, one in sets.items()}
-    about = {"name": source.name, "split": source.split, "class_names": names, **about}
+    about = {**about, "name": source.name, "split": source.split, "class_names": names}
     labels = {_key(kind): one.labels for kind, one in sets.items()}
     return {**labels, "ids": np.array(source.ids()), "about": np.array(json.dumps(about))}
 

@@ -82,6 +82,24 @@ class Checkpoints:
         entries = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(int(path.name) for path in entries if path.name.isdigit() and (path / _WRITTEN).exists())
 
+    def existing(self, step: int | None) -> int:
+        """The step, or the newest where None is given.
+
+        Raises:
+            UserError: there is no such checkpoint.
+        """
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            known = ", ".join(map(str, steps)) or "none"
+            wanted = "" if step is None else f" of step {step}"
+            raise UserError(f"{self.folder} has no checkpoint{wanted}\n  there are: {known}")
+        return steps[-1] if step is None else step
+
+    def score(self, step: int) -> float | None:
+        """The validation accuracy that was measured at a step."""
+        score = self._score(step)
+        return None if score == -math.inf else score
+
     def best(self) -> tuple[int, float] | None:
         """The step with the best validation accuracy, and that; None where none was measured. Of equals, the newest."""
         score, step = max(((self._score(step), step) for step in self.steps()), default=(-math.inf, 0))
@@ -101,17 +119,33 @@ class Checkpoints:
             UserError: there is no such checkpoint, or it is damaged.
         """
         try:
-            return self._read_beside(self._existing(step))["metadata"]
+            return self._read_beside(self.existing(step))["metadata"]
         except Damaged as error:
             raise UserError(str(error)) from error
 
-    def _existing(self, step: int | None) -> int:
-        steps = self.steps()
-        if not steps or (step is not None and step not in steps):
-            known = ", ".join(map(str, steps)) or "none"
-            wanted = "" if step is None else f" of step {step}"
-            raise UserError(f"{self.folder} has no checkpoint{wanted}\n  there are: {known}")
-        return steps[-1] if step is None else step
+    def beside(self, step: int) -> dict[str, Any]:
+        """All that was saved beside the arrays of a step: `metadata`, `metrics`, `digests`.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return self._read_beside(step)
+        except Damaged as error:
+            raise UserError(str(error)) from error
+
+    def damage(self, step: int) -> str | None:
+        """What is damaged of a checkpoint, in a line; None where it is whole. Reads every array."""
+        from orbax.checkpoint import v1 as ocp
+
+        path = self.folder / str(step)
+        try:
+            digests = self._read_beside(step)["digests"]
+            found = _digests(path, lambda: ocp.load_checkpointables(path)["state"])
+            _compare(path, digests, found)
+        except Damaged as error:
+            return str(error)
+        return None
 
     def _read_beside(self, step: int) -> dict[str, Any]:
         """Metadata, metrics and digests of a checkpoint, as they were sealed."""
@@ -174,6 +208,10 @@ class Checkpoints:
             os.rename(self.folder / str(step), doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
@@ -201,7 +239,7 @@ class Checkpoints:
             UserError: there is no such checkpoint, it is damaged, or it is that of another model.
         """
         try:
-            return self._load(like, self._existing(step))
+            return self._load(like, self.existing(step))
         except Damaged as error:
             raise UserError(f"{error}\n  verify all of them: python -m vit_jax.checkpoints verify DIR") from error
 
@@ -211,7 +249,7 @@ class Checkpoints:
         Raises:
             UserError: there is none, or none is whole, or it is that of another model.
         """
-        self._existing(None)
+        self.existing(None)
         for step in reversed(self.steps()):
             try:
                 return self._load(like, step)
@@ -243,15 +281,27 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), wanted
         )
-        try:
-            loaded = ocp.load_checkpointables(path, {"state": abstract})["state"]
-            found = integrity.digests(loaded)
-        except Exception as error:  # Orbax and TensorStore raise many kinds for files that they cannot understand
-            raise Damaged(f"{path} is damaged: it cannot be read ({_one_line(error)})") from error
-        changed = [name for name, text in content["digests"].items() if found.get(name) != text]
-        if changed:
-            raise Damaged(f"{path} is damaged: {_few(changed)} {'is' if len(changed) == 1 else 'are'} not as written")
+        loaded: dict[str, Any] = {}
+
+        def read() -> dict[str, Any]:
+            loaded.update(ocp.load_checkpointables(path, {"state": abstract})["state"])
+            return loaded
+
+        _compare(path, content["digests"], _digests(path, read))
         return like.replace(**loaded)
+
+
+def _digests(path: Path, read: Callable[[], Any]) -> dict[str, str]:
+    try:
+        return integrity.digests(read())
+    except Exception as error:  # Orbax and TensorStore raise many kinds for files that they cannot understand
+        raise Damaged(f"{path} is damaged: it cannot be read ({_one_line(error)})") from error
+
+
+def _compare(path: Path, written: dict[str, str], found: dict[str, str]) -> None:
+    changed = [name for name, text in written.items() if found.get(name) != text]
+    if changed:
+        raise Damaged(f"{path} is damaged: {_few(changed)} {'is' if len(changed) == 1 else 'are'} not as written")
 
 
 def _check_kinds(path: Path, stored: dict[str, str], wanted: dict[str, Any]) -> None:
@@ -279,5 +329,5 @@ def _one_line(error: BaseException) -> str:
 
 
 def _without_none(state: TrainState) -> dict[str, Any]:
-    fields = ("step", "parameters", "optimizer", "averaged", "metrics")
+    fields = ("step", "shift", "streak", "parameters", "optimizer", "averaged", "metrics")
     return {name: getattr(state, name) for name in fields if getattr(state, name) is not None}

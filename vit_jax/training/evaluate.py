@@ -17,8 +17,12 @@ from vit_jax.training import parallel
 from vit_jax.training.losses import cross_entropy
 
 TOP = 5
-# Batches of a set that is sent rather than resident: enough to hide the dispatch, few enough to fit.
-BATCHES_A_DISPATCH = 16
+# Enough to hide the dispatch; few enough to fit where batches are sent, and to stop soon when asked to.
+BATCHES_A_DISPATCH = 8
+
+
+class Interrupted(Exception):
+    """An evaluation was asked to stop before its end."""
 
 
 def score(
@@ -97,16 +101,26 @@ def _zeros(classes: int | Mapping[str, int]) -> dict[str, Any]:
 
 
 def evaluate(
-    scorer: Callable, parameters: Any, batches: pipeline.Pipeline, batch_size: int, split: str
+    scorer: Callable,
+    parameters: Any,
+    batches: pipeline.Pipeline,
+    batch_size: int,
+    split: str,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | int]:
     """Metrics of the whole split, named '<split>/accuracy', '/top5', '/loss' (means) and '/examples' (a count).
 
     With several heads these are the first one's, and '<split>/<head>/accuracy', '/top5' and '/loss' are each one's.
+
+    Raises:
+        Interrupted: `asked_to_stop()` was True before the end.
     """
     indices, real = pipeline.evaluation_indices(batch_size, len(batches.source))
-    rows = len(indices) if batches.resident is not None else min(BATCHES_A_DISPATCH, len(indices))
+    rows = min(BATCHES_A_DISPATCH, len(indices))
     totals = _zeros(batches.source.classes())
     for start in range(0, len(indices), rows):
+        if asked_to_stop():
+            raise Interrupted
         part, present = indices[start : start + rows], real[start : start + rows]
         missing = ((0, rows - len(part)), (0, 0))  # the last dispatch is filled up, so that one program serves all
         sums = scorer(parameters, batches.feed(np.pad(part, missing)), np.pad(present, missing))

@@ -43,6 +43,6 @@ def make(section: ConfigDict, steps: int) -> optax.GradientTransformation:
         "adam": [decay, adam],
         "sgd": [decay, optax.trace(section.momentum)],
     }[section.name]
-    if section.gradient_clip is not None:
-        rules = [optax.clip_by_global_norm(section.gradient_clip), *rules]
-    return optax.chain(*rules, optax.scale_by_learning_rate(schedule(section, steps)))
+    # The place of the clipping is taken in any case: a run may go on with or without it.
+    clip = optax.identity() if section.gradient_clip is None else optax.clip_by_global_norm(section.gradient_clip)
+    return optax.chain(clip, *rules, optax.scale_by_learning_rate(schedule(section, steps)))

@@ -1,5 +1,6 @@
 """What a run leaves behind and shows: metrics.jsonl, TensorBoard events, config.json, environment.json, progress."""
 
+import contextlib
 import io
 import json
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from vit_jax.training import events
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
@@ -76,16 +79,23 @@ class Records:
 
     def __init__(self, workdir: Path, step: int, tensorboard: bool, enabled: bool = True):
         """Opens the records of a run that stands at `step`; lines of later steps, which it will repeat, are cut off."""
+        self._path, self._enabled, self._tensorboard = workdir / METRICS, enabled, tensorboard
         self._file = self._writer = None
-        if not enabled:
+        self._backlog: list[str] = []
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        if not self._enabled:
             return
-        path = workdir / METRICS
-        cut_back(path, step)
-        self._file = open(path, "a")  # noqa: SIM115
-        if tensorboard:
+        cut_back(self._path, step)
+        self._file = open(self._path, "a")  # noqa: SIM115
+        self._whole = self._file.seek(0, os.SEEK_END)
+        if self._tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(workdir), purge_step=step + 1 if step else None, flush_secs=10)
+            for path in self._path.parent.glob("events.out.tfevents.*"):
+                events.cut_back(path, step)
+            self._writer = SummaryWriter(str(self._path.parent), flush_secs=10)
 
     def __enter__(self) -> "Records":
         return self
@@ -93,25 +103,63 @@ class Records:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line; it is with the operating system when this returns."""
-        if self._file is not None:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self._file.flush()
+    def write(self, step: int, metrics: dict[str, float]) -> str | None:
+        """Appends one line; it is with the operating system when this returns None.
+
+        Where the disk is full, the line is kept and written with a later one; why is returned.
+        """
+        if self._file is None:
+            return None
+        self._backlog.append(json.dumps({"step": step, **metrics}) + "\n")
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
+        return self._write_backlog()
+
+    def _write_backlog(self) -> str | None:
+        text = "".join(self._backlog)
+        try:
+            self._file.truncate(self._whole)  # what an earlier attempt left of a line
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            # The buffer of the failed file would be written again, in part, at any later chance.
+            self._reopen()
+            return error.strerror
+        self._whole += len(text.encode())
+        self._backlog.clear()
+        return None
+
+    def _reopen(self) -> None:
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, self._file.fileno())
+        os.close(descriptor)
+        self._file.close()
+        self._file = open(self._path, "a")  # noqa: SIM115
+
+    def cut_back(self, step: int) -> None:
+        """Drops all lines beyond `step`: the run has gone back to it."""
+        if self._file is None:
+            return
+        self.close()
+        self._backlog.clear()
+        self._open(step)
 
     def flush(self) -> None:
         """Brings all lines to the disk: what stands before a checkpoint must not be lost with the machine."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            if self._backlog:
+                self._write_backlog()
+            with contextlib.suppress(OSError):  # the checkpoint that follows will tell
+                os.fsync(self._file.fileno())
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
         """Flushes and closes both."""
         if self._file is not None:
+            if self._backlog:
+                self._write_backlog()
             self._file.close()
         if self._writer is not None:
             self._writer.close()

@@ -16,16 +16,22 @@ class TrainState(flax.struct.PyTreeNode):
     """The state after `step` updates.
 
     Attributes:
-        step: int32, updates made so far. Order, augmentation and dropout follow from the seed and this alone.
+        step: int32, steps made so far.
+        shift: int32, batches passed over behind bad numbers. Order, augmentation and dropout follow from the seed and
+            `step + shift`, the place in the run's endless sequence of batches.
+        streak: int32, steps in a row, up to now, whose update was left out for its bad numbers.
         parameters: of the model, float32.
         optimizer: optax's state.
         averaged: exponential average of the parameters, or None.
-        metrics: by name, float32 sums over the steps since the last record, and their `count`; here, and not with the
+        metrics: by name, float32 sums over the steps since the last record, and their `count`; steps with bad numbers
+            are not among them, but are counted as `skipped`; here, and not with the
             host, so that a resumed run writes the very records that the undisturbed one does.
     """
 
     # Any: transformations of JAX rebuild the state with shapes, shardings and placeholders in place of arrays.
     step: Any
+    shift: Any
+    streak: Any
     parameters: Any
     optimizer: Any
     averaged: Any
@@ -59,6 +65,8 @@ def create(
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        shift=jnp.zeros((), jnp.int32),
+        streak=jnp.zeros((), jnp.int32),
         parameters=parameters,
         optimizer=optimizer.init(freezing.select(parameters, mask)),
         # A copy: two leaves of the state must not share a buffer that is then donated twice.
@@ -69,4 +77,4 @@ def create(
 
 def empty_metrics(names: Sequence[str]) -> dict[str, jax.Array]:
     """Sums over no steps."""
-    return {name: jnp.zeros((), jnp.float32) for name in (*names, "count")}
+    return {name: jnp.zeros((), jnp.float32) for name in (*names, "count", "skipped")}

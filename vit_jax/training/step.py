@@ -20,6 +20,8 @@ from vit_jax.training import freezing, losses, parallel
 from vit_jax.training.state import TrainState, empty_metrics
 
 Gradients = Any
+# So many bad steps in a row are a burst: the program makes no further one, and the host goes back to a checkpoint.
+BURST = 5
 
 
 def make_update(
@@ -35,11 +37,14 @@ def make_update(
     The number of steps is an argument, not a constant: one program serves every dispatch, so where a run is cut into
     dispatches changes no bit of it. The state is donated; batches are spread over the mesh, all else is replicated.
     `mask` is True where a parameter is trained (see `freezing`); None for all of them.
+
+    A step whose loss or gradient is not finite changes nothing but the counts. Behind a burst of such steps the
+    program ends, and does nothing when it is called again.
     """
     run_key, weights = jax.random.key(config.train.seed), losses.loss_weights(config)
 
     def step(state: TrainState, inputs: jax.Array, labels: Any) -> TrainState:
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(run_key, state.step))
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(run_key, state.step + state.shift))
         batch = augment(augment_key, inputs, make_targets(labels, model.classes, config.train.label_smoothing))
         chosen = freezing.select(state.parameters, mask)
         gradients, metrics = accumulate(
@@ -51,23 +56,32 @@ def make_update(
         # Sums begin anew behind each record, at steps that depend on the step alone.
         begins, zeros = state.step % config.log.every == 0, empty_metrics(losses.metric_names(weights))
         sums = jax.tree.map(lambda old, new: jnp.where(begins, new, old), state.metrics, zeros)
-        metrics["count"] = jnp.ones(())
-        return TrainState(
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        metrics = {name: jnp.where(good, metric, 0.0) for name, metric in metrics.items()}
+        metrics |= {"count": jnp.where(good, 1.0, 0.0), "skipped": jnp.where(good, 0.0, 1.0)}
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
+        return state.replace(
             step=state.step + 1,
-            parameters=freezing.merge(chosen, state.parameters),
-            optimizer=optimizer_state,
-            averaged=average(state.averaged, chosen, state.step, config.optimizer.average_decay),
+            streak=jnp.where(good, 0, state.streak + 1),
+            parameters=keep(freezing.merge(chosen, state.parameters), state.parameters),
+            optimizer=keep(optimizer_state, state.optimizer),
+            averaged=keep(average(state.averaged, chosen, state.step, config.optimizer.average_decay), state.averaged),
             metrics={name: sums[name] + metrics[name] for name in sums},
         )
 
     def update(
         state: TrainState, feed: pipeline.Feed, count: Int[Array, ""]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        def body(position: jax.Array, state: TrainState) -> TrainState:
-            return step(state, *pipeline.take(feed, position, parallel.spread(mesh)))
+        first = state.step
 
-        state = jax.lax.fori_loop(0, count, body, state)
-        return state, state.metrics
+        def body(state: TrainState) -> TrainState:
+            return step(state, *pipeline.take(feed, state.step - first, parallel.spread(mesh)))
+
+        def goes_on(state: TrainState) -> jax.Array:
+            return (state.step - first < count) & (state.streak < BURST)
+
+        state = jax.lax.while_loop(goes_on, body, state)
+        return state, {**state.metrics, "step": state.step, "streak": state.streak}
 
     everywhere = parallel.replicated(mesh)
     return jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere))

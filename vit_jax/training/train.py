@@ -1,10 +1,12 @@
 """The loop that ties the parts together: dispatch some steps; record, evaluate and save where it is due."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
@@ -12,44 +14,78 @@ from ml_collections import ConfigDict
 import vit_jax
 from vit_jax import weights
 from vit_jax.data import pipeline
+from vit_jax.errors import UserError
 from vit_jax.models.summary import forward_flops
-from vit_jax.training import evaluate, freezing, hardware, losses, optimizer, parallel, records, workdir
+from vit_jax.training import (
+    evaluate,
+    freezing,
+    hardware,
+    losses,
+    memory,
+    optimizer,
+    parallel,
+    records,
+    trouble,
+    workdir,
+)
 from vit_jax.training import run as runs
-from vit_jax.training.checkpoint import METRIC, Checkpoints
+from vit_jax.training.checkpoint import METRIC, Checkpoints, SaveFailed
+from vit_jax.training.lock import Lock
 from vit_jax.training.meter import Meter
 from vit_jax.training.run import Run
 from vit_jax.training.state import TrainState
-from vit_jax.training.step import make_update
+from vit_jax.training.step import BURST, make_update
+from vit_jax.training.stopping import Stop
 
 WRITTEN = (records.SUMMARY, records.METRICS, records.CONFIG, records.ENVIRONMENT, "TensorBoard events", "checkpoints/")
+DISPATCH = 0.4  # seconds that a dispatch may take, so that a run stops soon when it is asked to
+RETRY = 30.0  # seconds until a save that did not land is tried again
+ATTEMPTS = 3  # at the last save
+ROLLBACKS = 3  # without a save in between, before a run gives up
 
 
-def train(config: ConfigDict, folder: Path) -> dict[str, Any]:
+class Asked(Exception):
+    """The run has been asked to stop."""
+
+
+class Burst(Exception):
+    """So many steps in a row had bad numbers that the device has stopped."""
+
+
+def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     """Trains as the config says, or goes on where the folder's run stopped; returns what summary.json holds.
+
+    None where it was asked to stop (SIGTERM, SIGINT, `train.max_minutes`) and has saved.
 
     Args:
         config: a config that `vit_jax.config.check` has passed.
         folder: the workdir.
 
     Raises:
-        UserError: before anything is compiled or written over, for data, devices or a workdir that do not do.
+        UserError: before anything is compiled or written over, for data, devices or a workdir that do not do; later,
+            where numbers are bad for good, memory is too small, or the last save does not land.
     """
     parallel.initialize(config.mesh.distributed)
     mesh = runs.check(config)
-    workdir.claim(folder, config)
+    changes = workdir.claim(folder, config)
     summary = workdir.read_summary(folder)
     say = print if parallel.is_main() else lambda *_, **__: None
-    if summary is not None:
+    if summary is not None and not changes:
         say(f"{folder} is finished: {describe(summary)}\nto train anew, give another --workdir, or remove this one")
         return summary
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"
     say(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}, {devices}", flush=True)
-    run = runs.build(config, mesh)
-    if parallel.is_main():
-        records.write_json(folder / records.CONFIG, config.to_dict())
-        records.write_json(folder / records.ENVIRONMENT, records.environment())
-    with Checkpoints(folder, config.checkpoint.keep, config.checkpoint.keep_best) as checkpoints:
-        return Trainer(run, folder, checkpoints).train()
+    with contextlib.ExitStack() as stack:
+        leave = stack.enter_context(Lock(folder)).release if parallel.is_main() else lambda: None
+        stop = stack.enter_context(Stop(config.train.max_minutes, leave))
+        stop.nothing_to_save(True)
+        run = runs.build(config, mesh)
+        keep = config.checkpoint.keep, config.checkpoint.keep_best
+        checkpoints = stack.enter_context(Checkpoints(folder, *keep, say=say))
+        workdir.check_length(changes, run.steps, checkpoints.steps())
+        if parallel.is_main():
+            workdir.record(folder, config, changes, say)
+        return Trainer(run, folder, checkpoints, stop).train()
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -62,46 +98,40 @@ def describe(summary: dict[str, Any]) -> str:
     )
 
 
-def _classes(run: Run) -> str:
-    """'10 classes', or '10 classes of label, 2 of parity'."""
-    source = run.sources["train"]
-    if not source.others:
-        return f"{source.classes()} classes"
-    first, *rest = source.classes().items()
-    return ", ".join([f"{first[1]} classes of {first[0]}", *(f"{count} of {name}" for name, count in rest)])
-
-
 class Trainer:
     """One run, from its newest checkpoint or its start to its end."""
 
-    def __init__(self, run: Run, folder: Path, checkpoints: Checkpoints):
+    def __init__(self, run: Run, folder: Path, checkpoints: Checkpoints, stop: Stop):
         """Brings data and state to the devices.
 
         Args:
             run: the parts.
             folder: the workdir.
             checkpoints: of that workdir.
+            stop: says when to stop.
         """
-        self.run, self.config, self.folder, self.checkpoints = run, run.config, folder, checkpoints
+        self.run, self.config, self.folder, self.checkpoints, self.stop = run, run.config, folder, checkpoints, stop
+        self.progress = records.Progress(run.steps, run.steps_an_epoch, enabled=parallel.is_main())
         resumed = bool(checkpoints.steps())
         self.state: TrainState = checkpoints.restore_newest(run.abstract_state()) if resumed else self._start()
-        self.step = int(self.state.step)
+        self.step, self.shift = int(self.state.step), int(self.state.shift)
+        metadata = checkpoints.metadata(self.step) if resumed else {}
+        # Whether the line of metrics of this step has been written: not where a stop came in between.
+        self.settled = metadata.get("settled", True)
+        self.rollbacks, self.rolled_back_from = 0, metadata.get("rolled_back_from")
+        self.retry_at: float | None = None
         self.tested: dict[str, float | int] = {}
         self.schedule = optimizer.schedule(self.config.optimizer, run.steps)
         self.feeds = {role: run.feeds(role) for role in run.sources}
         self.scorer = evaluate.make_scorer(run.applied, run.augment, run.mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.parameters))
         self.flops = forward_flops(run.model, run.image_shape[:2], run.image_shape[2])
-        peak = hardware.peak(run.mesh.devices.flat[0].device_kind)
-        peak = peak * run.mesh.size if peak and run.applied is run.model else None
-        seconds = checkpoints.metadata()["seconds"] if resumed else 0.0
-        # Forward and twice that backward; below a frozen backbone's heads there is no backward pass.
-        passes = 1 if freezing.only_head(run.mask) else 3
-        self.meter = Meter(self.config.train.batch_size, passes * self.flops, peak, seconds)
         self.names = losses.metric_names(losses.loss_weights(self.config))
+        self.meter = self._make_meter(metadata.get("seconds", 0.0))
         # A CPU is host and device in one: there each dispatch is read at once, and each record's speed is its own.
         self.overlaps = run.mesh.devices.flat[0].platform != "cpu"
-        self.progress = records.Progress(run.steps, run.steps_an_epoch, enabled=parallel.is_main())
+        # Steps a dispatch. Found out by the clock, but in a cluster, whose processes must cut the run alike.
+        self.pace = 1 if jax.process_count() == 1 else self.config.train.steps_per_dispatch
 
     def _start(self) -> TrainState:
         """The state before the first step: at random, or from another run's or other people's parameters."""
@@ -109,22 +139,33 @@ class Trainer:
         if path is None:
             return run.initial_state()
         parameters, report = weights.load_into(path, run.model, run.image_shape[:2], run.image_shape[2])
-        if parallel.is_main():
-            print(report, flush=True)
+        self.progress.say(str(report))
         if self.config.data.features:
             runs.check_features(self.config, parameters, run.sources)
         return run.initial_state(parameters)
 
-    def train(self) -> dict[str, Any]:
-        """Runs to the end; returns what it writes to summary.json."""
+    def _make_meter(self, seconds: float) -> Meter:
+        run = self.run
+        peak = hardware.peak(run.mesh.devices.flat[0].device_kind)
+        peak = peak * run.mesh.size if peak and run.applied is run.model else None
+        # Forward and twice that backward; below a frozen backbone's heads there is no backward pass.
+        passes = 1 if freezing.only_head(run.mask) else 3
+        return Meter(self.config.train.batch_size, passes * self.flops, peak, seconds)
+
+    def train(self) -> dict[str, Any] | None:
+        """Runs to the end, and returns what it writes to summary.json; None where it was asked to stop before."""
         self._introduce()
-        log = self.config.log
-        with records.Records(self.folder, self.step, log.tensorboard, enabled=parallel.is_main()) as self.records:
-            if self.step < self.run.steps:
-                self._loop(self._compile())
-        summary = self.tested or self._evaluate("test")
+        log, start = self.config.log, self.step if self.settled else self.step - 1
+        with records.Records(self.folder, start, log.tensorboard, enabled=parallel.is_main()) as self.records:
+            try:
+                if self.step < self.run.steps or not self.settled:
+                    self._loop(self._compile())
+                summary = self.tested or self._evaluate("test")
+            except (Asked, evaluate.Interrupted):
+                self._stop()
+                return None
+            self._land()
         summary |= {"steps": self.run.steps, "seconds": self.meter.seconds(), "parameters": self.parameters}
-        self.checkpoints.wait()
         if parallel.is_main():
             records.write_json(self.folder / records.SUMMARY, summary)
         self.progress.say(f"finished: {describe(summary)}")
@@ -132,12 +173,11 @@ class Trainer:
         return summary
 
     def _introduce(self) -> None:
-        run, say = self.run, self.progress.say
+        run, say, model = self.run, self.progress.say, self.run.model
         say(parameter_overview.get_parameter_overview(self.state.parameters, include_stats=False))
         height, width, channels = run.image_shape
         sizes = ", ".join(f"{len(source):,} {role}" for role, source in run.sources.items())
         say(f"data: {self.config.data.name}, {sizes}, {height}x{width}x{channels}, {_classes(run)}")
-        model = run.model
         say(
             f"model: patch {model.patch_size}, width {model.width}, depth {model.depth}, heads {model.heads}, MLP "
             f"{model.mlp_width}; {self.parameters:,} parameters, {self.flops / 1e9:.3g} GFLOP an image forward; "
@@ -155,63 +195,103 @@ class Trainer:
         run, began = self.run, time.monotonic()
         self.progress.say("compiling the training step ...")
         update = make_update(run.applied, run.optimizer, run.augment, self.config, run.mesh, run.mask)
-        compiled = update.lower(self.state, self._feed(self.step), np.int32(0)).compile()
+        with memory.explained(self.config, run.model, run.image_shape):
+            compiled = update.lower(self.state, self._feed(self.step), np.int32(0)).compile()
         self.progress.say(f"compiled in {time.monotonic() - began:.1f} s")
         return compiled
 
     def _feed(self, end: int) -> pipeline.Feed:
         train, examples = self.config.train, len(self.run.sources["train"])
         indices = pipeline.train_indices(
-            train.seed, train.batch_size, self.step, end - self.step, train.steps_per_dispatch, examples
+            train.seed, train.batch_size, self.step + self.shift, end - self.step, train.steps_per_dispatch, examples
         )
         return self.feeds["train"].feed(indices)
 
     def _loop(self, update: jax.stages.Compiled) -> None:
-        pending = None
+        self.stop.nothing_to_save(False)
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.meter.run(self.step)
+        if not self.settled:
+            self._settle((self.step, {**self.state.metrics, "step": self.state.step, "streak": self.state.streak}))
         while self.step < self.run.steps:
-            end = self._boundary()
+            try:
+                self._dispatch(update)
+            except Burst:
+                self._roll_back()
+
+    def _dispatch(self, update: jax.stages.Compiled) -> None:
+        if self._asked_to_stop():
+            raise Asked
+        end, began = self._boundary(), time.monotonic()
+        with memory.explained(self.config, self.run.model, self.run.image_shape):
             self.state, sums = update(self.state, self._feed(end), np.int32(end - self.step))
-            self.step = end
+            count, self.step = end - self.step, end
             # The dispatch before is read while this one computes: the device never waits for the host.
-            self._record(pending)
-            pending = (end, sums)
-            if self._is_due(self.config.train.evaluate_every) or self._is_due(self.config.checkpoint.every):
-                self._settle(pending)
-                pending = None
-            elif not self.overlaps:
-                self._record(pending)
-                pending = None
+            self._record()
+            self.pending = (end, sums)
+            due = self._is_due(self.config.train.evaluate_every) or self._is_due(self.config.checkpoint.every)
+            if not due and not self.overlaps:
+                self._record()
+        if jax.process_count() == 1:
+            fitting = int(DISPATCH * count / max(time.monotonic() - began, 1e-6))
+            self.pace = max(1, min(2 * self.pace, fitting))
+        if due:
+            pending, self.pending = self.pending, None
+            self._settle(pending)
+        self._watch_saves()
 
     def _boundary(self) -> int:
-        """Where the next dispatch ends: a function of the step alone, so that a resumed run is cut as the first was."""
+        """Where the next dispatch ends; no bit of a run depends on how it is cut."""
         train, log, checkpoint = self.config.train, self.config.log, self.config.checkpoint
         everies = (train.steps_per_dispatch, train.evaluate_every, log.every, checkpoint.every)
-        return min(self.run.steps, *((self.step // every + 1) * every for every in everies if every))
+        nexts = [(self.step // every + 1) * every for every in everies if every]
+        return min(self.run.steps, self.step + self.pace, *nexts)
 
     def _is_due(self, every: int) -> bool:
         return self.step == self.run.steps or bool(every and self.step % every == 0)
 
+    def _asked_to_stop(self) -> bool:
+        asked = self.stop.reason is not None
+        if jax.process_count() == 1:
+            return asked
+        # All processes of a cluster stop at the same step.
+        from jax.experimental import multihost_utils
+
+        return bool(np.any(multihost_utils.process_allgather(np.array(asked))))
+
     def _read(self, step: int, sums: dict[str, jax.Array]) -> dict[str, float]:
         """Waits for a dispatch and shows it; what is to be recorded of it, if anything."""
         sums = {name: value.item() for name, value in jax.device_get(sums).items()}
+        if sums["streak"] >= BURST:
+            raise Burst
         due = step == self.run.steps or step % self.config.log.every == 0
-        metrics = {f"train/{name}": sums[name] / sums["count"] for name in self.names}
+        metrics = {f"train/{name}": sums[name] / sums["count"] for name in self.names} if sums["count"] else {}
         metrics["train/learning_rate"] = float(self.schedule(step - 1))
+        if sums["skipped"]:
+            metrics["train/skipped"] = sums["skipped"]
+        if due and self.rolled_back_from is not None:
+            metrics["train/rolled_back_from"], self.rolled_back_from = self.rolled_back_from, None
         metrics |= self.meter.speed(step, mark=due)
         self.progress.show(step, metrics, self.meter.left(step, self.run.steps), due)
         return metrics if due else {}
 
-    def _record(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+    def _record(self) -> None:
+        pending, self.pending = self.pending, None
         if pending is not None:
             metrics = self._read(*pending)
             if metrics:
-                self.records.write(pending[0], metrics)
+                self._write(pending[0], metrics)
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        reason = self.records.write(step, metrics)
+        if reason is not None:
+            self.progress.say(f"warning: {records.METRICS} cannot be written ({reason}); it is tried again")
 
     def _settle(self, pending: tuple[int, dict[str, jax.Array]]) -> None:
         """Records, evaluates and saves while the device rests; one line of metrics a step."""
         metrics = self._read(*pending)
         self.meter.pause()
+        self.settled = False
         if self._is_due(self.config.train.evaluate_every):
             # Without a validation split the test split is watched; nothing is chosen by it.
             roles = [role for role in ("validation", "test") if role in self.feeds]
@@ -221,32 +301,150 @@ class Trainer:
                 if self.step == self.run.steps:
                     self.tested = scores
         if metrics:
-            self.records.write(self.step, metrics)
+            self._write(self.step, metrics)
+        self.settled = True
         if self._is_due(self.config.checkpoint.every) or self._is_best(metrics):
-            self.records.flush()
-            scores = {METRIC: metrics[METRIC]} if METRIC in metrics else None
-            metadata = {"config": self.config.to_dict(), "seconds": self.meter.seconds()}
-            self.checkpoints.save(self.state, metadata, scores)
+            self._save(metrics)
         self.meter.run(self.step)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         """Whether these hold a validation accuracy above that of every checkpoint so far."""
         if not self.config.checkpoint.keep_best or METRIC not in metrics:
             return False
-        self.checkpoints.wait()
+        self._wait()
         best = self.checkpoints.best()
         return best is None or metrics[METRIC] > best[1]
 
     def _evaluate(self, role: str) -> dict[str, float | int]:
-        size = self.run.evaluation_batch_size()
-        metrics = evaluate.evaluate(self.scorer, self.state.for_evaluation(), self.feeds[role], size, role)
+        size, batches = self.run.evaluation_batch_size(), self.feeds[role]
+        metrics = evaluate.evaluate(self.scorer, self.state.for_evaluation(), batches, size, role, self._asked_to_stop)
         accuracy, top5, loss, count = (metrics[f"{role}/{name}"] for name in ("accuracy", "top5", "loss", "examples"))
-        others = "".join(
-            f"; {name}: accuracy {100 * metrics[f'{role}/{name}/accuracy']:.2f} %"
-            for name in self.feeds[role].source.others
-        )
+        named = {name: metrics[f"{role}/{name}/accuracy"] for name in batches.source.others}
+        others = "".join(f", {name}: accuracy {100 * value:.2f} %" for name, value in named.items())
         self.progress.say(
             f"step {self.step}/{self.run.steps}  {role}: accuracy {100 * accuracy:.2f} %, top-5 {100 * top5:.2f} %, "
             f"loss {loss:.4f}{others} on {count:,} examples"
         )
         return metrics
+
+    def _save(self, metrics: dict[str, float]) -> None:
+        """Starts a save; tells of the one before where that has failed."""
+        self.records.flush()
+        self.retry_at = None
+        metadata = {
+            "config": self.config.to_dict(),
+            "seconds": self.meter.seconds(),
+            "settled": self.settled,
+            "rolled_back_from": self.rolled_back_from,
+        }
+        scores = {METRIC: metrics[METRIC]} if METRIC in metrics else None
+        try:
+            self.checkpoints.save(self.state, metadata, scores)
+        except SaveFailed as error:
+            self._tell(error)
+        self.rollbacks = 0
+
+    def _tell(self, error: SaveFailed) -> None:
+        self.progress.say(f"warning: a save did not land: {error}; training goes on, and it is tried again")
+        self.retry_at = time.monotonic() + RETRY
+
+    def _wait(self) -> None:
+        try:
+            self.checkpoints.wait()
+        except SaveFailed as error:
+            self._tell(error)
+
+    def _watch_saves(self) -> None:
+        """Hears of a save that has failed since, and tries again once some time has passed."""
+        if not self.checkpoints.is_saving():
+            self._wait()
+        if self.retry_at is not None and time.monotonic() > self.retry_at:
+            self._record()
+            self._save({})
+
+    def _land(self) -> None:
+        """Sees that the last save has reached the disk.
+
+        Raises:
+            UserError: it has not, in several attempts.
+        """
+        for attempt in range(ATTEMPTS):
+            try:
+                self.checkpoints.wait()
+                if self.step in self.checkpoints.steps():
+                    return
+                reason = "it is not there"
+            except SaveFailed as error:
+                reason = str(error)
+            if attempt:
+                time.sleep(2**attempt)
+            self._save({})
+        with contextlib.suppress(SaveFailed):
+            self.checkpoints.wait()
+        if self.step not in self.checkpoints.steps():
+            steps = self.checkpoints.steps()
+            raise UserError(
+                f"the last save, of step {self.step:,}, did not land: {reason}\n"
+                f"  there is one of step {steps[-1]:,}" * bool(steps) + "\n  make room, and give the same command again"
+            )
+
+    def _stop(self) -> None:
+        """Saves, and says how to go on."""
+        self.meter.pause()
+        # A burst is told of when the run goes on: the state before it is not the worse for it.
+        with contextlib.suppress(Burst):
+            self._record()
+        self.step = int(self.state.step)
+        if self.step not in self.checkpoints.steps():
+            self._save({})
+        self._land()
+        self.progress.say(
+            f"stopped at step {self.step:,} of {self.run.steps:,} ({self.stop.reason}); saved in {self.folder}: "
+            "the same command goes on from here"
+        )
+
+    def _roll_back(self) -> None:
+        """Goes back to the newest checkpoint, and on behind the batches on which numbers were bad.
+
+        Raises:
+            UserError: it has done so again and again.
+        """
+        self.pending = None
+        bad, place = int(self.state.step), int(self.state.step) + int(self.state.shift)
+        self.rollbacks += 1
+        if self.rollbacks > ROLLBACKS:
+            self._give_up(bad)
+        self._wait()
+        known = bool(self.checkpoints.steps())
+        back = self.checkpoints.restore_newest(self.run.abstract_state()) if known else self._start()
+        self.step = int(back.step)
+        self.shift = place - self.step
+        everywhere = parallel.replicated(self.run.mesh)
+        counts = jax.device_put((jnp.int32(self.shift), jnp.int32(0)), everywhere)
+        self.state = back.replace(shift=counts[0], streak=counts[1])
+        self.records.cut_back(self.step)
+        self.rolled_back_from = bad
+        self.progress.say(
+            f"warning: {BURST} steps in a row with numbers that are not finite, up to step {bad:,}; back to step "
+            f"{self.step:,}, and on with the batches behind them"
+        )
+
+    def _give_up(self, bad: int) -> None:
+        report = trouble.report(self.run, self.state, float(self.schedule(bad - 1)))
+        if parallel.is_main():
+            records.write_json(self.folder / trouble.REPORT, report)
+        raise UserError(
+            f"numbers are not finite at step {bad:,}, after {ROLLBACKS} returns to a checkpoint: first in "
+            f"{report['first']}, learning rate {report['learning_rate']:.3g}, gradient norm {report['gradient_norm']}\n"
+            f"  the batch is in {self.folder / trouble.REPORT}\n"
+            "  lower config.optimizer.learning_rate, lengthen its warm-up, or set config.optimizer.gradient_clip"
+        )
+
+
+def _classes(run: Run) -> str:
+    """'10 classes', or '10 classes of label, 2 of parity'."""
+    source = run.sources["train"]
+    if not source.others:
+        return f"{source.classes()} classes"
+    first, *rest = source.classes().items()
+    return ", ".join([f"{first[1]} classes of {first[0]}", *(f"{count} of {name}" for name, count in rest)])

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -20,12 +22,42 @@ FREE = (
     "data.cache_dir",
     "data.resident",
     "train.steps_per_dispatch",
+    "train.max_minutes",
 )
+# What changes how it goes on, but not what its checkpoints hold, is taken, told of and recorded.
+TAKEN = (
+    "augment.",
+    "data.test",
+    "data.validation",
+    "model.attention_dropout",
+    "model.dropout",
+    "model.dtype",
+    "model.remat",
+    "model.stochastic_depth",
+    "optimizer.beta",
+    "optimizer.epsilon",
+    "optimizer.final_learning_rate",
+    "optimizer.gradient_clip",
+    "optimizer.learning_rate",
+    "optimizer.momentum",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "train.accumulation",
+    "train.epochs",
+    "train.evaluat",
+    "train.label_smoothing",
+    "train.loss_weights",
+    "train.steps",
+)
+CHANGES = "changes.jsonl"
 SHOWN = 4
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
+def claim(workdir: Path, config: ConfigDict) -> list[str]:
     """Makes the folder where there is none, and sees that it is writable and not another run's.
+
+    Returns what is taken over from the config although the run was started otherwise: 'train.steps: 100 -> 200', ...
 
     Raises:
         UserError: it cannot be written to, or it belongs to another config; what differs is named.
@@ -40,14 +72,43 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"{reason}\n  give another --workdir") from error
     old = read_config(workdir)
     if old is None:
-        return
+        return []
     rows = [row for row in options.differences(old, config.to_dict()) if not row.startswith(FREE)]
-    if rows:
-        more = f"; and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    refused = [row for row in rows if not row.startswith(TAKEN)]
+    if refused:
+        more = f"; and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         raise UserError(
-            f"--workdir={workdir} belongs to a run of another config\n  differs: {'; '.join(rows[:SHOWN])}{more}\n"
-            "  give another --workdir, or the same config"
+            f"--workdir={workdir} belongs to a run of another config\n"
+            f"  differs: {'; '.join(refused[:SHOWN])}{more}\n  give another --workdir, or the same config"
         )
+    return rows
+
+
+def check_length(changes: list[str], steps: int, saved: list[int]) -> None:
+    """Raises UserError where a run is to be shorter than it is already."""
+    if changes and saved and saved[-1] > steps:
+        raise UserError(
+            f"the run has made {saved[-1]:,} steps, and config.train asks for {steps:,}\n"
+            "  allowed: as many or more, or another --workdir"
+        )
+
+
+def record(workdir: Path, config: ConfigDict, changes: list[str], say: Callable[[str], None]) -> None:
+    """Writes config.json and environment.json; what is changed is told of, and added to changes.jsonl.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    try:
+        if changes:
+            say(f"the config has changed since this run began: {'; '.join(changes)}")
+            (workdir / records.SUMMARY).unlink(missing_ok=True)
+            with open(workdir / CHANGES, "a") as file:
+                file.write(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), "changes": changes}) + "\n")
+        records.write_json(workdir / records.CONFIG, config.to_dict())
+        records.write_json(workdir / records.ENVIRONMENT, records.environment())
+    except OSError as error:
+        raise UserError(f"{workdir} cannot be written to: {error.strerror}\n  make room there") from error
 
 
 def read_config(workdir: Path) -> dict | None:

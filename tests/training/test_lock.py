@@ -1,0 +1,94 @@
+"""One writer a workdir."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vit_jax.errors import UserError
+from vit_jax.training import lock
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLD = """
+import sys, time
+from pathlib import Path
+from vit_jax.errors import UserError
+from vit_jax.training.lock import Lock
+while time.time() < float(sys.argv[2]):
+    pass
+try:
+    Lock(Path(sys.argv[1]))
+except UserError:
+    print("refused", flush=True)
+else:
+    print("taken", flush=True)
+    sys.stdin.read()  # until the test lets go
+"""
+
+
+def start(folder, at=0.0):
+    command = [sys.executable, "-c", HOLD, str(folder), str(at)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+
+
+@pytest.mark.parametrize("left_behind", [False, True])
+def test_of_two_writers_one_is_refused(tmp_path, left_behind):
+    """Both try at the same moment, ten times; with a dead process's lock in the way, too."""
+    for turn in range(10):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        if left_behind:
+            held = json.dumps({"process": 2**22 + 1, "host": lock.socket.gethostname(), "started": "x", "since": 1.0})
+            (folder / lock.NAME).write_text(held)
+        both = [start(folder, time.time() + 0.7) for _ in range(2)]
+        words = sorted(process.stdout.readline().strip() for process in both)
+        for process in both:
+            process.communicate()
+        assert words == ["refused", "taken"]
+
+
+def test_who_is_refused_hears_who_writes(tmp_path):
+    with lock.Lock(tmp_path), pytest.raises(UserError) as caught:
+        lock.Lock(tmp_path)
+    assert f"is being written to by process {os.getpid()} on {lock.socket.gethostname()}, started 20" in str(
+        caught.value
+    )
+    assert not (tmp_path / lock.NAME).exists()
+    lock.Lock(tmp_path).release()
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    process = start(tmp_path)
+    assert process.stdout.readline().strip() == "taken"
+    process.kill()
+    process.communicate()
+    assert (tmp_path / lock.NAME).exists()
+    with lock.Lock(tmp_path):
+        assert json.loads((tmp_path / lock.NAME).read_text())["process"] == os.getpid()
+
+
+def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
+    held = {"process": os.getpid(), "host": lock.socket.gethostname(), "started": "x", "since": 5.0}
+    (tmp_path / lock.NAME).write_text(json.dumps(held))
+    lock.Lock(tmp_path).release()
+
+
+def test_another_hosts_lock_is_taken_over_once_it_is_silent(tmp_path):
+    path = tmp_path / lock.NAME
+    path.write_text(json.dumps({"process": 1, "host": "elsewhere", "started": "x", "since": 5.0}))
+    with pytest.raises(UserError, match="process 1 on elsewhere"):
+        lock.Lock(tmp_path)
+    silent = time.time() - lock.STALE - 1
+    os.utime(path, (silent, silent))
+    lock.Lock(tmp_path).release()
+
+
+def test_a_lock_that_cannot_be_read_names_its_file(tmp_path):
+    (tmp_path / lock.NAME).write_text("{")
+    with pytest.raises(UserError, match=r"remove .*lock\.json"):
+        lock.Lock(tmp_path)

@@ -1,0 +1,134 @@
+"""One writer a workdir: a lock that says who holds it, and that outlives nobody."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from vit_jax.errors import UserError
+
+NAME = "lock.json"
+BEAT = 60.0  # seconds between signs of life
+STALE = 600.0  # seconds without one, after which a lock of another host counts as left behind
+
+
+class Lock:
+    """Holds WORKDIR/lock.json from construction until `release`; a context manager.
+
+    The file names process, host and start time. On the same host a lock whose process is gone is taken over at once;
+    of another host, where that cannot be seen, once it has shown no sign of life for ten minutes.
+    """
+
+    def __init__(self, workdir: Path):
+        """Takes the lock.
+
+        Raises:
+            UserError: another process is writing there.
+        """
+        self._path = workdir / NAME
+        self._content = json.dumps(_who())
+        while not self._take():
+            held = _read(self._path)
+            if held is None:  # released, or taken over by another, in between
+                continue
+            if not _is_left_behind(self._path, held):
+                raise UserError(
+                    f"{workdir} is being written to by process {held.get('process')} on {held.get('host')}, started "
+                    f"{held.get('started')}\n  wait for it, stop it, or give another --workdir\n"
+                    f"  (if there is no such process: remove {self._path})"
+                )
+            self._remove_left_behind(held)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
+
+    def _take(self) -> bool:
+        # Written elsewhere and linked: the lock is never seen empty, and of two that try one fails.
+        scratch = self._path.with_name(f".{NAME}.{os.getpid()}.{threading.get_ident()}")
+        scratch.write_text(self._content)
+        try:
+            os.link(scratch, self._path)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            return _create(self._path, self._content)
+        finally:
+            scratch.unlink()
+
+    def _remove_left_behind(self, held: dict[str, Any]) -> None:
+        aside = self._path.with_name(f".{NAME}.{os.getpid()}.old")
+        try:
+            os.rename(self._path, aside)  # of two that try one fails
+        except FileNotFoundError:
+            return
+        if _read(aside) != held:
+            # Another was faster, and this is its new lock: back with it, unless a third holds it by now.
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, self._path)
+        aside.unlink()
+
+    def _beat(self) -> None:
+        while not self._done.wait(BEAT):
+            with contextlib.suppress(OSError):  # a disk that is away for a moment; the next one will tell
+                os.utime(self._path)
+
+    def release(self) -> None:
+        """Gives the lock back; once is enough."""
+        self._done.set()
+        with contextlib.suppress(OSError):
+            if self._path.read_text() == self._content:
+                self._path.unlink()
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _create(path: Path, content: str) -> bool:
+    try:
+        with open(path, "x") as file:
+            file.write(content)
+        return True
+    except FileExistsError:
+        return False
+
+
+def _who() -> dict[str, Any]:
+    import psutil
+
+    own = psutil.Process()
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(own.create_time()))
+    return {"process": own.pid, "host": socket.gethostname(), "started": started, "since": own.create_time()}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_left_behind(path: Path, held: dict[str, Any]) -> bool:
+    import psutil
+
+    if held.get("host") == socket.gethostname():
+        try:
+            process = psutil.Process(held["process"])
+            # The number may have been given to another process since.
+            return abs(process.create_time() - held["since"]) > 1 or process.status() == psutil.STATUS_ZOMBIE
+        except (psutil.Error, KeyError, TypeError, ValueError):
+            return True
+    try:
+        return time.time() - path.stat().st_mtime > STALE
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,45 @@
+"""When a device's memory is too small: what was asked of it, and what would fit."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+from ml_collections import ConfigDict
+
+from vit_jax.errors import UserError
+from vit_jax.models.summary import training_bytes
+from vit_jax.models.vit import VisionTransformer
+
+
+@contextlib.contextmanager
+def explained(config: ConfigDict, model: VisionTransformer, image_shape: tuple[int, int, int]) -> Iterator[None]:
+    """Turns the compiler's and the device's "out of memory" into a UserError that says the way out."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
+            raise UserError(_advice(config, model, image_shape)) from error
+        raise
+
+
+def _advice(config: ConfigDict, model: VisionTransformer, image_shape: tuple[int, int, int]) -> str:
+    train, devices = config.train, jax.device_count()
+    here = train.batch_size // train.accumulation // devices
+    needed = _bytes(model, image_shape, max(here, 1))
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    room = f" of {limit / 2**30:.1f} GiB" if limit else ""
+    parts = train.accumulation * 2
+    while limit and here > 1 and _bytes(model, image_shape, train.batch_size // parts // devices) > 0.8 * limit:
+        if train.batch_size // parts // devices <= 1:
+            break
+        parts *= 2
+    remat = "" if model.remat and model.scan else ", or --config.model.remat=True --config.model.scan=True"
+    return (
+        f"out of memory: {here} images at a time on each device need about {needed / 2**30:.1f} GiB{room}\n"
+        f"  the same batch of {train.batch_size} in parts: --config.train.accumulation={parts}{remat}\n"
+        "  or a smaller config.train.batch_size"
+    )
+
+
+def _bytes(model: VisionTransformer, image_shape: tuple[int, int, int], batch: int) -> int:
+    return sum(training_bytes(model, image_shape[:2], image_shape[2], max(batch, 1)).values())

@@ -1,0 +1,70 @@
+"""When numbers go bad for good: where they do so first, and all that is needed to see it again."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.data import order
+from vit_jax.training import freezing, integrity, losses, step
+from vit_jax.training.run import Run
+from vit_jax.training.state import TrainState
+
+REPORT = "not_finite.json"
+
+
+def report(run: Run, state: TrainState, learning_rate: float) -> dict[str, Any]:
+    """What the last step before `state`, whose update was left out, had to do with.
+
+    `step`, `learning_rate`, `loss`, `gradient_norm`, `first` (the first module whose output, or parameter whose
+    gradient, is not finite), and the `batch`: the examples' places in the training split.
+    """
+    train, place = run.config.train, int(state.step) + int(state.shift) - 1
+    examples = len(run.sources["train"])
+    batch = order.indices(train.seed, place * train.batch_size, train.batch_size, examples)
+    source = run.sources["train"]
+    labels = jax.tree.map(lambda kind: kind[batch], source.targets())
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(train.seed), place))
+    targets = step.make_targets(labels, run.applied.classes, train.label_smoothing)
+    inputs, targets = run.augment(augment_key, jnp.asarray(source.read(batch)), targets)
+    weights = losses.loss_weights(run.config)
+    parameters = jax.device_get(state.parameters)
+    gradients, metrics = jax.jit(
+        lambda *arrays: step.accumulate(run.applied, *arrays, train.accumulation, weights, run.mask)
+    )(parameters, inputs, targets, dropout_key)
+    bad = integrity.not_finite(gradients)
+    first = first_module(run, parameters, inputs, dropout_key) or (f"gradient of {bad[0]}" if bad else "nothing")
+    norm = np.sqrt(sum(float(np.sum(np.square(np.asarray(leaf, np.float64)))) for leaf in jax.tree.leaves(gradients)))
+    return {
+        "step": int(state.step),
+        "learning_rate": learning_rate,
+        "loss": str(float(metrics["loss"])),
+        "gradient_norm": str(float(norm)),
+        "first": first,
+        "batch": [int(index) for index in batch],
+    }
+
+
+def first_module(run: Run, parameters: Any, inputs: jax.Array, key: jax.Array) -> str | None:
+    """The first module, in the order of the computation, whose output is not finite; 'inputs' for the inputs.
+
+    Within scanned or rematerialised blocks nothing can be seen; the module around them is then the first.
+    """
+    if not np.isfinite(np.asarray(inputs, np.float32)).all():
+        return "inputs"
+    found: list[str] = []
+
+    def look(call: Any, arguments: tuple, keywords: dict, context: nn.module.InterceptorContext) -> Any:
+        outputs = call(*arguments, **keywords)
+        is_array = lambda leaf: isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)  # noqa: E731
+        leaves = [leaf for leaf in jax.tree.leaves(outputs) if is_array(leaf)]
+        if not found and not all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in leaves):
+            found.append("/".join(context.module.path) or "logits")
+        return outputs
+
+    with nn.intercept_methods(look):
+        train = not freezing.only_head(run.mask)
+        run.applied.apply({"params": parameters}, inputs, train=train, rngs={"dropout": jax.random.fold_in(key, 0)})
+    return found[0] if found else None
