@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from vit_jax import config as options
-from vit_jax import features
+from vit_jax import features, integrity
 from vit_jax.data import order, stored
 from vit_jax.errors import UserError
-from vit_jax.training import integrity, train, trouble
+from vit_jax.training import train, trouble
 from vit_jax.training.checkpoint import Checkpoints, SaveFailed
 from vit_jax.training.step import BURST
 

@@ -11,8 +11,8 @@ import jax
 import pytest
 
 from vit_jax import checkpoints as command
+from vit_jax import integrity
 from vit_jax.errors import UserError
-from vit_jax.training import integrity
 from vit_jax.training.checkpoint import DAMAGED, Checkpoints
 
 STEPS = (1, 2, 3)

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_jax import integrity
 from vit_jax.errors import UserError
-from vit_jax.training import integrity
 from vit_jax.training.state import TrainState
 
 FOLDER = "checkpoints"

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax import integrity
 from vit_jax.data import order
-from vit_jax.training import freezing, integrity, losses, step
+from vit_jax.training import freezing, losses, step
 from vit_jax.training.run import Run
 from vit_jax.training.state import TrainState
 
