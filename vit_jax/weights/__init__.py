@@ -1,0 +1,1 @@
+"""Files of other projects to our parameters and back."""
