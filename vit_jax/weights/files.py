@@ -240,7 +240,7 @@ def _kind(path: Path, head: bytes, size: int) -> str:
     other = "HDF5" if head.startswith(b"\x89HDF") else "a single array" if head.startswith(b"\x93NUMPY") else None
     other = other or _OTHERS.get(suffix)
     if other:
-        raise UserError(f"{path} is {other}, which is not read.\nRead are .safetensors, .npz and our own checkpoints.")
+        raise _other(path, other)
     raise ValueError(f"it is neither .npz nor .safetensors{', or is damaged' if suffix in _READ else ''}")
 
 
@@ -251,26 +251,28 @@ def _small(head: bytes) -> bool:
     return int.from_bytes(head[:8], "little") < 2**40
 
 
-def check_suffix(path: Path) -> None:
-    """Raises UserError if a file of such a name is one that is never read."""
-    if path.suffix.lower() in _PICKLES:
-        raise _pickled(path)
-    if path.suffix.lower() in _OTHERS:
-        raise UserError(
-            f"{path} is {_OTHERS[path.suffix.lower()]}, which is not read.\n"
-            "Read are .safetensors, .npz and our own checkpoints."
-        )
+def check_suffix(path: Path, shown: object = None) -> None:
+    """Raises UserError if a file of such a name is one that is never read; `shown` is what the user called it."""
+    suffix = path.suffix.lower()
+    if suffix in _PICKLES:
+        raise _pickled(path, shown)
+    if suffix in _OTHERS:
+        raise _other(shown or path, _OTHERS[suffix])
 
 
-def _pickled(path: Path) -> UserError:
-    stem = path.stem if re.fullmatch(r"[\w.-]+", path.name) else "FILE"
+def _other(shown: object, kind: str) -> UserError:
+    return UserError(f"{shown} is {kind}, which is not read.\nRead are .safetensors, .npz and our own checkpoints.")
+
+
+def _pickled(path: Path, shown: object = None) -> UserError:
+    name = path.name if re.fullmatch(r"[\w.-]+", path.name) else f"FILE{path.suffix}"
     return UserError(
-        f"{path} is a pickle (as torch.save writes), which can run code as it is opened: refused.\n"
+        f"{shown or path} is a pickle (as torch.save writes), which can run code as it is opened: refused.\n"
         "Take the model's .safetensors file; or, where PyTorch is and you trust the file, convert it:\n"
         'python -c "import torch, safetensors.torch as s; '
-        f"d = torch.load('{stem}{path.suffix}', map_location='cpu', weights_only=True); "
+        f"d = torch.load('{name}', map_location='cpu', weights_only=True); "
         "d = d.get('state_dict', d.get('model', d)); "
-        f"s.save_file({{k: v.clone().contiguous() for k, v in d.items()}}, '{stem}.safetensors')\""
+        f"s.save_file({{k: v.clone().contiguous() for k, v in d.items()}}, '{Path(name).stem}.safetensors')\""
     )
 
 
