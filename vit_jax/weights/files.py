@@ -47,7 +47,7 @@ class Stored:
 
     path: Path
     format: str
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping  # of names to arrays; said without, as a type checker would read one to see
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, np.dtype]
     config: dict[str, Any] | None
@@ -227,7 +227,7 @@ def _kind(path: Path, head: bytes, size: int) -> str:
     suffix = path.suffix.lower()
     if head.startswith(b"PK"):
         return "npz"
-    if head[8:9] == b"{" or (suffix == ".safetensors" and size >= 8 and _small(head)):
+    if head[8:9] == b"{":
         return "safetensors"
     if (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")) or suffix in _PICKLES:
         raise _pickled(path)
@@ -237,18 +237,13 @@ def _kind(path: Path, head: bytes, size: int) -> str:
         raise ValueError("it is git-lfs's note of where the file is, not the file: run git lfs pull")
     if head.lstrip()[:1] == b"<":
         raise ValueError("it is a web page, not the file: use the page's download link")
-    other = "HDF5" if head.startswith(b"\x89HDF") else "a single array" if head.startswith(b"\x93NUMPY") else None
-    other = other or _OTHERS.get(suffix)
-    if other:
-        raise _other(path, other)
-    raise ValueError(f"it is neither .npz nor .safetensors{', or is damaged' if suffix in _READ else ''}")
-
-
-_READ = (".npz", ".safetensors")
-
-
-def _small(head: bytes) -> bool:
-    return int.from_bytes(head[:8], "little") < 2**40
+    if head.startswith(b"\x89HDF"):
+        raise _other(path, "HDF5")
+    if head.startswith(b"\x93NUMPY"):
+        raise _other(path, "a single array")
+    check_suffix(path)
+    damaged = ", or is damaged" if suffix in (".npz", ".safetensors") else ""
+    raise ValueError(f"it is neither .npz nor .safetensors{damaged}")
 
 
 def check_suffix(path: Path, shown: object = None) -> None:

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-_DIRECTORY = 4 * 2**20  # bytes of zip directory that are read: about 50,000 members
+_DIRECTORY = 2 * 10**6  # bytes of zip directory that are read: about 15,000 members
 _HEADER = 10_000  # bytes of a member's header, numpy's own limit
 _EXPANDED = 100 * 10**6  # bytes that compressed members may expand to in any file,
 _EXPANSION = 4  # and beyond that so many times the file's size: weights hardly compress, bombs do
