@@ -95,7 +95,7 @@ def _aligned(nbytes: int) -> np.ndarray:
     return raw[offset : offset + nbytes]
 
 
-def open_file(path: Path) -> Stored:
+def open_file(path: str | os.PathLike[str]) -> Stored:
     """Describes the arrays of a file, or of the one file that a folder holds, after checking every claim it makes.
 
     A folder is one as the hub has it: model.safetensors, or model.safetensors.index.json and the parts it names, or
@@ -291,7 +291,7 @@ def _refusals(path: Path, where: str = "") -> Iterator[None]:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
     """Writes an .npz as numpy.savez does, whole or not at all; bfloat16 goes as two bytes without a meaning ('V2').
 
     Raises:
@@ -300,7 +300,9 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     _write(Path(path), functools.partial(npz.write, arrays=arrays))
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes a .safetensors file as the reference implementation lays it out, whole or not at all.
 
     Raises:

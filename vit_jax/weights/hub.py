@@ -38,7 +38,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vit_jax" / "weights"
 
 
-def fetch(path_or_name: str) -> Path:
+def fetch(path_or_name: str | os.PathLike[str]) -> Path:
     """The file or folder that is meant, brought to this machine where it is not there yet.
 
     Args:
@@ -54,13 +54,13 @@ def fetch(path_or_name: str) -> Path:
         UserError: nothing of that name is known; it cannot be fetched, and the message says which file to get from
             where and where to put it; or it is of a kind that is never read.
     """
-    name = str(path_or_name)
+    name = os.fspath(path_or_name)
     if re.match(r"https?://", name):
         return _from_url(name)
     if "://" in name:
         raise UserError(f"{name}: only http and https are read.\nCopy the file to this machine and name its path.")
     path = Path(name).expanduser()
-    if path.exists():
+    if name and os.path.exists(path):  # unlike Path.exists, of any text at all
         return path
     if name in PUBLISHED:
         return _from_hub(PUBLISHED[name].hub, name)

@@ -24,7 +24,7 @@ _DIRECTORY = 2 * 10**6  # bytes of zip directory that are read: about 15,000 mem
 _HEADER = 10_000  # bytes of a member's header, numpy's own limit
 _EXPANDED = 100 * 10**6  # bytes that compressed members may expand to in any file,
 _EXPANSION = 4  # and beyond that so many times the file's size: weights hardly compress, bombs do
-_BLOCK = 2**20
+_BLOCK = 2**18
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 
@@ -225,9 +225,13 @@ def read(file: BinaryIO, entry: Entry, out: np.ndarray) -> np.ndarray:
 
 
 def _copy(file: BinaryIO, entry: Entry, out: np.ndarray) -> int:
+    """Reads a stored member; returns the CRC-32, taken of each block while the processor's cache still has it."""
     crc = zlib.crc32(file.read(entry.header))
-    fill(file, out)
-    return zlib.crc32(out, crc)
+    for start in range(0, len(out), _BLOCK):
+        block = out[start : start + _BLOCK]
+        fill(file, block)
+        crc = zlib.crc32(block, crc)
+    return crc
 
 
 def fill(file: BinaryIO, out: np.ndarray) -> None:
