@@ -116,6 +116,12 @@ def test_a_large_compressed_array_spans_many_blocks(tmp_path):
     np.testing.assert_array_equal(files.open_file(tmp_path / "a.npz").arrays["a"], values)
 
 
+def test_an_archive_of_python_2(tmp_path, recwarn):
+    path = write_zip(tmp_path / "a.npz", [("a.npy", header("(2L, 3L)") + np.arange(6, dtype=np.float32).tobytes())])
+    np.testing.assert_array_equal(files.open_file(path).arrays["a"], [[0, 1, 2], [3, 4, 5]])
+    assert not recwarn.list
+
+
 def parts(folder, index=None):
     first, second = {"a": np.arange(3.0)}, {"b": np.ones((2, 2), np.float16), "c": np.arange(2)}
     files.write_safetensors(folder / "model-00001-of-00002.safetensors", first, {"format": "pt"})
@@ -607,6 +613,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, write, monkeypatch):
         write(path, {"a": np.array([None])})
     with pytest.raises(UserError, match="cannot be written: No such file"):
         write(tmp_path / "none" / "a", {"a": np.zeros(3)})
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        write(path / "b", {"a": np.zeros(3)})
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 

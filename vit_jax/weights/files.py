@@ -327,4 +327,5 @@ def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     except ValueError as error:
         raise UserError(f"{path} cannot be written: {error}.") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import math
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -195,7 +196,8 @@ def _npy_header(head: bytes, name: str) -> tuple[tuple[int, ...], bool, np.dtype
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         version = np.lib.format.read_magic(stream)
-        shape, fortran_order, dtype = readers[version](stream, max_header_size=_HEADER)
+        with warnings.catch_warnings(action="ignore"):  # that Python 2 wrote it
+            shape, fortran_order, dtype = readers[version](stream, max_header_size=_HEADER)
     except Exception as error:  # also SyntaxError, MemoryError and RecursionError of Python's own parser
         raise ValueError(f"member {name!r} has no readable .npy header") from error
     if dtype.hasobject:
