@@ -326,11 +326,12 @@ def _initialise(
     foreign = [path for path in missing if not path.startswith("head/")]
     if foreign:
         raise UserError(f"the file has nothing for {few(foreign)}; nothing was loaded")
-    rows, keys = [], jax.random.split(jax.random.key(seed), max(len(missing), 1))
+    rows = []
     had = ", ".join(f"{count} classes" for count in heads(description.model.classes).values()) or "no head to take"
-    for key, path in zip(keys, missing, strict=False):
+    for number, path in enumerate(missing):
         drawn = path.endswith("pre_logits/kernel")
         if drawn:
+            key = jax.random.fold_in(jax.random.key(seed), number)
             flat[path] = np.asarray(nn.initializers.lecun_normal()(key, wanted[path], jnp.float32))
         else:
             flat[path] = np.zeros(wanted[path], np.float32)
