@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -45,6 +46,14 @@ def test_the_libraries_numbers(references, helpers, name):
     found = helpers.outputs(model, parameters, numbers["inputs"])
     np.testing.assert_allclose(found, numbers["outputs"], rtol=0, atol=1e-5)
     helpers.covers(report, files.open_file(references / name).shapes, flattened(parameters))
+
+
+@pytest.mark.parametrize("name", ["timm_map", "timm_registers"])
+def test_without_compilation_too(references, name):
+    model, parameters, _ = weights.load(references / name)
+    numbers = np.load(references / name / "numbers.npz")
+    found = model.apply({"params": parameters}, jax.numpy.asarray(numbers["inputs"]))
+    np.testing.assert_allclose(found, numbers["outputs"], rtol=0, atol=1e-4)
 
 
 def test_the_form_of_the_gelu_and_the_place_of_the_norm_are_told_apart(references, helpers):

@@ -65,8 +65,9 @@ def describe(path: Path, step: int | str | None) -> tuple[Description, Mapping[s
             raise UserError(f"the checkpoint of step {step} does not say of which config it is")
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree[kind])
-        loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
             state = checkpoints.load_checkpointables(step, {STATE: {kind: abstract}})[STATE]
     parameters = {name: np.asarray(leaf) for name, leaf in _flat(state[kind], f"{kind}/").items()}
     others = {name: tree[name] for name in tree if name != kind}
@@ -89,7 +90,7 @@ def _step(there: Any, folder: Path, wanted: int | str | None) -> int:
     return wanted
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves by their path; of what is no dictionary, by JAX's own."""
     flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
