@@ -63,7 +63,9 @@ def overrides(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.image_size is not None:
         size = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", flags.image_size)
         if size is None:
-            raise UserError(f"--image_size={flags.image_size}\n  allowed: pixels, as 384, or height x width, as 160x256")
+            raise UserError(
+                f"--image_size={flags.image_size}\n  allowed: pixels, as 384, or height x width, as 160x256"
+            )
         asked["image_size"] = int(size[1]), int(size[2] or size[1])
     if flags.step is not None:
         if flags.step != "best" and not flags.step.isdecimal():

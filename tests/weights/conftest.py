@@ -1,5 +1,7 @@
 """What the tests of weights share: models of all kinds with random parameters, and what came of which array."""
 
+import importlib.util
+import types
 from pathlib import Path
 
 import jax
@@ -69,8 +71,20 @@ def google_file(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def timm():
+    """timm itself, where it and torch are installed."""
+    for name in ("torch", "timm"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: see make_references.py for what it takes")
+    path = REFERENCES.with_name("make_references.py")
+    spec = importlib.util.spec_from_file_location("make_references", path)
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    maker.stub_torchvision()
+    return pytest.importorskip("timm")
+
+
+@pytest.fixture(scope="session")
 def helpers():
     """The functions above, as tests cannot import each other."""
-    import types
-
     return types.SimpleNamespace(small=small, outputs=outputs, same=same, covers=covers)

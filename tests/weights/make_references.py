@@ -12,6 +12,7 @@ import importlib.util
 import json
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,8 @@ def record(name, arrays, config, outputs, inputs=None):
 def timm_models():
     stub_torchvision()
     import timm.models.deit as deit
-    from timm.layers import SwiGLUPacked
+    from timm.layers import HybridEmbed, StdConv2dSame, SwiGLUPacked
+    from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
     from timm.models.vision_transformer import VisionTransformer
 
     plain = {
@@ -125,6 +127,19 @@ def timm_models():
         if name == "timm_wide":
             inputs = torch.cat([inputs, inputs[..., :8].flip(-1)], dim=-1)
         record(name, model.state_dict(), config, model(inputs), inputs)
+    # Stems as of Google's hybrids, but for their size.
+    for seed, (name, layers) in enumerate({"timm_hybrid": (1,), "timm_hybrid_root": ()}.items(), start=60):
+        same = partial(StdConv2dSame, eps=1e-8)
+        if layers:
+            small = {"channels": (128,), "stem_chs": 32, "num_classes": 0, "global_pool": "", "preact": False}
+            backbone = ResNetV2(layers=layers, **small, stem_type="same", conv_layer=same)
+        else:
+            backbone = create_resnetv2_stem(3, stem_type="same", out_chs=32, preact=False, conv_layer=same)
+        fields = {**SIZE, "img_size": 16, "patch_size": 2, "embed_layer": partial(HybridEmbed, backbone=backbone)}
+        inputs = torch.cat([images(), images().flip(-1)], dim=-1)[..., :16]
+        inputs = torch.cat([inputs, inputs.flip(-2)], dim=-2)[..., :16, :]
+        model = randomise(VisionTransformer(**fields), seed)
+        record(name, model.state_dict(), {**config, "model_args": {"num_heads": 3}}, model(inputs), inputs)
     model = randomise(deit.VisionTransformerDistilled(**SIZE), 50)
     # The class token's features alone: its two heads cannot be had.
     record("timm_distilled", model.state_dict(), None, model.forward_features(images())[:, 0])

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import subprocess
 import sys
@@ -87,22 +86,6 @@ def test_as_a_command(goldens, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{goldens / 'params_token.npz'}: Google's naming, 40 arrays\n")
     assert zipfile.is_zipfile(tmp_path / "out.npz")
-
-
-@pytest.fixture(scope="module")
-def timm():
-    """timm itself, where it and torch are installed."""
-    for name in ("torch", "timm"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: see make_references.py for what it takes")
-    from pathlib import Path
-
-    path = Path(__file__).with_name("make_references.py")
-    spec = importlib.util.spec_from_file_location("make_references", path)
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
-    maker.stub_torchvision()
-    return pytest.importorskip("timm")
 
 
 def their_logits(model, inputs):

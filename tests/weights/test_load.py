@@ -19,7 +19,7 @@ def plain(tmp_path_factory, helpers):
 
 
 def test_classes_that_agree_keep_the_head_and_others_get_a_new_one(plain):
-    path, model, parameters = plain
+    path, model, _ = plain
     assert weights.load(path, classes=5)[0] == model
     found, new, report = weights.load(path, classes=7)
     # The whole head goes (arXiv 2010.11929, section 3.2): one zero layer instead of two.

@@ -29,6 +29,7 @@ ASKED = {
 NAMES = [
     *("timm_vit", "timm_headless", "timm_grey", "timm_registers", "timm_registers_with_rows", "timm_map"),
     *("timm_fc_norm", "timm_gap", "timm_unpooled", "timm_qk_norm", "timm_swiglu", "timm_wide", "timm_distilled"),
+    *("timm_hybrid", "timm_hybrid_root"),
     *("hf_vit", "hf_vit_classifier", "hf_vit_classifier_state_dict", "hf_vit_tanh", "hf_deit", "hf_deit_teacher"),
     *("hf_dinov2", "hf_dinov2_classifier", "hf_dinov2_registers", "hf_dinov2_registers_swiglu"),
     *("hf_dinov2_registers_swiglu_state_dict", "hf_mae", "hf_mae_pretraining"),
@@ -70,7 +71,10 @@ def test_the_form_of_the_gelu_and_the_place_of_the_norm_are_told_apart(reference
     assert np.abs(found - numbers["outputs"]).max() > 1e-2
 
 
-ROUND = ["timm_vit", "timm_registers", "timm_map", "timm_fc_norm", "timm_gap", "timm_qk_norm", "timm_swiglu", "timm_wide"]
+ROUND = [
+    *("timm_vit", "timm_registers", "timm_map", "timm_fc_norm", "timm_gap", "timm_qk_norm", "timm_swiglu"),
+    "timm_wide",
+]
 
 
 @pytest.mark.parametrize("name", ROUND)
@@ -100,16 +104,19 @@ def test_a_head_that_ours_cannot_be_is_never_half_taken(references, name):
 
 
 def test_configs_that_ours_cannot_be_are_refused(references, tmp_path):
-    cases = {
-        ("timm_vit", "architecture", "vit_base_patch16_rpn_224"): "normalise behind attention and MLP",
-        ("timm_vit", "num_features", 768): "config.json is of another model: it says num_features 768",
-        ("timm_vit", "global_pool", "max"): "global_pool 'max'",
-        ("hf_vit", "hidden_act", "quick_gelu"): "hidden_act 'quick_gelu'",
-        ("hf_vit", "model_type", "audio-spectrogram-transformer"): "model_type 'audio-spectrogram-transformer'",
-        ("hf_vit", "hidden_size", 768): "config.json is of another model",
-        ("hf_vit", "num_attention_heads", 5): "heads is 5, which does not divide",
-    }
-    for number, ((name, key, value), message) in enumerate(cases.items()):
+    cases = [
+        (("timm_vit", "architecture", "vit_base_patch16_rpn_224"), "normalise behind attention and MLP"),
+        (("timm_vit", "num_features", 768), "config.json is of another model: it says num_features 768"),
+        (("timm_vit", "global_pool", "max"), "global_pool 'max'"),
+        (("timm_vit", "model_args", [3]), r"config.json says model_args \[3\], where dict is meant"),
+        (("timm_vit", "global_pool", 7), "config.json says global_pool 7, where str is meant"),
+        (("hf_vit", "layer_norm_eps", "small"), "config.json says layer_norm_eps 'small', where float is meant"),
+        (("hf_vit", "hidden_act", "quick_gelu"), "hidden_act 'quick_gelu'"),
+        (("hf_vit", "model_type", "audio-spectrogram-transformer"), "model_type 'audio-spectrogram-transformer'"),
+        (("hf_vit", "hidden_size", 768), "config.json is of another model"),
+        (("hf_vit", "num_attention_heads", 5), "heads is 5, which does not divide"),
+    ]
+    for number, ((name, key, value), message) in enumerate(cases):
         folder = tmp_path / str(number)
         shutil.copytree(references / name, folder)
         config = json.loads((folder / "config.json").read_text())
@@ -122,7 +129,7 @@ def test_heads_are_guessed_at_usual_widths_alone(references, tmp_path, helpers):
     folder = tmp_path / "copy"
     shutil.copytree(references / "timm_vit", folder)
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="how many attention heads share its width of 12\n.*give heads=N"):
+    with pytest.raises(UserError, match=r"how many attention heads share its width of 12\n.*give heads=N"):
         weights.load(folder)
     model, parameters = helpers.small(width=128, heads=2, gelu="exact")
     weights.save(tmp_path / "wide.safetensors", model, parameters, (32, 32))
@@ -137,7 +144,7 @@ def test_heads_are_guessed_at_usual_widths_alone(references, tmp_path, helpers):
 FOREIGN = {
     "norm_pre.weight": "norm_pre....: the model has a LayerNorm before the blocks, as CLIP's",
     "blocks.0.attn.rel_pos.weight": "left over: blocks.0.attn.rel_pos.weight",
-    "patch_embed.backbone.stem.conv.weight": "patch_embed.backbone....: the model has a convolutional stem",
+    "patch_embed.backbone.conv1.0.weight": "patch_embed.backbone....: the model has another network than ResNet v2",
 }
 
 
@@ -147,6 +154,15 @@ def test_parts_that_ours_cannot_have_are_named(references, tmp_path, name):
     files.write_safetensors(tmp_path / "model.safetensors", {**stored.arrays, name: np.ones(12, "f")})
     with pytest.raises(UserError, match=FOREIGN[name]):
         weights.load(tmp_path, heads=3)
+
+
+def test_blocks_numbered_by_the_billion_are_not_looked_for(references, tmp_path):
+    for kind, name in (("timm_vit", "blocks.{}.norm1.weight"), ("hf_vit", "encoder.layer.{}.layernorm_before.bias")):
+        stored = files.open_file(references / kind)
+        far = {name.format(10**12): np.ones(12, "f")}
+        files.write_safetensors(tmp_path / "model.safetensors", {**stored.arrays, **far})
+        with pytest.raises(UserError, match=f"{name.format(10**12)} is numbered past all the .* arrays that there are"):
+            weights.load(tmp_path, heads=3)
 
 
 def test_half_precision_is_widened_and_said(references, tmp_path):

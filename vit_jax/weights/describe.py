@@ -79,9 +79,17 @@ class Names:
         return any(re.match(pattern, name) for name in self._shapes)
 
     def count(self, pattern: str) -> int:
-        """One more than the largest number that the pattern's group matches at the beginning of a name."""
-        found = (re.match(pattern, name) for name in self._shapes)
-        return max((int(match[1]) + 1 for match in found if match), default=0)
+        """One more than the largest number that the pattern's group matches at the beginning of a name.
+
+        Raises:
+            UserError: there are not so many arrays.
+        """
+        found = ((re.match(pattern, name), name) for name in self._shapes)
+        count, name = max(((int(match[1][:9]) + 1, name) for match, name in found if match), default=(0, ""))
+        # Whoever numbers a block by the billion shall not make us look for all before it.
+        if count > len(self._shapes) + 1:
+            raise UserError(f"{self.prefix}{name} is numbered past all the {len(self._shapes)} arrays that there are")
+        return count
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -103,7 +111,9 @@ class Names:
             )
         shape = self._shapes[name]
         if len(shape) != axes or 0 in shape:
-            raise UserError(f"{self.prefix}{name} has shape {list(shape)}: {self.label} has {axes} axes there, no empty")
+            raise UserError(
+                f"{self.prefix}{name} has shape {list(shape)}, where {self.label} has {axes} axes, none empty"
+            )
         return shape
 
 
@@ -219,11 +229,24 @@ def pixels_of_a_patch(model: VisionTransformer) -> int:
     return model.patch_size * side // stem_output(model.stem, model.stem_width, (side, side))[0]
 
 
+def said(config: Mapping[str, Any], key: str, kind: type) -> Any:
+    """A value of a config.json; None where it says none.
+
+    Raises:
+        UserError: it is not of that kind.
+    """
+    value = config.get(key)
+    kinds = (int, float) if kind is float else kind
+    if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool)):
+        raise UserError(f"config.json says {key} {value!r}, where {kind.__name__} is meant")
+    return value
+
+
 def pair(size: Any) -> tuple[int, int] | None:
     """(height, width) of an int, or of a pair in a config; None of anything else."""
     if isinstance(size, int) and not isinstance(size, bool):
         return size, size
-    if isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) for side in size):
+    if isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int for side in size):
         return tuple(size)
     return None
 

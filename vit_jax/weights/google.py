@@ -22,6 +22,7 @@ from vit_jax.weights.rules import Parts, Rule, dense, norm
 
 LABEL = "Google's naming"
 FAMILY = "Google's files"
+BIG_VISION = "big_vision's files"
 QKV = ("query", "key", "value")
 
 # What stands beside a model in a file of training, or of two towers.
@@ -139,7 +140,7 @@ def _model(names: Names, parts: Parts, naming: Naming, choices: Choices) -> tupl
     axes = 1 if naming.scanned else 0
     heads = names.shape(f"{first}{naming.attention}/query/kernel", 3 + axes)[1 + axes]
     mlp_width = names.shape(f"{first}{naming.mlp}/Dense_0/kernel", 2 + axes)[1 + axes]
-    head = parts.head
+    head, usual = parts.head, "token" if parts.class_token else "mean"
     fields = {
         "classes": names.shape("head/kernel", 2)[1] if head else None,
         "patch_size": patch,
@@ -148,8 +149,8 @@ def _model(names: Names, parts: Parts, naming: Naming, choices: Choices) -> tupl
         "heads": heads,
         "mlp_width": mlp_width,
         "class_token": parts.class_token,
-        "pooling": "map" if parts.map else choices.decide("pooling", "token" if parts.class_token else "mean", family=FAMILY),
-        "position": "learned" if parts.positions else choices.decide("position", "sincos_2d", family="big_vision's files"),
+        "pooling": "map" if parts.map else choices.decide("pooling", usual, family=FAMILY),
+        "position": "learned" if parts.positions else choices.decide("position", "sincos_2d", family=BIG_VISION),
         "pre_logits": names.shape("pre_logits/kernel", 2)[1] if head and parts.pre_logits else None,
         "gelu": choices.decide("gelu", "tanh", family=FAMILY),
         "layer_norm_epsilon": choices.decide("layer_norm_epsilon", 1e-6, family=FAMILY),

@@ -13,7 +13,7 @@ from typing import Any
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules as forms
-from vit_jax.weights.describe import Choices, Description, Names, check_names
+from vit_jax.weights.describe import Choices, Description, Names, check_names, said
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Parts, Rule, dense, norm
 
@@ -108,7 +108,8 @@ def _config(stored: Stored) -> dict[str, Any]:
         raise UserError(
             f"config.json says model_type {config['model_type']!r}\n  of Hugging Face's, read are: {', '.join(KINDS)}"
         )
-    return config
+    kinds = {"hidden_size": int, "num_attention_heads": int, "hidden_act": str, "layer_norm_eps": float}
+    return {key: said(config, key, kind) for key, kind in kinds.items()} | {"image_size": config.get("image_size")}
 
 
 def _spelling(names: Names) -> Spelling:

@@ -279,7 +279,7 @@ def _read(
         raw.append(array)
     try:
         values = rule.form.read(raw)
-    except ValueError as error:  # shapes that do not go together
+    except (ValueError, IndexError) as error:  # shapes that do not go together
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in zip(rule.names, raw, strict=True))
         raise UserError(f"these do not make {rule.paths[0]} together: {shapes} ({error})") from None
     action, fitted = rule.form.word, []

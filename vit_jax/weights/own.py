@@ -122,8 +122,11 @@ def _description(
             block = Rule((prefix + path.replace("block_0", "blocks"),), (path,), forms.SAME)
             rules.append(forms.scanned(block, model.depth))
     why = {"parameters": "evaluation takes the averaged ones", "optimizer": "the optimiser's state"}
-    ignored = {name: why.get(part, "training's own") for part, tree in others.items() for name in _flat(tree, f"{part}/")}
-    ignored = {name.rstrip("/"): reason for name, reason in ignored.items()}
+    ignored = {
+        name.rstrip("/"): why.get(part, "training's own")
+        for part, tree in others.items()
+        for name in _flat(tree, f"{part}/")
+    }
     check_names([*parameters, *ignored], rules, ignored, (), LABEL)
     notes = (f"the {'averaged ' if kind == 'averaged' else ''}parameters of step {step}",)
     return Description(LABEL, model, channels, grid, tuple(rules), ignored, (), tuple(choices.made), notes)

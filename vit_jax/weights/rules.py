@@ -137,9 +137,7 @@ def fused_heads(parts: int) -> Form:
     return Form(
         "fused",
         lambda arrays: [_joined([array.reshape(array.shape[0], -1) for array in arrays], 1)],
-        lambda ours, model: [
-            part.reshape(part.shape[0], model.heads, -1) for part in np.split(ours[0], parts, axis=1)
-        ],
+        lambda ours, model: [part.reshape(part.shape[0], model.heads, -1) for part in np.split(ours[0], parts, axis=1)],
     )
 
 

@@ -59,7 +59,10 @@ def save(
     if beside.is_file() and not _is_ours(beside):
         beside = path.with_name(f"{path.stem}.{files.CONFIG}")
         notes += (f"{files.CONFIG} is another model's here: timm's is {beside.name}",)
-    beside.write_text(text + "\n")
+    try:
+        beside.write_text(text + "\n")
+    except OSError as error:
+        raise UserError(f"{beside} cannot be written: {error.strerror}; the weights are in {path}") from error
     return notes
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules as forms
-from vit_jax.weights.describe import Choices, Description, Names, check_names, few, hint
+from vit_jax.weights.describe import Choices, Description, Names, check_names, few, hint, pixels_of_a_patch, said
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Parts, Rule, dense, norm
 
@@ -39,13 +39,14 @@ REFUSED = {
 # Arrays that ours has no place for, and what they are.
 FOREIGN = {
     "norm_pre.": "a LayerNorm before the blocks, as CLIP's",
-    "patch_embed.backbone.": "a convolutional stem whose norms are not the published one's (load its .npz instead)",
     "attn_pool.q_norm.": "normalised queries in its pooling",
 }
 IGNORED = {
     r"mask_token$": "only masked pre-training reads it",
     r"decoder[_.]": "the decoder of masked pre-training",
 }
+STEM = r"patch_embed\.backbone\."
+STEMS = ("patch_embed.backbone.stem.", "patch_embed.backbone.")  # with stages behind it, and alone
 TWO_HEADS = "its logits are the mean of two heads, of class token and distillation token, which one head cannot be"
 KNOWN = ("cls_token", "pos_embed", "reg_token", "fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
 
@@ -56,6 +57,7 @@ class Spelling:
 
     Attributes:
         prefix: of all names.
+        stem: of its first convolution and norm, where there is one.
         registers: the tokens that stand between class token and patches.
         scale: a block's layer scale, '{}' for 1 or 2.
         mlp: 'fc1' (plain), or of SwiGLU: 'packed' (fc1 holds gate and MLP), 'apart' (fc1_g, fc1_x) or 'w12'.
@@ -64,6 +66,7 @@ class Spelling:
     """
 
     prefix: str = ""
+    stem: str = "patch_embed.backbone.stem."
     registers: str = "reg_token"
     scale: str = "ls{}.gamma"
     mlp: str = "fc1"
@@ -85,9 +88,9 @@ def describe(stored: Stored, given: Mapping[str, Any]) -> Description:
     names = Names(stored.shapes, _prefix(stored.shapes), LABEL)
     for start, what in FOREIGN.items():
         if names.any(re.escape(start)):
-            raise UserError(f"{names.prefix}{start}...: the model has {what}; ours cannot have that, nothing was loaded")
-    said, choices = _said(stored), Choices(given)
-    pooling = _pooling(names, said, choices)
+            raise UserError(f"{names.prefix}{start}...: the model has {what}; ours cannot have that")
+    told, choices = _said(stored), Choices(given)
+    pooling = _pooling(names, told, choices)
     parts, two_heads = _parts(names, pooling), names.any(r"head_dist\.")
     ignored = {
         f"{names.prefix}{name}": why for name in names for pattern, why in IGNORED.items() if re.match(pattern, name)
@@ -96,14 +99,14 @@ def describe(stored: Stored, given: Mapping[str, Any]) -> Description:
         parts = dataclasses.replace(parts, head=False)
         heads = [name for name in names if re.match(r"head(_dist)?\.", name)]
         ignored |= {f"{names.prefix}{name}": "one of two heads, whose mean ours cannot be" for name in heads}
-    spelling = _spelling(names, parts, said)
+    spelling = _spelling(names, parts, told)
     table = _rules(parts, spelling)
     check_names(stored.shapes, table, ignored, [names.prefix + name for name in KNOWN], LABEL)
-    model, channels = _model(names, parts, spelling, pooling, said, choices)
+    model, channels = _model(names, parts, spelling, pooling, told, choices)
     grid = None
     if parts.positions:
         rows = names.shape("pos_embed", 3)[1] - _rows_before(names, parts, spelling)[spelling.rows]
-        grid = choices.grid(rows, model.patch_size, said.get("image_size"))
+        grid = choices.grid(rows, pixels_of_a_patch(model), told.get("image_size"))
     return Description(
         LABEL,
         model,
@@ -136,30 +139,29 @@ def _said(stored: Stored) -> dict[str, Any]:
             raise UserError(f"the text {OWN!r} in its header is no JSON: the file is damaged") from None
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         return {}
-    name, arguments = config["architecture"], config.get("model_args") or {}
+    name, arguments = config["architecture"], said(config, "model_args", dict) or {}
     refusal = next((why for pattern, why in REFUSED.items() if re.match(pattern, name)), None)
     if refusal or arguments.get("pool_include_prefix"):
         raise UserError(f"config.json says {name}: {refusal or REFUSED['test_vit3$']}; ours cannot, nothing was loaded")
-    activation = arguments.get("act_layer") or ("gelu_tanh" if re.match(TANH, name) else "gelu")
     heads = next((heads for pattern, heads in HEADS.items() if re.match(pattern, name)), None)
-    size = (config.get("pretrained_cfg") or {}).get("input_size") or [None, None, None]
+    size = said(said(config, "pretrained_cfg", dict) or {}, "input_size", list) or []
     return {
-        "width": config.get("num_features"),
-        "heads": arguments.get("num_heads", heads),
-        "activation": activation,
-        "pooling": config.get("global_pool", arguments.get("global_pool")),
-        "no_embed_class": arguments.get("no_embed_class"),
+        "width": said(config, "num_features", int),
+        "heads": said(arguments, "num_heads", int) or heads,
+        "activation": said(arguments, "act_layer", str) or ("gelu_tanh" if re.match(TANH, name) else "gelu"),
+        "pooling": said(config if "global_pool" in config else arguments, "global_pool", str),
+        "no_embed_class": said(arguments, "no_embed_class", bool),
         "image_size": arguments.get("img_size") or size[1:],
-        "layer_norm_epsilon": config.get("layer_norm_epsilon"),
+        "layer_norm_epsilon": said(config, "layer_norm_epsilon", float),
     }
 
 
-def _pooling(names: Names, said: Mapping[str, Any], choices: Choices) -> str:
+def _pooling(names: Names, told: Mapping[str, Any], choices: Choices) -> str:
     if names.any(r"attn_pool\."):
         if names.any(r"fc_norm\."):
             raise UserError(f"{names.prefix}fc_norm.: a norm behind attention pooling; ours cannot have that")
         return "map"
-    word = said.get("pooling")
+    word = told.get("pooling")
     if word is not None and POOLINGS.get(word, "map") == "map":
         raise UserError(f"config.json says global_pool {word!r}, which the file's arrays or our model do not have")
     convention = "mean" if names.any(r"fc_norm\.") or "cls_token" not in names else "token"
@@ -178,10 +180,25 @@ def _parts(names: Names, pooling: str) -> Parts:
         qkv_bias=names.any(rf"{block}attn\.qkv\.bias"),
         qk_norm=names.any(rf"{block}attn\.[qk]_norm\."),
         layer_scale=names.any(rf"{block}(ls\d\.|gamma_\d)"),
+        stem=_stem(names),
         map=pooling == "map",
         norm_after_pooling=pooling == "mean" and names.any(r"fc_norm\."),
         head=names.any(r"head\."),
     )
+
+
+def _stem(names: Names) -> tuple[int, ...] | None:
+    """The units of a ResNet v2 before the patches, as in Google's hybrids.
+
+    Raises:
+        UserError: there is another network before them.
+    """
+    if not names.any(STEM):
+        return None
+    stages = names.count(rf"{STEM}stages\.(\d+)\.")
+    if not any(f"{start}conv.weight" in names for start in STEMS):
+        raise UserError(f"{names.prefix}{STEMS[1]}...: the model has another network than ResNet v2 before its patches")
+    return tuple(names.count(rf"{STEM}stages\.{stage}\.blocks\.(\d+)\.") for stage in range(stages))
 
 
 def _packed(names: Names) -> bool:
@@ -190,19 +207,20 @@ def _packed(names: Names) -> bool:
     return first in names and second in names and names.shape(first, 2)[0] == 2 * names.shape(second, 2)[1]
 
 
-def _spelling(names: Names, parts: Parts, said: Mapping[str, Any]) -> Spelling:
+def _spelling(names: Names, parts: Parts, told: Mapping[str, Any]) -> Spelling:
     registers = next((name for name in ("register_tokens", "dist_token") if name in names), "reg_token")
     mlp = "fc1"
     if parts.mlp == "swiglu":
         mlp = "packed" if _packed(names) else "w12" if names.any(r"blocks\.\d+\.mlp\.w12\.") else "apart"
     spelling = Spelling(
         names.prefix,
+        STEMS[0] if f"{STEMS[0]}conv.weight" in names else STEMS[1],
         registers,
         "gamma_{}" if names.any(r"blocks\.\d+\.gamma_") else "ls{}.gamma",
         mlp,
         "fc_norm." if names.any(r"fc_norm\.") else "norm.",
     )
-    return dataclasses.replace(spelling, rows=_rows(names, parts, spelling, said))
+    return dataclasses.replace(spelling, rows=_rows(names, parts, spelling, told))
 
 
 def _rows_before(names: Names, parts: Parts, spelling: Spelling) -> dict[str, int]:
@@ -211,7 +229,7 @@ def _rows_before(names: Names, parts: Parts, spelling: Spelling) -> dict[str, in
     return {"none": 0, "class": first, "all": first + tokens}
 
 
-def _rows(names: Names, parts: Parts, spelling: Spelling, said: Mapping[str, Any]) -> str:
+def _rows(names: Names, parts: Parts, spelling: Spelling, told: Mapping[str, Any]) -> str:
     """Which rows the table of positions has before the patches': as the config says, as a grid is left, as is usual."""
     if not parts.positions or "pos_embed" not in names:
         return "none"
@@ -221,9 +239,9 @@ def _rows(names: Names, parts: Parts, spelling: Spelling, said: Mapping[str, Any
     usual = ("all", "none") if spelling.registers == "dist_token" else ("none", "class", "all")
     if spelling.registers == "register_tokens" or not parts.registers:
         usual = ("class", "none")
-    if said.get("no_embed_class") is not None:
-        usual = ("none",) if said["no_embed_class"] else ("all",)
-    grid = hint(said.get("image_size"), patch)
+    if told.get("no_embed_class") is not None:
+        usual = ("none",) if told["no_embed_class"] else ("all",)
+    grid = hint(told.get("image_size"), patch)
     for kind in usual if grid is not None else ():
         if rows - before[kind] == grid[0] * grid[1]:
             return kind
@@ -234,13 +252,13 @@ def _rows(names: Names, parts: Parts, spelling: Spelling, said: Mapping[str, Any
 
 
 def _model(
-    names: Names, parts: Parts, spelling: Spelling, pooling: str, said: Mapping[str, Any], choices: Choices
+    names: Names, parts: Parts, spelling: Spelling, pooling: str, told: Mapping[str, Any], choices: Choices
 ) -> tuple[VisionTransformer, int]:
     width, channels, patch, across = names.shape("patch_embed.proj.weight", 4)
     if patch != across:
         raise UserError(f"patch_embed.proj.weight has patches of {patch}x{across}: only square ones can be had")
-    if said.get("width") not in (None, width):
-        raise UserError(f"config.json is of another model: it says num_features {said['width']}, the file {width}")
+    if told.get("width") not in (None, width):
+        raise UserError(f"config.json is of another model: it says num_features {told['width']}, the file {width}")
     first = {"fc1": "fc1", "packed": "fc1", "apart": "fc1_g", "w12": "w12"}[spelling.mlp]
     hidden = names.shape(f"blocks.0.mlp.{first}.weight", 2)[0]
     fields = {
@@ -248,7 +266,7 @@ def _model(
         "patch_size": patch,
         "width": width,
         "depth": parts.depth,
-        "heads": choices.heads(width, said.get("heads"), FAMILY),
+        "heads": choices.heads(width, told.get("heads"), FAMILY),
         "mlp_width": hidden // 2 if spelling.mlp in ("packed", "w12") else hidden,
         "class_token": parts.class_token,
         "registers": names.shape(spelling.registers, 3)[1] if parts.registers else 0,
@@ -260,11 +278,14 @@ def _model(
         "layer_scale": 1e-5 if parts.layer_scale else None,
         "norm_after_pooling": parts.norm_after_pooling,
         "layer_norm_epsilon": choices.decide(
-            "layer_norm_epsilon", EPSILON, said.get("layer_norm_epsilon"), family=FAMILY
+            "layer_norm_epsilon", EPSILON, told.get("layer_norm_epsilon"), family=FAMILY
         ),
     }
+    if parts.stem is not None:
+        root, channels, _, _ = names.shape(f"{spelling.stem}conv.weight", 4)
+        fields |= {"stem": parts.stem, "stem_width": root}
     if parts.mlp == "gelu":
-        activation = said.get("activation")
+        activation = told.get("activation")
         if activation is not None and activation not in GELUS:
             raise UserError(f"config.json says act_layer {activation!r}\n  ours has: {', '.join(GELUS)}")
         fields["gelu"] = choices.decide("gelu", "exact", GELUS.get(activation), family=FAMILY)
@@ -273,6 +294,8 @@ def _model(
 
 def _notes(parts: Parts, spelling: Spelling) -> tuple[str, ...]:
     notes = []
+    if parts.stem is not None:
+        notes.append("the stem's norms add the 1e-6 of Google's code, for which it was trained, where timm adds 1e-5")
     if parts.class_token and parts.positions and spelling.rows == "none":
         notes.append("the table of positions has no row for the class token: it got one of zeros")
     if spelling.rows == "all" and spelling.registers == "dist_token":
@@ -283,6 +306,8 @@ def _notes(parts: Parts, spelling: Spelling) -> tuple[str, ...]:
 def _rules(parts: Parts, spelling: Spelling) -> list[Rule]:
     p = spelling.prefix
     table = dense(f"{p}patch_embed.proj.", "embedding/projection", forms.PATCH_CONVOLUTION)
+    if parts.stem is not None:
+        table += _stem_rules(parts.stem, spelling)
     if parts.class_token:
         table += [Rule((f"{p}cls_token",), ("class_token",), forms.SAME)]
     tokens, rows = (f"{p}{spelling.registers}",), (f"{p}pos_embed",)
@@ -303,6 +328,21 @@ def _rules(parts: Parts, spelling: Spelling) -> list[Rule]:
     return table
 
 
+def _stem_rules(stem: tuple[int, ...], spelling: Spelling) -> list[Rule]:
+    p = spelling.prefix
+    table = [Rule((f"{p}{spelling.stem}conv.weight",), ("stem/convolution_root/kernel",), forms.CONVOLUTION)]
+    table += norm(f"{p}{spelling.stem}norm.", "stem/norm_root")
+    for stage, count in enumerate(stem):
+        for unit in range(count):
+            name, path = f"{p}{STEMS[1]}stages.{stage}.blocks.{unit}.", f"stem/stage_{stage}_unit_{unit}"
+            parts = [(f"conv{i}.", f"norm{i}.", str(i)) for i in (1, 2, 3)]
+            parts += [("downsample.conv.", "downsample.norm.", "projection")] if unit == 0 else []
+            for convolution, normalisation, ours in parts:
+                kernel = (f"{name}{convolution}weight",), (f"{path}/convolution_{ours}/kernel",)
+                table += [Rule(*kernel, forms.CONVOLUTION), *norm(f"{name}{normalisation}", f"{path}/norm_{ours}")]
+    return table
+
+
 def _block_rules(name: str, path: str, parts: Parts, spelling: Spelling) -> list[Rule]:
     table = norm(f"{name}norm1.", f"{path}/norm_attention")
     qkv = dense(f"{name}attn.qkv.", f"{path}/attention/qkv", forms.LINEAR)
@@ -315,9 +355,7 @@ def _block_rules(name: str, path: str, parts: Parts, spelling: Spelling) -> list
     first = {"fc1": "fc1", "packed": "fc1", "apart": "{}", "w12": "w12"}[spelling.mlp]
     up = f"{path}/mlp/{'up' if parts.mlp == 'gelu' else 'gate_up'}"
     if spelling.mlp == "apart":
-        table += dense(
-            f"{name}mlp.{first}.", up, forms.fused_linear(2), forms.fused_vectors(2), ("fc1_g", "fc1_x")
-        )
+        table += dense(f"{name}mlp.{first}.", up, forms.fused_linear(2), forms.fused_vectors(2), ("fc1_g", "fc1_x"))
     else:
         table += dense(f"{name}mlp.{first}.", up, forms.LINEAR)
     table += dense(f"{name}mlp.{'w3' if spelling.mlp == 'w12' else 'fc2'}.", f"{path}/mlp/down", forms.LINEAR)
