@@ -30,3 +30,16 @@ importlib.util.find_spec = lambda name, package=None: (
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("vit_jax", "typechecker.check")
+
+import pytest  # noqa: E402
+
+GOLDENS = "VIT_JAX_TEST_GOLDENS"
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder of reference numbers of the published implementation."""
+    folder = Path(os.environ.get(GOLDENS, Path(__file__).resolve().parents[2] / "shared" / "goldens"))
+    if not (folder / "params_token.npz").is_file():
+        pytest.skip(f"no reference numbers in {folder}: name their folder in {GOLDENS}")
+    return folder

@@ -74,6 +74,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "pre_logits": Option(
             None, int, "width of a Dense + tanh layer before the classifier; None: no such layer", least=1
         ),
+        "norm_after_pooling": Option(False, bool, "the last LayerNorm acts on the patches' mean, not before it"),
         "dropout": Option(0.0, float, "rate after the position embedding and the dense layers", least=0, below=1),
         "attention_dropout": Option(0.0, float, "rate on the attention weights", least=0, below=1),
         "stochastic_depth": Option(0.0, float, "rate of the last block's branches", least=0, below=1),

@@ -1,7 +1,4 @@
-"""What the tests of the models share: a small model, random parameters, the recorded reference numbers."""
-
-import os
-from pathlib import Path
+"""What the tests of the models share: a small model, random parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +7,7 @@ import pytest
 
 from vit_jax.models.vit import VisionTransformer
 
-GOLDENS = "VIT_JAX_TEST_GOLDENS"
 SMALL = {"classes": 5, "patch_size": 2, "width": 16, "depth": 2, "heads": 2, "mlp_width": 24}
-
-
-@pytest.fixture(scope="session")
-def goldens() -> Path:
-    """The folder of reference numbers of the published implementation."""
-    folder = Path(os.environ.get(GOLDENS, Path(__file__).resolve().parents[3] / "shared" / "goldens"))
-    if not (folder / "params_token.npz").is_file():
-        pytest.skip(f"no reference numbers in {folder}: name their folder in {GOLDENS}")
-    return folder
 
 
 @pytest.fixture(scope="session")

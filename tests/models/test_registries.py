@@ -18,6 +18,7 @@ POSITION = [
 POOLING = [
     *({"pooling": name, "class_token": True, "registers": 1} for name in POOLINGS),
     *({"pooling": name, "class_token": False} for name in POOLINGS if name != "token"),
+    {"pooling": "mean", "class_token": True, "norm_after_pooling": True},
 ]
 BLOCK = [
     {},

@@ -49,6 +49,7 @@ FIELDS = [
     {},
     {"class_token": False, "pooling": "mean", "pre_logits": 12},
     {"registers": 3, "pooling": "map", "position": "rotary"},
+    {"registers": 1, "pooling": "mean", "norm_after_pooling": True},
     {"pooling": "none", "classes": {"one": 3, "other": 4}, "pre_logits": 8},
     {"classes": None, "mlp": "swiglu", "qk_norm": True, "position": "relative"},
     {"position": "sincos_2d", "position_width": 4, "parallel": True, "scan": True},

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_jax.models.intermediates import apply_with_intermediates
 from vit_jax.models.patches import patchify
 
 
@@ -62,6 +63,19 @@ def test_bfloat16_arithmetic_leaves_parameters_float32_and_logits_near(draw, sma
     assert 0 < np.linalg.norm(near - exact) / np.linalg.norm(exact) < 0.02
 
 
+def test_the_last_norm_after_the_mean_is_of_the_mean(small, draw, randomise):
+    images = draw(2, 4, 4, 3)
+    model = small(pooling="mean", norm_after_pooling=True, registers=1, classes=None)
+    variables = randomise(model, images)
+    features, inside = apply_with_intermediates(model, variables, images)
+    assert "norm" not in variables["params"]["encoder"]
+    mean = np.float64(inside.blocks[-1])[:, 2:].mean(axis=1)
+    norm = jax.tree.map(np.float64, variables["params"]["norm"])
+    centred = mean - mean.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * norm["scale"] + norm["bias"]
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
 def test_hidden_patches_change_nothing(small, draw, randomise):
     images = draw(2, 4, 4, 3)
     model = small()
@@ -110,6 +124,7 @@ WRONG = [
     ({"heads": 3}, r"does not divide the width 16: \[1, 2, 4\] would"),
     ({"pooling": "max"}, "pooling is 'max': one of token, mean, map, none"),
     ({"class_token": False}, "set class_token, or pool by 'mean'"),
+    ({"norm_after_pooling": True}, "pooling is 'token': only after a mean .* set pooling to 'mean'"),
     ({"position": "absolute"}, "position is 'absolute': one of .*learned"),
     ({"mlp": "relu"}, "mlp is 'relu': one of gelu, swiglu"),
     ({"gelu": "erf"}, "gelu is 'erf': one of tanh, exact"),

@@ -33,6 +33,11 @@ def check(model: "VisionTransformer") -> None:
         raise ValueError(f"heads is {model.heads}, which does not divide the width {model.width}: {near} would")
     if model.pooling == "token" and not model.class_token:
         raise ValueError("pooling is 'token' but class_token is False: set class_token, or pool by 'mean'")
+    if model.norm_after_pooling and model.pooling != "mean":
+        raise ValueError(
+            f"norm_after_pooling is True but pooling is {model.pooling!r}: only after a mean is it another thing than "
+            "before; leave it out, or set pooling to 'mean'"
+        )
     if model.mlp == "swiglu" and model.gelu != "tanh":
         raise ValueError(
             f"gelu is {model.gelu!r} but mlp is 'swiglu', which has none: leave gelu, or set mlp to 'gelu'"

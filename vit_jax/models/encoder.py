@@ -128,6 +128,7 @@ class Encoder(nn.Module):
         remat: keep the blocks' inputs alone for the backward pass, and compute the rest again.
         scan: one program for all blocks, run `depth` times, instead of `depth` copies of it. Their parameters are then
             one tree `blocks` with a leading axis of layers (see `stacking`).
+        norm: whether there is a LayerNorm behind the last block.
     """
 
     depth: int
@@ -138,6 +139,7 @@ class Encoder(nn.Module):
     place: Place | None = None
     remat: bool = False
     scan: bool = False
+    norm: bool = True
 
     @nn.compact
     def __call__(
@@ -147,7 +149,7 @@ class Encoder(nn.Module):
         train: bool = False,
         positions: Terms = Terms(),  # noqa: B008 (it is immutable)
     ) -> Float[Array, "batch tokens width"]:
-        """The tokens after all blocks and the last LayerNorm; `positions` is what all blocks share."""
+        """The tokens after all blocks and the last LayerNorm, if any; `positions` is what all blocks share."""
         rates = depth_rates(self.depth, self.stochastic_depth, self.stochastic_depth_schedule)
 
         def run(block: EncoderBlock, tokens: jax.Array, rate: float | jax.Array) -> jax.Array:
@@ -163,6 +165,8 @@ class Encoder(nn.Module):
         else:
             for index, rate in enumerate(rates):
                 tokens = run(block(f"block_{index}"), tokens, rate)
+        if not self.norm:
+            return tokens
         return LayerNorm(self.options.dtype, self.options.layer_norm_epsilon, name="norm")(tokens)
 
 

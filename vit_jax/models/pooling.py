@@ -52,7 +52,7 @@ class AttentionPooling(Pooling):
         dtype: Dtype = options.dtype
         size = width // options.heads
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width), jnp.float32)
-        queries = Dense(width, dtype=dtype, name="query")(probe).reshape(1, 1, options.heads, size)
+        queries = Dense(width, dtype=dtype, name="query")(jnp.asarray(probe)).reshape(1, 1, options.heads, size)
         kernel_init = stacked(nn.initializers.xavier_uniform(), 2)
         fused = Dense(2 * width, dtype=dtype, kernel_init=kernel_init, name="key_value")(tokens)
         keys, values = jnp.moveaxis(fused.reshape(batch, count, 2, options.heads, size), 2, 0)

@@ -119,9 +119,12 @@ def layers(model: VisionTransformer, image_size: tuple[int, int], channels: int)
         if name in tree:
             add(name, shape)
     _add_blocks(add, model, tree, tokens)
-    add("encoder/norm", (tokens, width))
+    if not model.norm_after_pooling:
+        add("encoder/norm", (tokens, width))
     features = (tokens, width) if model.pooling == "none" else (width,)
     add("pooling", features, _pooling_flops(model, tokens))
+    if model.norm_after_pooling:
+        add("norm", features)
     for name, flops in _head_flops(model, tokens).items():
         classes = model.classes[name] if name else model.classes
         add(f"head/{name}".rstrip("/"), (*features[:-1], classes), flops)

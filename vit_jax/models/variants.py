@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 SIZES = {
@@ -39,3 +40,15 @@ def fields(name: str) -> dict[str, Any]:
             f"{', '.join(HYBRIDS)}"
         )
     return {**SIZES[match[1]], "patch_size": int(match[2])}
+
+
+def fields_of_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `VisionTransformer`, but for classes and dtype, that the model section of a config stands for.
+
+    Raises:
+        ValueError: as in `fields`.
+    """
+    options = {key: value for key, value in options.items() if value is not None and key != "dtype"}
+    sized = fields(options.pop("variant"))
+    # A token that no head reads is a wasted one: there is one where the pooling needs it, unless asked for.
+    return {"class_token": options["pooling"] == "token", **sized, **options}

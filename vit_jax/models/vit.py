@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Num
 from vit_jax.models.checks import check
 from vit_jax.models.dropout import Dropout
 from vit_jax.models.encoder import BlockOptions, Encoder
+from vit_jax.models.norm import LayerNorm
 from vit_jax.models.patches import PatchEmbedding, grid_of
 from vit_jax.models.pooling import POOLINGS, Head, Heads
 from vit_jax.models.positions import POSITIONS, Place, Terms
@@ -36,6 +37,7 @@ class VisionTransformer(nn.Module):
             'none' (all tokens come out, and the head reads each).
         position: 'learned', 'learned_2d', 'sincos_2d', 'sinusoidal', 'none', 'relative' or 'rotary' (see `positions`).
         pre_logits: width of a Dense + tanh layer before the classifier; None for none.
+        norm_after_pooling: whether the last LayerNorm acts on the mean of the patches and not on each token before it.
         dropout: rate after the position embedding and every dense layer but queries, keys and values.
         attention_dropout: rate on the attention weights.
         stochastic_depth: rate at which the last block's branches are dropped.
@@ -91,6 +93,7 @@ class VisionTransformer(nn.Module):
     stem_width: int = 64
     remat: bool = False
     scan: bool = False
+    norm_after_pooling: bool = False
 
     def __post_init__(self) -> None:
         # Models are arguments of compiled functions, and so have to be hashable.
@@ -140,6 +143,8 @@ class VisionTransformer(nn.Module):
         self.sow("intermediates", "embedded", tokens)
         tokens = self._encoder(place)(tokens, mask, train, positions if at == "shared" else Terms())
         features = POOLINGS[self.pooling](place.extra, self._options(), name="pooling")(tokens)
+        if self.norm_after_pooling:
+            features = LayerNorm(self.dtype, self.layer_norm_epsilon, name="norm")(features)
         if self.classes is None:
             return features.astype(jnp.float32)
         head = Heads if isinstance(self.classes, Mapping) else Head
@@ -179,6 +184,7 @@ class VisionTransformer(nn.Module):
             place=place if own else None,
             remat=self.remat,
             scan=self.scan,
+            norm=not self.norm_after_pooling,
             name="encoder",
         )
 

@@ -22,15 +22,9 @@ def build(section: ConfigDict, classes: int | Mapping[str, int], dtype: Dtype | 
     Raises:
         ValueError: the fields contradict each other, or there is no such variant.
     """
-    fields = section.to_dict()
-    sized = variants.fields(fields.pop("variant"))
-    named = fields.pop("dtype")
-    fields = {**sized, **{key: value for key, value in fields.items() if value is not None}}
-    # A token that no head reads is a wasted one: there is one where the pooling needs it, unless asked for.
-    fields.setdefault("class_token", fields["pooling"] == "token")
     if dtype is None:
-        dtype = arithmetic(named)
-    return VisionTransformer(classes=classes, dtype=dtype, **fields)
+        dtype = arithmetic(section.dtype)
+    return VisionTransformer(classes=classes, dtype=dtype, **variants.fields_of_options(section.to_dict()))
 
 
 def arithmetic(name: str) -> Dtype:

@@ -1,0 +1,211 @@
+"""Makes references/: tiny models of timm and transformers with random weights, what goes in and what comes out.
+
+    python tests/weights/make_references.py
+
+It takes torch, timm, transformers and safetensors (timm wants torchvision too; where there is none, a stub does); the
+tests read what it has written and need none of them. Written with torch 2.13.0, timm 1.0.31, transformers 5.23.0.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import sys
+import types
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+FOLDER = Path(__file__).resolve().parent / "references"
+SIZE = {"embed_dim": 12, "depth": 2, "num_heads": 3, "mlp_ratio": 2, "img_size": 12, "patch_size": 4, "num_classes": 5}
+HUGGING_FACE = {
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 24,
+    "image_size": 12,
+    "patch_size": 4,
+    "num_labels": 5,
+}
+
+
+class _Anything(type):
+    """A class whose attributes are classes like it."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name, (), {})
+
+
+class _Stub(types.ModuleType):
+    __path__ = ()
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return torch.nn.Module if name == "FrozenBatchNorm2d" else _Anything(name, (), {})
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        ours = name.split(".")[0] == "torchvision"
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if ours else None
+
+    def create_module(self, spec):
+        return _Stub(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+def stub_torchvision():
+    """Lets timm be imported where torchvision is not installed: no Vision Transformer uses it."""
+    if importlib.util.find_spec("torchvision") is None:
+        sys.meta_path.append(_Finder())
+
+
+def randomise(model, seed):
+    """Every parameter drawn, none left at the zeros and ones that some start at."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def images(channels=3):
+    return torch.randn(2, channels, 12, 12, generator=torch.Generator().manual_seed(9))
+
+
+def record(name, arrays, config, outputs, inputs=None):
+    folder = FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.detach().clone().contiguous() for key, value in arrays.items()}, folder / "model.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    pictures = (images() if inputs is None else inputs).permute(0, 2, 3, 1)
+    np.savez(folder / "numbers.npz", inputs=pictures.numpy(), outputs=outputs.detach().numpy())
+
+
+def timm_models():
+    stub_torchvision()
+    import timm.models.deit as deit
+    from timm.layers import HybridEmbed, StdConv2dSame, SwiGLUPacked
+    from timm.models.resnetv2 import ResNetV2, create_resnetv2_stem
+    from timm.models.vision_transformer import VisionTransformer
+
+    plain = {
+        "timm_vit": {},
+        "timm_headless": {"num_classes": 0},
+        "timm_grey": {"in_chans": 1},
+        "timm_registers": {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5},
+        "timm_registers_with_rows": {"reg_tokens": 2},
+        "timm_map": {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"},
+        "timm_fc_norm": {"global_pool": "avg"},
+        "timm_gap": {"class_token": False, "global_pool": "avg", "fc_norm": False, "qkv_bias": False},
+        "timm_unpooled": {"class_token": False, "global_pool": ""},
+        "timm_qk_norm": {"qk_norm": True, "global_pool": "avg", "reg_tokens": 1, "pos_embed": "none"},
+        "timm_swiglu": {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU, "init_values": 1e-5},
+        "timm_wide": {"img_size": (12, 20)},
+    }
+    for seed, (name, fields) in enumerate(plain.items()):
+        model = randomise(VisionTransformer(**{**SIZE, **fields}), seed)
+        told = {key: value for key, value in {**SIZE, **fields}.items() if isinstance(value, int | str | list | tuple)}
+        config = {
+            "architecture": "vit_base_patch16_224",
+            "num_features": 12,
+            "global_pool": model.global_pool,
+            "model_args": {key: told[key] for key in told if key not in ("num_classes", "global_pool")},
+        }
+        if name == "timm_swiglu":
+            config["architecture"] = "vit_giant_patch14_dinov2"
+        inputs = images(fields.get("in_chans", 3))
+        if name == "timm_wide":
+            inputs = torch.cat([inputs, inputs[..., :8].flip(-1)], dim=-1)
+        record(name, model.state_dict(), config, model(inputs), inputs)
+    # Stems as of Google's hybrids, but for their size.
+    for seed, (name, layers) in enumerate({"timm_hybrid": (1,), "timm_hybrid_root": ()}.items(), start=60):
+        same = partial(StdConv2dSame, eps=1e-8)
+        if layers:
+            small = {"channels": (128,), "stem_chs": 32, "num_classes": 0, "global_pool": "", "preact": False}
+            backbone = ResNetV2(layers=layers, **small, stem_type="same", conv_layer=same)
+        else:
+            backbone = create_resnetv2_stem(3, stem_type="same", out_chs=32, preact=False, conv_layer=same)
+        fields = {**SIZE, "img_size": 16, "patch_size": 2, "embed_layer": partial(HybridEmbed, backbone=backbone)}
+        inputs = torch.cat([images(), images().flip(-1)], dim=-1)[..., :16]
+        inputs = torch.cat([inputs, inputs.flip(-2)], dim=-2)[..., :16, :]
+        model = randomise(VisionTransformer(**fields), seed)
+        record(name, model.state_dict(), {**config, "model_args": {"num_heads": 3}}, model(inputs), inputs)
+    model = randomise(deit.VisionTransformerDistilled(**SIZE), 50)
+    # The class token's features alone: its two heads cannot be had.
+    record("timm_distilled", model.state_dict(), None, model.forward_features(images())[:, 0])
+
+
+def hugging_face_models():
+    import transformers as hf
+
+    small = {**HUGGING_FACE, "mlp_ratio": 2}
+    made = {
+        "hf_vit": (hf.ViTModel, hf.ViTConfig(**HUGGING_FACE)),
+        "hf_vit_classifier": (hf.ViTForImageClassification, hf.ViTConfig(**HUGGING_FACE, qkv_bias=False)),
+        "hf_vit_tanh": (hf.ViTForImageClassification, hf.ViTConfig(**HUGGING_FACE, hidden_act="gelu_new")),
+        "hf_deit": (hf.DeiTForImageClassification, hf.DeiTConfig(**HUGGING_FACE)),
+        "hf_deit_teacher": (hf.DeiTForImageClassificationWithTeacher, hf.DeiTConfig(**HUGGING_FACE)),
+        "hf_dinov2": (hf.Dinov2Model, hf.Dinov2Config(**small)),
+        "hf_dinov2_classifier": (hf.Dinov2ForImageClassification, hf.Dinov2Config(**small)),
+        "hf_dinov2_registers": (hf.Dinov2WithRegistersModel, hf.Dinov2WithRegistersConfig(**small)),
+        "hf_dinov2_registers_swiglu": (
+            hf.Dinov2WithRegistersModel,
+            hf.Dinov2WithRegistersConfig(**small, use_swiglu_ffn=True),
+        ),
+        "hf_mae": (hf.ViTMAEModel, hf.ViTMAEConfig(**HUGGING_FACE, mask_ratio=0.0)),
+        "hf_mae_pretraining": (
+            hf.ViTMAEForPreTraining,
+            hf.ViTMAEConfig(
+                **HUGGING_FACE,
+                mask_ratio=0.0,
+                decoder_hidden_size=8,
+                decoder_num_hidden_layers=1,
+                decoder_num_attention_heads=2,
+                decoder_intermediate_size=8,
+            ),
+        ),
+    }
+    for seed, (name, (kind, config)) in enumerate(made.items(), start=100):
+        model = randomise(kind(config), seed)
+        model.save_pretrained(FOLDER / name)
+        arrays, told = read(FOLDER / name)
+        record(name, arrays, told, output(model, name))
+        if name in ("hf_vit_classifier", "hf_dinov2_registers_swiglu"):
+            # The names that the modules of transformers 5 have themselves; no config.json says how many heads.
+            record(f"{name}_state_dict", model.state_dict(), None, output(model, name))
+
+
+def read(folder):
+    from safetensors.torch import load_file
+
+    told = json.loads((folder / "config.json").read_text())
+    keys = ("model_type", "hidden_act", "layer_norm_eps", "image_size", "hidden_size", "num_attention_heads")
+    return load_file(folder / "model.safetensors"), {key: told[key] for key in keys}
+
+
+def output(model, name):
+    if "mae" in name:
+        encoder = getattr(model, "vit", model)
+        # Nothing is masked, but tokens are shuffled by this: in order.
+        noise = torch.arange(9.0).expand(2, 9)
+        return encoder(images(), noise=noise).last_hidden_state
+    outputs = getattr(model, "dinov2", model)(images()) if "dinov2" in name else model(images())
+    if name == "hf_deit_teacher":
+        return model.deit(images()).last_hidden_state[:, 0]
+    return outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    hugging_face_models()  # first: transformers would take the stub for torchvision itself
+    timm_models()

@@ -1,0 +1,635 @@
+"""Files of arrays: what is read is bitwise what was written, and what is hostile is refused in a line or three."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from vit_jax.errors import UserError
+from vit_jax.weights import files
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = ["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "c8", ml_dtypes.bfloat16]
+SHAPES = [(), (0,), (3,), (0, 4), (2, 3, 4)]
+
+
+def arrays_of(dtypes, seed=0):
+    """Arrays of every dtype and shape, filled with arbitrary bits (0 and 1 for bool)."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for dtype in map(np.dtype, dtypes):
+        for shape in SHAPES:
+            count = int(np.prod(shape))
+            bits = rng.integers(0, 2 if dtype.kind == "b" else 256, count * dtype.itemsize, np.uint8)
+            found[f"{dtype.name}/{'x'.join(map(str, shape)) or 'scalar'}"] = bits.view(dtype).reshape(shape)
+    return found
+
+
+def assert_same(stored, arrays):
+    assert set(stored.arrays) == set(stored.shapes) == set(stored.dtypes) == set(arrays)
+    assert len(stored.arrays) == len(arrays)
+    for name, array in arrays.items():
+        found = stored.arrays[name]
+        assert found.dtype == stored.dtypes[name] == array.dtype, name
+        assert found.shape == stored.shapes[name] == array.shape, name
+        assert found.tobytes() == array.tobytes(), name
+
+
+# --- what is read ---------------------------------------------------------------------------------------------------
+
+
+def test_npz_comes_back_bitwise(tmp_path):
+    arrays = arrays_of(DTYPES)
+    files.write_npz(tmp_path / "a.npz", arrays)
+    stored = files.open_file(tmp_path / "a.npz")
+    assert (stored.format, stored.config, stored.metadata) == ("npz", None, {})
+    assert list(stored.arrays) == list(arrays)
+    assert_same(stored, arrays)
+
+
+def test_safetensors_comes_back_bitwise(tmp_path):
+    arrays = arrays_of([*DTYPES, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn])
+    files.write_safetensors(tmp_path / "a.safetensors", arrays, {"format": "pt"})
+    stored = files.open_file(tmp_path / "a.safetensors")
+    assert (stored.format, stored.metadata) == ("safetensors", {"format": "pt"})
+    assert_same(stored, arrays)
+
+
+def test_numpy_reads_what_is_written_and_the_reverse(tmp_path):
+    arrays = arrays_of([dtype for dtype in DTYPES if dtype is not ml_dtypes.bfloat16])
+    files.write_npz(tmp_path / "ours.npz", arrays)
+    with np.load(tmp_path / "ours.npz", allow_pickle=False) as theirs:
+        assert {name: theirs[name].tobytes() for name in theirs.files} == {n: a.tobytes() for n, a in arrays.items()}
+    np.savez(tmp_path / "numpy.npz", **arrays)
+    assert_same(files.open_file(tmp_path / "numpy.npz"), arrays)
+    np.savez_compressed(tmp_path / "small.npz", **arrays)
+    assert_same(files.open_file(tmp_path / "small.npz"), arrays)
+
+
+def test_the_reference_library_reads_what_is_written_and_the_reverse(tmp_path):
+    library = pytest.importorskip("safetensors.numpy")
+    arrays = arrays_of([dtype for dtype in DTYPES if dtype is not ml_dtypes.bfloat16])
+    files.write_safetensors(tmp_path / "ours.safetensors", arrays, {"format": "pt"})
+    theirs = library.load_file(tmp_path / "ours.safetensors")
+    assert {name: a.tobytes() for name, a in theirs.items()} == {name: a.tobytes() for name, a in arrays.items()}
+    library.save_file(arrays, tmp_path / "library.safetensors", {"format": "pt"})
+    assert_same(files.open_file(tmp_path / "library.safetensors"), arrays)
+    # Not only the arrays: the file.
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_other_byte_and_axis_orders(tmp_path, compressed):
+    values = np.arange(24.0).reshape(2, 3, 4)
+    save = np.savez_compressed if compressed else np.savez
+    save(tmp_path / "a.npz", big=values.astype(">f4"), fortran=np.asfortranarray(values), both=values.T.astype(">f2"))
+    stored = files.open_file(tmp_path / "a.npz")
+    assert stored.dtypes == {"big": np.float32, "fortran": np.float64, "both": np.float16}
+    np.testing.assert_array_equal(stored.arrays["big"], values)
+    np.testing.assert_array_equal(stored.arrays["fortran"], values)
+    np.testing.assert_array_equal(stored.arrays["both"], values.T)
+    assert all(stored.arrays[name].dtype.isnative for name in stored.arrays)
+
+
+def test_bfloat16_that_numpy_saved_without_its_name(tmp_path):
+    values = np.array([1.5, -2.0, 3e38, np.inf]).astype(ml_dtypes.bfloat16)
+    np.savez(tmp_path / "a.npz", a=values)
+    stored = files.open_file(tmp_path / "a.npz")
+    assert stored.dtypes["a"] == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(stored.arrays["a"].astype(np.float64), values.astype(np.float64))
+
+
+def test_a_large_compressed_array_spans_many_blocks(tmp_path):
+    values = np.random.default_rng(0).integers(0, 40, 1_500_001).astype(np.float32)
+    np.savez_compressed(tmp_path / "a.npz", a=values)
+    np.testing.assert_array_equal(files.open_file(tmp_path / "a.npz").arrays["a"], values)
+
+
+def test_an_archive_of_python_2(tmp_path, recwarn):
+    path = write_zip(tmp_path / "a.npz", [("a.npy", header("(2L, 3L)") + np.arange(6, dtype=np.float32).tobytes())])
+    np.testing.assert_array_equal(files.open_file(path).arrays["a"], [[0, 1, 2], [3, 4, 5]])
+    assert not recwarn.list
+
+
+def parts(folder, index=None):
+    first, second = {"a": np.arange(3.0)}, {"b": np.ones((2, 2), np.float16), "c": np.arange(2)}
+    files.write_safetensors(folder / "model-00001-of-00002.safetensors", first, {"format": "pt"})
+    files.write_safetensors(folder / "model-00002-of-00002.safetensors", second)
+    index = index or dict.fromkeys(first, "model-00001-of-00002.safetensors") | dict.fromkeys(
+        second, "model-00002-of-00002.safetensors"
+    )
+    (folder / files.INDEX).write_text(json.dumps({"metadata": {"total_size": 48}, "weight_map": index}))
+    return first | second
+
+
+def test_parts_named_by_an_index(tmp_path):
+    arrays = parts(tmp_path)
+    (tmp_path / "config.json").write_text('{"architecture": "vit"}')
+    for path in (tmp_path, tmp_path / files.INDEX):
+        stored = files.open_file(path)
+        assert stored.path == tmp_path / files.INDEX
+        assert (stored.format, stored.metadata) == ("safetensors", {"format": "pt"})
+        assert stored.config == {"architecture": "vit"}
+        assert_same(stored, arrays)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"a": "../model-00001-of-00002.safetensors"}, "not in its folder"),
+        ({"a": "/etc/passwd"}, "not in its folder"),
+        ({"a": "model-00003-of-00002.safetensors"}, "no such file"),
+        ({"z": "model-00001-of-00002.safetensors"}, "do not agree about 'a'"),
+        ({"a": 7}, "no weight_map"),
+    ],
+)
+def test_an_index_that_lies(tmp_path, index, words):
+    parts(tmp_path, index)
+    refused(tmp_path, words)
+
+
+def test_the_file_of_a_folder(tmp_path):
+    refused(tmp_path, "holds no .safetensors and no .npz file")
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    refused(tmp_path, "is a pickle")
+    files.write_npz(tmp_path / "a.npz", {"a": np.ones(2)})
+    assert files.open_file(tmp_path).path == tmp_path / "a.npz"
+    files.write_npz(tmp_path / "b.npz", {"b": np.ones(2)})
+    refused(tmp_path, "several files of weights: a.npz, b.npz")
+    files.write_safetensors(tmp_path / "model.safetensors", {"c": np.ones(2)})
+    assert files.open_file(tmp_path).path == tmp_path / "model.safetensors"
+
+
+def test_config_beside_the_file(tmp_path):
+    files.write_npz(tmp_path / "a.npz", {"a": np.ones(2)})
+    for text, words in [("[1]", "no JSON object"), ("{", "no JSON"), ("[" * 100_000, "no JSON"), (b"\xff", "no JSON")]:
+        (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(UserError, match=f"config.json is refused: it .*{words}"):
+            files.open_file(tmp_path / "a.npz")
+    (tmp_path / "config.json").write_text('{"num_heads": 3}')
+    assert files.open_file(tmp_path / "a.npz").config == {"num_heads": 3}
+
+
+def test_content_counts_and_not_the_name(tmp_path):
+    files.write_safetensors(tmp_path / "a.bin", {"a": np.ones(2)})
+    files.write_npz(tmp_path / "a.safetensors", {"a": np.ones(2)})
+    assert files.open_file(tmp_path / "a.bin").format == "safetensors"
+    assert files.open_file(tmp_path / "a.safetensors").format == "npz"
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def refused(path, words, look_up=None):
+    """The message: at most three lines, naming the file, and free of control characters."""
+    with pytest.raises(UserError) as caught:
+        stored = files.open_file(path)
+        if look_up is not None:
+            _ = stored.arrays[look_up]
+    message = str(caught.value)
+    lines = message.splitlines()
+    assert words in message, message
+    assert len(lines) <= 3 and str(path) in lines[0], message
+    assert all(line.isprintable() for line in lines), message
+    assert len(lines[0]) < 300 + len(str(path)), message
+    return message
+
+
+class Boom:
+    """Leaves a trace where it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+def header(shape, descr="'<f4'", order="False"):
+    stream = io.BytesIO()
+    text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}"
+    text += " " * (-(len(text) + 11) % 64) + "\n"
+    stream.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode())
+    return stream.getvalue()
+
+
+def write_zip(path, members, compression=zipfile.ZIP_STORED):
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as archive:
+        warnings.simplefilter("ignore")  # about names used twice
+        for name, data in members:
+            archive.writestr(name, data)
+    return path
+
+
+def patched(path, **fields):
+    """Overwrites fields of the first member, in the directory and in the header before its data."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\x01\x02")
+    places = {"flags": (8, 6, "<H"), "crc": (16, 14, "<I"), "compressed": (20, 18, "<I"), "size": (24, 22, "<I")}
+    places["method"] = (10, 8, "<H")
+    for name, value in fields.items():
+        central, local, form = places[name]
+        struct.pack_into(form, data, at + central, value)
+        struct.pack_into(form, data, local, value)
+    path.write_bytes(data)
+    return path
+
+
+def test_pickles(tmp_path):
+    trace = tmp_path / "ran"
+    np.savez(tmp_path / "object.npz", a=np.array([Boom(trace)], object), allow_pickle=True)
+    refused(tmp_path / "object.npz", "pickled Python objects")
+    (tmp_path / "renamed.npz").write_bytes(pickle.dumps(Boom(trace)))
+    (tmp_path / "renamed.safetensors").write_bytes(pickle.dumps(Boom(trace)))
+    for suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
+        (tmp_path / f"old{suffix}").write_bytes(pickle.dumps(Boom(trace), protocol=0))
+        assert "weights_only=True" in refused(tmp_path / f"old{suffix}", "is a pickle")
+    write_zip(tmp_path / "torch.npz", [("archive/data.pkl", pickle.dumps(Boom(trace))), ("archive/data/0", b"1234")])
+    for name in ("renamed.npz", "renamed.safetensors", "torch.npz"):
+        refused(tmp_path / name, "is a pickle")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.npz", b"", "it is empty"),
+        ("a.safetensors", b"", "it is empty"),
+        ("a.npz", b"not a zip archive at all", "neither .npz nor .safetensors, or is damaged"),
+        ("a.txt", b"not a zip archive at all", "neither .npz nor .safetensors"),
+        ("a.h5", b"\x89HDF\r\n\x1a\n", "is HDF5, which is not read"),
+        ("a.npz", b"\x89HDF\r\n\x1a\n", "is HDF5, which is not read"),
+        ("flax_model.msgpack", b"\x81\xa6params", "is MessagePack, which is not read"),
+        ("a.npy", b"\x93NUMPY\x01\x00", "is a single array"),
+        ("a.npz", b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
+        ("a.safetensors", b"<!DOCTYPE html><html>", "a web page"),
+        ("a.npz", b"\n<html>", "a web page"),
+        ("a.npz", b"PK\x05\x06" + bytes(18), "holds no arrays"),
+        ("a.npz", b"PK\x03\x04", "truncated or damaged"),
+    ],
+)
+def test_files_of_other_kinds(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, words)
+
+
+def test_no_file_no_right_no_regular_file(tmp_path, monkeypatch):
+    refused(tmp_path / "a.npz", "there is no such file")
+    os.mkfifo(tmp_path / "pipe.npz")
+    refused(tmp_path / "pipe.npz", "no regular file")
+    files.write_npz(tmp_path / "a.npz", {"a": np.ones(2)})
+
+    def denied(self, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", denied)  # root, as tests may run, is denied nothing
+    refused(tmp_path / "a.npz", "cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize("cut", [1, 30, 100, 1000, 3000])
+@pytest.mark.parametrize("form", ["npz", "safetensors"])
+def test_truncated(tmp_path, form, cut):
+    path = tmp_path / f"a.{form}"
+    write = files.write_npz if form == "npz" else files.write_safetensors
+    write(path, {"a": np.ones(512, np.float32), "b": np.ones(512, np.float32)})
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) - cut])
+    refused(path, "truncated")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    ("head", "data", "words"),
+    [
+        (header("(2, 3)"), bytes(20), "lies: [2, 3] of float32 takes 24 bytes, and 20 are there"),
+        (header("(2, 3)"), bytes(28), "lies: [2, 3] of float32 takes 24 bytes, and 28 are there"),
+        (header("(1000000, 1000000)"), bytes(24), "takes 4,000,000,000,000 bytes"),
+        (header("(4294967296, 4294967296)"), bytes(24), "takes 73,786,976,294,838,206,464 bytes"),
+        (header("(18446744073709551616, 0)"), b"", "claims the shape"),
+        (header("(-6,)"), bytes(24), "claims the shape"),
+        (header("(True,)"), bytes(4), "claims the shape"),
+        (header("(" + "1," * 40 + ")"), bytes(4), "claims the shape"),
+        (header("(" + "(" * 3000), bytes(4), "no readable .npy header"),
+        (header("(6,)", "'|O'"), bytes(48), "pickled Python objects"),
+        (header("(6,)", "[('a', '|O')]"), bytes(48), "pickled Python objects"),
+        (header("(6,)", "[('a', '<f4')]"), bytes(24), "which no weight is"),
+        (header("(6,)", "'<M8[s]'"), bytes(48), "which no weight is"),
+        (header("(6,)", "'V3'"), bytes(18), "which no weight is"),
+        (header("(6,)", "('<f4', (2,))"), bytes(48), ""),
+        (header("(6,)", "__import__('os').system('true')"), bytes(24), "no readable .npy header"),
+        (b"\x93NUMPY\x03\x00" + bytes(30), b"", "no readable .npy header"),
+        (b"\x93NUMPY\x01\x00\xff\xff" + bytes(30), b"", "no readable .npy header"),
+        (b"", b"", "no readable .npy header"),
+    ],
+)
+def test_lying_npy_headers(tmp_path, compression, head, data, words):
+    refused(write_zip(tmp_path / "a.npz", [("a.npy", head + data)], compression), words)
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        (["a.npy", "a.npy"], "two members named 'a.npy'"),
+        (["/etc/a.npy"], "a path for a name"),
+        (["../a.npy"], "a path for a name"),
+        (["b/../a.npy"], "a path for a name"),
+        (["b//a.npy"], "a path for a name"),
+        ([".npy"], "a path for a name"),
+        (["C:/a.npy"], "a path for a name"),
+        (["b\\a.npy"], "a name that no array has"),
+        (["a\n\x1b[31mb.npy"], "a name that no array has"),
+        (["a" * 600 + ".npy"], "a name that no array has"),
+        (["readme.txt"], "is no .npy array"),
+        (["folder/"], "is no .npy array"),
+    ],
+)
+def test_odd_members(tmp_path, members, words):
+    data = header("(2,)") + bytes(8)
+    refused(write_zip(tmp_path / "a.npz", [(name, data) for name in members]), words)
+
+
+def test_directories_that_lie(tmp_path):
+    data = header("(2,)") + bytes(8)
+
+    def fresh(compression=zipfile.ZIP_STORED):
+        return write_zip(tmp_path / "a.npz", [("a.npy", data), ("b.npy", data)], compression)
+
+    refused(patched(fresh(), flags=1), "is encrypted")
+    refused(patched(fresh(), method=14), "compressed by something else")
+    refused(patched(fresh(), size=len(data) + 8), "claims 144 bytes, more or less than its data can give")
+    refused(patched(fresh(), size=len(data) + 400, compressed=len(data) + 400), "overlaps")
+    refused(patched(fresh(), crc=7), "its check sum differs", look_up="a")
+    refused(patched(fresh(zipfile.ZIP_DEFLATED), size=2**31), "more or less than its data can give")
+    moved = bytearray(fresh().read_bytes())
+    second = moved.index(b"PK\x01\x02", moved.index(b"PK\x01\x02") + 4)
+    struct.pack_into("<I", moved, second + 42, 0)  # the second member at the first one's place
+    (tmp_path / "a.npz").write_bytes(moved)
+    refused(tmp_path / "a.npz", "is not where the zip directory says")
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    files.write_npz(tmp_path / "a.npz", {"a": np.arange(100.0)})
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[600] ^= 4
+    (tmp_path / "a.npz").write_bytes(data)
+    refused(tmp_path / "a.npz", "'a': it is damaged: its check sum differs", look_up="a")
+
+
+@pytest.mark.parametrize(("held", "words"), [(64, "more than it claims"), (1, "less than it claims")])
+def test_a_compressed_member_that_expands_to_something_else(tmp_path, held, words):
+    claimed = header("(1000,)") + bytes(4000)
+    write_zip(tmp_path / "a.npz", [("a.npy", header("(1000,)") + bytes(4000 * held // 2))], zipfile.ZIP_DEFLATED)
+    refused(patched(tmp_path / "a.npz", size=len(claimed), crc=zlib.crc32(claimed)), words, look_up="a")
+
+
+def local(name, data, size, method=0):
+    """A zip member's own header, and its name."""
+    fields = (b"PK\x03\x04", 20, 0, method, 0, 0, zlib.crc32(data), len(data), size, len(name), 0)
+    return struct.pack("<4sHHHHHIIIHH", *fields) + name
+
+
+def listed(name, data, size, at, method=0):
+    """A zip member's entry in the directory."""
+    fields = (b"PK\x01\x02", 20, 20, 0, method, 0, 0, zlib.crc32(data), len(data), size, len(name), 0, 0, 0, 0, 0, at)
+    return struct.pack("<4sHHHHHHIIIHHHHHII", *fields) + name
+
+
+def ended(body, directory, count):
+    return body + directory + struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, count, count, len(directory), len(body), 0)
+
+
+def archive_of(name, deflated, size):
+    """An archive of one compressed member that claims to expand to `size` bytes."""
+    return ended(local(name, deflated, size, 8) + deflated, listed(name, deflated, size, 0, 8), 1)
+
+
+def test_overlapping_members(tmp_path):
+    """The kernel of the best zip bombs: members that share their bytes (Fifield, A better zip bomb, WOOT 2019)."""
+    inner = header("(2,)") + bytes(8)
+    quoted = header("(43,)") + local(b"b.npy", inner, len(inner)) + inner + b"\0"
+    assert len(quoted) == 128 + 43 * 4
+    body = local(b"a.npy", quoted, len(quoted)) + quoted
+    at = body.index(b"PK\x03\x04", 4)
+    directory = listed(b"a.npy", quoted, len(quoted), 0) + listed(b"b.npy", inner, len(inner), at)
+    (tmp_path / "a.npz").write_bytes(ended(body, directory, 2))
+    refused(tmp_path / "a.npz", "member 'b.npy' overlaps")
+
+
+SAFE = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+
+
+def safe(**changes):
+    return {"a": SAFE["a"] | changes}
+
+
+def write_safe(path, fields, data=bytes(8), length=None):
+    text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "data", "length", "words"),
+    [
+        (SAFE, bytes(7), None, "truncated: its arrays take 8 bytes, and 7 are there"),
+        (SAFE, bytes(9), None, "1 bytes that belong to no array"),
+        (SAFE, bytes(8), 2**40, "a header of 1,099,511,627,776 bytes in a file of"),
+        (SAFE, bytes(8), 2**63, "truncated or damaged"),
+        (SAFE, bytes(8), 5, "no JSON"),
+        (SAFE, bytes(3 * 10**6), 2 * 10**6 + 1, "at most 2,000,000 are read"),
+        (safe(shape=[3]), bytes(8), None, "'a' lies: [3] of float32 takes 12 bytes, and its data_offsets 8"),
+        (safe(shape=[2**40, 2**40]), bytes(8), None, "'a' lies"),
+        (safe(shape=[2**60, 0]), bytes(8), None, "claims the shape"),
+        (safe(shape=[-2]), bytes(8), None, "claims the shape"),
+        (safe(shape=[2.0]), bytes(8), None, "claims the shape"),
+        (safe(shape=[True, 2]), bytes(8), None, "claims the shape"),
+        (safe(shape="2"), bytes(8), None, "claims the shape"),
+        (safe(shape=[1] * 40 + [2]), bytes(8), None, "claims the shape"),
+        (safe(dtype="F4"), bytes(8), None, "is of 'F4', which is not read"),
+        (safe(dtype=["F32"]), bytes(8), None, "which is not read"),
+        (safe(data_offsets=[8, 0]), bytes(8), None, "'a' lies"),
+        (safe(data_offsets=[8, 16]), bytes(16), None, "leaves a gap"),
+        (safe(data_offsets=[0]), bytes(8), None, "claims the data_offsets"),
+        (safe(data_offsets=[-8, 0]), bytes(8), None, "claims the data_offsets"),
+        (SAFE | {"b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, bytes(8), None, "overlaps"),
+        (SAFE | {"b": SAFE["a"]}, bytes(8), None, "overlaps"),
+        (SAFE | {"b\n": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}, bytes(12), None, "no array has"),
+        (SAFE | {"": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}, bytes(12), None, "no array has"),
+        (SAFE | {"b": 7}, bytes(8), None, "does not give 'b' a dtype"),
+        (SAFE | {"__metadata__": {"a": 1}}, bytes(8), None, "__metadata__"),
+        ({"__metadata__": {}}, b"", None, "no arrays"),
+        (b'{"a": 1, "a": 2}', b"", None, "names 'a' twice"),
+        (b'{"a":' + b"[" * 100_000, b"", None, "nested without end"),
+        (b'{"a": \xff}', b"", None, "no text"),
+        (b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}', bytes(8), None, ""),
+        (b"{} []", b"", None, "no JSON"),
+    ],
+)
+def test_lying_safetensors(tmp_path, fields, data, length, words):
+    refused(write_safe(tmp_path / "a.safetensors", fields, data, length), words)
+
+
+def test_truth_values_that_are_neither(tmp_path):
+    fields = {"a": {"dtype": "BOOL", "shape": [2], "data_offsets": [0, 2]}}
+    refused(write_safe(tmp_path / "a.safetensors", fields, b"\x01\x02"), "neither true nor false", look_up="a")
+
+
+def test_more_than_the_memory_that_is_free(tmp_path, monkeypatch):
+    files.write_npz(tmp_path / "a.npz", {"a": np.ones(1000, np.float32)})
+    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: type("", (), {"available": 3999})())
+    refused(tmp_path / "a.npz", "'a': it takes 4,000 bytes of memory, and 3,999 are free", look_up="a")
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ml_dtypes.bfloat16, "c8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_not_a_number(dtype, value):
+    array = np.ones((7, 11), dtype)
+    files.check_finite("a", array)
+    array[3, 4] = value
+    array[6, 10] = value
+    with pytest.raises(UserError, match=r"^a: 2 of its 77 values are NaN or infinite"):
+        files.check_finite("a", array)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ml_dtypes.bfloat16])
+def test_numbers_whose_sum_is_infinite_are_finite(dtype):
+    files.check_finite("a", np.full(1000, ml_dtypes.finfo(dtype).max, dtype))
+    files.check_finite("a", np.zeros(0, dtype))
+    files.check_finite("a", np.array(ml_dtypes.finfo(dtype).min, dtype))
+
+
+# --- what refusing costs --------------------------------------------------------------------------------------------
+
+_MEASURE = """
+import pathlib, sys
+import numpy, psutil
+from vit_jax.errors import UserError
+from vit_jax.weights import files
+def memory(key):  # not getrusage's, which begins at the parent's peak
+    return next(int(l.split()[1]) for l in pathlib.Path("/proc/self/status").read_text().splitlines() if key in l)
+before = memory("VmRSS")  # of all files, so that what one leaves behind counts for the next
+for path in sys.argv[1:]:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    try:
+        stored = files.open_file(path)
+        for name in stored.arrays:
+            stored.arrays[name]
+        said = "READ"
+    except UserError as error:
+        said = str(error).splitlines()[0]
+    print(memory("VmHWM") - before, said)
+"""
+
+
+def bombs(folder):
+    """Files of a few MB that would take gigabytes, by name, with words of the refusal."""
+    block = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+    data = block.compress(header(f"({2**30},)")) + block.compress(bytes(2**26)) + block.flush(zlib.Z_FULL_FLUSH)
+    zeros = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+    data += (zeros.compress(bytes(2**26)) + zeros.flush(zlib.Z_FULL_FLUSH)) * 63 + b"\x03\x00"
+    name, size = b"a.npy", 128 + 2**32
+    (folder / "bomb.npz").write_bytes(archive_of(name, data, size - 2**16))  # zip's four bytes hold less than 2**32
+    with zipfile.ZipFile(folder / "many.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for index in range(12):
+            archive.writestr(f"{index}.npy", header("(5000000,)") + bytes(20_000_000))
+    # As large a directory as is read: zipfile makes an object of some 600 bytes of each 48.
+    entry = struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0) + b"aa"
+    directory = entry * 41_000
+    end = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 65_535, 65_535, len(directory), 4, 0)
+    (folder / "directory.npz").write_bytes(b"PK\x03\x04" + directory + end)
+    write_safe(folder / "header.safetensors", b'{"a":[' + b"{}," * 660_000 + b"{}]}", b"")
+    keys = b",".join(b'"%x":{}' % index for index in range(170_000))
+    write_safe(folder / "keys.safetensors", b"{" + keys + b"}", b"")
+    write_safe(folder / "shape.safetensors", safe(shape=[2**45]), bytes(8))
+    write_zip(folder / "shape.npz", [("a.npy", header("(70000, 70000)") + bytes(24))])
+    return {
+        "bomb.npz": "as a zip bomb's do",
+        "many.npz": "as a zip bomb's do",
+        "directory.npz": "is no .npy array",
+        "header.safetensors": "does not give 'a' a dtype",
+        "keys.safetensors": "does not give '0' a dtype",
+        "shape.safetensors": "lies",
+        "shape.npz": "lies",
+    }
+
+
+def measured(paths):
+    """For each file, one after another in a process of their own: bytes that memory grew by, and what was said."""
+    command = [sys.executable, "-c", _MEASURE, *map(str, paths)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+    found = [line.split(" ", 1) for line in run.stdout.splitlines()]
+    return [(int(grown) * 1024, message) for grown, message in found]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's record of the peak")
+def test_refusing_costs_little_memory(tmp_path):
+    expected = bombs(tmp_path)
+    paths = [tmp_path / name for name in expected]
+    for path, words, (grown, message) in zip(paths, expected.values(), measured(paths), strict=True):
+        assert words in message, (path, message)
+        assert grown < 200e6 + path.stat().st_size, (path, grown)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's record of the peak")
+def test_reading_takes_the_memory_of_one_array(tmp_path):
+    arrays = {str(index): np.ones(2**22, np.float32) for index in range(8)}
+    files.write_npz(tmp_path / "a.npz", arrays)
+    files.write_safetensors(tmp_path / "b.safetensors", arrays)
+    np.savez_compressed(tmp_path / "c.npz", a=np.random.default_rng(0).standard_normal(2**22, np.float32))
+    found = measured(sorted(tmp_path.iterdir()))
+    assert [message for _, message in found] == ["READ"] * 3
+    assert all(0.9 * 2**24 < grown < 1.5 * 2**24 for grown, _ in found), found  # an array is 2**24 bytes
+
+
+# --- writing whole or not at all ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [files.write_npz, files.write_safetensors])
+def test_a_failed_write_leaves_what_was_there(tmp_path, write, monkeypatch):
+    path = tmp_path / "a"
+    write(path, {"a": np.ones(3)})
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="a cannot be written: No space left on device"):
+            write(path, {"a": np.zeros(3)})
+    with pytest.raises(UserError, match="cannot be written"):
+        write(path, {"a": np.array([None])})
+    with pytest.raises(UserError, match="cannot be written: No such file"):
+        write(tmp_path / "none" / "a", {"a": np.zeros(3)})
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        write(path / "b", {"a": np.zeros(3)})
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "a\nb"])
+def test_names_that_could_not_be_read_are_not_written(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be written"):
+        files.write_npz(tmp_path / "a.npz", {name: np.ones(3)})
+
+
+def test_what_is_not_contiguous_is_written_in_its_order(tmp_path):
+    values = np.arange(24.0).reshape(2, 3, 4)
+    arrays = {"t": values.T, "s": values[:, ::2], "b": values.astype(">f8")}
+    for write in (files.write_npz, files.write_safetensors):
+        write(tmp_path / "a", arrays)
+        stored = files.open_file(tmp_path / "a")
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(stored.arrays[name], array)

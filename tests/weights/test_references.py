@@ -1,0 +1,178 @@
+"""Against timm and transformers themselves, as make_references.py has recorded them."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax import weights
+from vit_jax.errors import UserError
+from vit_jax.weights import files
+from vit_jax.weights.save import flattened
+
+# What a recording is of, where it is not what comes out by itself: all tokens, or the features of two heads.
+ASKED = {
+    "hf_vit": {"pooling": "none"},
+    "hf_dinov2": {"pooling": "none"},
+    "hf_dinov2_registers": {"pooling": "none"},
+    "hf_dinov2_registers_swiglu": {"pooling": "none"},
+    "hf_dinov2_registers_swiglu_state_dict": {"pooling": "none", "heads": 3},
+    "hf_vit_classifier_state_dict": {"heads": 3},
+    "hf_dinov2_classifier": {"pooling": "none", "classes": None},
+    "hf_deit_teacher": {"classes": None},
+    "hf_mae": {"pooling": "none"},
+    "hf_mae_pretraining": {"pooling": "none"},
+    "timm_distilled": {"classes": None, "heads": 3},
+}
+NAMES = [
+    *("timm_vit", "timm_headless", "timm_grey", "timm_registers", "timm_registers_with_rows", "timm_map"),
+    *("timm_fc_norm", "timm_gap", "timm_unpooled", "timm_qk_norm", "timm_swiglu", "timm_wide", "timm_distilled"),
+    *("timm_hybrid", "timm_hybrid_root"),
+    *("hf_vit", "hf_vit_classifier", "hf_vit_classifier_state_dict", "hf_vit_tanh", "hf_deit", "hf_deit_teacher"),
+    *("hf_dinov2", "hf_dinov2_classifier", "hf_dinov2_registers", "hf_dinov2_registers_swiglu"),
+    *("hf_dinov2_registers_swiglu_state_dict", "hf_mae", "hf_mae_pretraining"),
+]
+
+
+def test_every_recording_is_tried(references):
+    assert sorted(folder.name for folder in references.iterdir()) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_libraries_numbers(references, helpers, name):
+    model, parameters, report = weights.load(references / name, **ASKED.get(name, {}))
+    numbers = np.load(references / name / "numbers.npz")
+    found = helpers.outputs(model, parameters, numbers["inputs"])
+    np.testing.assert_allclose(found, numbers["outputs"], rtol=0, atol=1e-5)
+    helpers.covers(report, files.open_file(references / name).shapes, flattened(parameters))
+
+
+@pytest.mark.parametrize("name", ["timm_map", "timm_registers"])
+def test_without_compilation_too(references, name):
+    model, parameters, _ = weights.load(references / name)
+    numbers = np.load(references / name / "numbers.npz")
+    found = model.apply({"params": parameters}, jax.numpy.asarray(numbers["inputs"]))
+    np.testing.assert_allclose(found, numbers["outputs"], rtol=0, atol=1e-4)
+
+
+def test_the_form_of_the_gelu_and_the_place_of_the_norm_are_told_apart(references, helpers):
+    """The numbers above are far enough from those of the nearest mistake."""
+    for name, wrong in {"hf_vit_tanh": "exact", "timm_vit": "tanh", "timm_map": "exact"}.items():
+        model, parameters, _ = weights.load(references / name, gelu=wrong)
+        numbers = np.load(references / name / "numbers.npz")
+        assert np.abs(helpers.outputs(model, parameters, numbers["inputs"]) - numbers["outputs"]).max() > 4e-5, name
+    model, parameters, _ = weights.load(references / "timm_fc_norm")
+    moved = {**parameters, "encoder": {**parameters["encoder"], "norm": parameters["norm"]}}
+    del moved["norm"]
+    numbers = np.load(references / "timm_fc_norm" / "numbers.npz")
+    found = helpers.outputs(model.clone(norm_after_pooling=False), moved, numbers["inputs"])
+    assert np.abs(found - numbers["outputs"]).max() > 1e-2
+
+
+ROUND = [
+    *("timm_vit", "timm_registers", "timm_map", "timm_fc_norm", "timm_gap", "timm_qk_norm", "timm_swiglu"),
+    "timm_wide",
+]
+
+
+@pytest.mark.parametrize("name", ROUND)
+def test_timms_files_come_back_bit_for_bit(references, tmp_path, name):
+    model, parameters, report = weights.load(references / name)
+    weights.save(tmp_path / "model.safetensors", model, parameters, report.image_size or (12, 12), report.channels)
+    before, after = files.open_file(references / name), files.open_file(tmp_path)
+    assert dict(before.shapes) == dict(after.shapes)
+    for array in before.arrays:
+        np.testing.assert_array_equal(after.arrays[array], before.arrays[array], err_msg=array, strict=True)
+    # And its config.json tells all that the arrays do not.
+    again, _, second = weights.load(tmp_path)
+    assert again.clone(layer_scale=None) == model.clone(layer_scale=None)
+    assert {one.source for one in second.decisions} == {"config.json"} or model.position == "none"
+
+
+@pytest.mark.parametrize("name", ["timm_distilled", "hf_deit_teacher", "hf_dinov2_classifier"])
+def test_a_head_that_ours_cannot_be_is_never_half_taken(references, name):
+    told = {"heads": 3} if name == "timm_distilled" else {}
+    with pytest.raises(UserError, match=r"(?s)head.*\n.*give classes=N for a new head, or classes=None") as caught:
+        weights.load(references / name, **told)
+    assert str(caught.value).count("\n") <= 2
+    # As many classes as the file's own head has: still a new one.
+    model, parameters, report = weights.load(references / name, classes=5, **told)
+    assert model.classes == 5 and not parameters["head"]["logits"]["kernel"].any()
+    assert all("head" in row.detail for row in report.rows if row.action == "ignored" and "mask" not in row.names[0])
+
+
+def test_configs_that_ours_cannot_be_are_refused(references, tmp_path):
+    cases = [
+        (("timm_vit", "architecture", "vit_base_patch16_rpn_224"), "normalise behind attention and MLP"),
+        (("timm_vit", "num_features", 768), "config.json is of another model: it says num_features 768"),
+        (("timm_vit", "global_pool", "max"), "global_pool 'max'"),
+        (("timm_vit", "model_args", [3]), r"config.json says model_args \[3\], where dict is meant"),
+        (("timm_vit", "global_pool", 7), "config.json says global_pool 7, where str is meant"),
+        (("hf_vit", "layer_norm_eps", "small"), "config.json says layer_norm_eps 'small', where float is meant"),
+        (("hf_vit", "hidden_act", "quick_gelu"), "hidden_act 'quick_gelu'"),
+        (("hf_vit", "model_type", "audio-spectrogram-transformer"), "model_type 'audio-spectrogram-transformer'"),
+        (("hf_vit", "hidden_size", 768), "config.json is of another model"),
+        (("hf_vit", "num_attention_heads", 5), "heads is 5, which does not divide"),
+    ]
+    for number, ((name, key, value), message) in enumerate(cases):
+        folder = tmp_path / str(number)
+        shutil.copytree(references / name, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(UserError, match=message):
+            weights.load(folder)
+
+
+def test_heads_are_guessed_at_usual_widths_alone(references, tmp_path, helpers):
+    folder = tmp_path / "copy"
+    shutil.copytree(references / "timm_vit", folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"how many attention heads share its width of 12\n.*give heads=N"):
+        weights.load(folder)
+    model, parameters = helpers.small(width=128, heads=2, gelu="exact")
+    weights.save(tmp_path / "wide.safetensors", model, parameters, (32, 32))
+    stored = files.open_file(tmp_path / "wide.safetensors")
+    (tmp_path / "bare").mkdir()
+    files.write_safetensors(tmp_path / "bare" / "wide.safetensors", dict(stored.arrays))
+    found, _, report = weights.load(tmp_path / "bare")
+    assert found == model
+    assert "heads 2: convention of timm's models" in str(report)
+
+
+FOREIGN = {
+    "norm_pre.weight": "norm_pre....: the model has a LayerNorm before the blocks, as CLIP's",
+    "blocks.0.attn.rel_pos.weight": "left over: blocks.0.attn.rel_pos.weight",
+    "patch_embed.backbone.conv1.0.weight": "patch_embed.backbone....: the model has another network than ResNet v2",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_parts_that_ours_cannot_have_are_named(references, tmp_path, name):
+    stored = files.open_file(references / "timm_vit")
+    files.write_safetensors(tmp_path / "model.safetensors", {**stored.arrays, name: np.ones(12, "f")})
+    with pytest.raises(UserError, match=FOREIGN[name]):
+        weights.load(tmp_path, heads=3)
+
+
+def test_blocks_numbered_by_the_billion_are_not_looked_for(references, tmp_path):
+    for kind, name in (("timm_vit", "blocks.{}.norm1.weight"), ("hf_vit", "encoder.layer.{}.layernorm_before.bias")):
+        stored = files.open_file(references / kind)
+        far = {name.format(10**12): np.ones(12, "f")}
+        files.write_safetensors(tmp_path / "model.safetensors", {**stored.arrays, **far})
+        with pytest.raises(UserError, match=f"{name.format(10**12)} is numbered past all the .* arrays that there are"):
+            weights.load(tmp_path, heads=3)
+
+
+def test_half_precision_is_widened_and_said(references, tmp_path):
+    stored = files.open_file(references / "timm_vit")
+    halves = {name: np.asarray(array, np.float16) for name, array in stored.arrays.items()}
+    files.write_safetensors(tmp_path / "model.safetensors", halves)
+    _, parameters, report = weights.load(tmp_path, heads=3)
+    assert all("float16 -> float32" in row.detail for row in report.rows)
+    np.testing.assert_array_equal(parameters["class_token"], halves["cls_token"].astype(np.float32), strict=True)
+    whole = {name: np.zeros(array.shape, np.int8) for name, array in halves.items()}
+    files.write_safetensors(tmp_path / "model.safetensors", whole)
+    with pytest.raises(UserError, match="int8: parameters are floating-point numbers"):
+        weights.load(tmp_path, heads=3)

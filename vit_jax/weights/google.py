@@ -1,0 +1,279 @@
+"""Google's .npz: the published files, current linen names, big_vision's; hybrids; each below any of their prefixes.
+
+The published files (arXiv 2010.11929, 2106.10270) count a block's modules as they were made: LayerNorm_0,
+MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3. Linen counts each kind by itself: LayerNorm_0,
+MultiHeadDotProductAttention_0, LayerNorm_1, MlpBlock_0. big_vision does so too, has its positions outside the encoder
+and without a row for the class token, pools by attention (MAPHead_0) and may have all blocks in one (scanned) array.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax.errors import UserError
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.weights import rules as forms
+from vit_jax.weights.describe import Choices, Description, Names, check_names, few, pixels_of_a_patch
+from vit_jax.weights.files import Stored
+from vit_jax.weights.rules import Parts, Rule, dense, norm
+
+LABEL = "Google's naming"
+FAMILY = "Google's files"
+BIG_VISION = "big_vision's files"
+QKV = ("query", "key", "value")
+
+# What stands beside a model in a file of training, or of two towers.
+OTHERS = {
+    r"opt/": "the optimiser's state",
+    r"(extra|state|step)(/|$)": "training's own",
+    r"params/(txt|text)/": "the text tower's",
+    r"params/(t|b|temperature|bias)$": "of the contrastive loss",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """What differs between Google's files.
+
+    Attributes:
+        prefix: of all names.
+        attention, norm_mlp, mlp: a block's modules.
+        positions: the table.
+        class_row: whether the table has a row for the class token.
+        channels: whether GroupNorm's parameters are [1, 1, 1, channels].
+        scanned: whether all blocks are in one array.
+    """
+
+    prefix: str = ""
+    attention: str = "MultiHeadDotProductAttention_1"
+    norm_mlp: str = "LayerNorm_2"
+    mlp: str = "MlpBlock_3"
+    positions: str = "Transformer/posembed_input/pos_embedding"
+    class_row: bool = True
+    channels: bool = True
+    scanned: bool = False
+
+
+PUBLISHED = Naming()
+
+
+def recognise(shapes: Mapping[str, Any]) -> bool:
+    """Whether the names are of this family."""
+    return any(re.search(r"(^|/)encoderblock(_\d+)?/", name) for name in shapes)
+
+
+def describe(stored: Stored, given: Mapping[str, Any]) -> Description:
+    """The model and the rules of a file.
+
+    Raises:
+        UserError: it is no whole model, or does not tell something that `given` has to.
+    """
+    prefix = _prefix(stored.shapes)
+    names = Names(stored.shapes, prefix, LABEL)
+    naming, parts = _naming(names), _parts(names)
+    table = _rules(parts, naming)
+    ignored = {}
+    for pattern, why in OTHERS.items():
+        ignored |= {name: why for name in stored.shapes if not name.startswith(prefix) and re.match(pattern, name)}
+    headless = parts.pre_logits and not parts.head
+    if headless:
+        why = "there is no head behind it: the features are those before it"
+        ignored |= {f"{prefix}pre_logits/{part}": why for part in ("kernel", "bias")}
+    check_names(stored.shapes, table, ignored, [f"{prefix}{name}" for name in ("cls", naming.positions)], LABEL)
+    choices = Choices(given)
+    model, channels = _model(names, parts, naming, choices)
+    grid = _grid(names, parts, naming, model, choices)
+    return Description(LABEL, model, channels, grid, tuple(table), ignored, decisions=tuple(choices.made))
+
+
+def _prefix(shapes: Mapping[str, Any]) -> str:
+    """What stands before Transformer/: the image tower's, where there are several."""
+    found = {
+        match[1] for name in shapes if (match := re.match(r"(.*?)Transformer/encoderblock(?:_\d+)?/", name)) is not None
+    }
+    for prefix in sorted(found, key=len):
+        if f"{prefix}embedding/kernel" in shapes or f"{prefix}embedding/bias" in shapes:
+            return prefix
+    return min(found, key=len, default="")
+
+
+def _naming(names: Names) -> Naming:
+    block = r"Transformer/encoderblock(_\d+)?/"
+    prelinen = names.any(f"{block}(MultiHeadDotProductAttention_1|MlpBlock_3|LayerNorm_2)/")
+    outside = "pos_embedding" in names
+    return Naming(
+        prefix=names.prefix,
+        attention=f"MultiHeadDotProductAttention_{1 if prelinen else 0}",
+        norm_mlp=f"LayerNorm_{2 if prelinen else 1}",
+        mlp=f"MlpBlock_{3 if prelinen else 0}",
+        positions="pos_embedding" if outside else PUBLISHED.positions,
+        class_row=not outside,
+        channels="gn_root/scale" in names and names.axes("gn_root/scale") == 4,
+        scanned=names.any("Transformer/encoderblock/"),
+    )
+
+
+def _parts(names: Names) -> Parts:
+    stages = names.count(r"block(\d+)/") - 1  # they count from 1
+    units = tuple(names.count(rf"block{stage + 1}/unit(\d+)/") - 1 for stage in range(stages))
+    scanned = names.any("Transformer/encoderblock/")
+    norm_name = "Transformer/encoderblock/LayerNorm_0/scale"
+    return Parts(
+        depth=names.shape(norm_name, 2)[0] if scanned else names.count(r"Transformer/encoderblock_(\d+)/"),
+        class_token="cls" in names,
+        positions="pos_embedding" in names or PUBLISHED.positions in names,
+        map=names.any("MAPHead_0/"),
+        head=names.any("head/"),
+        pre_logits=names.any("pre_logits/"),
+        stem=units if names.any("conv_root/|gn_root/|block1/") else None,
+    )
+
+
+def _model(names: Names, parts: Parts, naming: Naming, choices: Choices) -> tuple[VisionTransformer, int]:
+    patch, across, channels, width = names.shape("embedding/kernel", 4)
+    if patch != across:
+        raise UserError(f"embedding/kernel has patches of {patch}x{across}: only square ones can be had")
+    first = "Transformer/encoderblock" + ("/" if naming.scanned else "_0/")
+    axes = 1 if naming.scanned else 0
+    heads = names.shape(f"{first}{naming.attention}/query/kernel", 3 + axes)[1 + axes]
+    mlp_width = names.shape(f"{first}{naming.mlp}/Dense_0/kernel", 2 + axes)[1 + axes]
+    head, usual = parts.head, "token" if parts.class_token else "mean"
+    fields = {
+        "classes": names.shape("head/kernel", 2)[1] if head else None,
+        "patch_size": patch,
+        "width": width,
+        "depth": parts.depth,
+        "heads": heads,
+        "mlp_width": mlp_width,
+        "class_token": parts.class_token,
+        "pooling": "map" if parts.map else choices.decide("pooling", usual, family=FAMILY),
+        "position": "learned" if parts.positions else choices.decide("position", "sincos_2d", family=BIG_VISION),
+        "pre_logits": names.shape("pre_logits/kernel", 2)[1] if head and parts.pre_logits else None,
+        "gelu": choices.decide("gelu", "tanh", family=FAMILY),
+        "layer_norm_epsilon": choices.decide("layer_norm_epsilon", 1e-6, family=FAMILY),
+    }
+    if parts.stem is not None:
+        *_, channels, root = names.shape("conv_root/kernel", 4)
+        fields |= {"stem": parts.stem, "stem_width": root}
+    return VisionTransformer(**fields), channels
+
+
+def _grid(
+    names: Names, parts: Parts, naming: Naming, model: VisionTransformer, choices: Choices
+) -> tuple[int, int] | None:
+    if not parts.positions:
+        return None
+    rows = names.shape(naming.positions, 3)[1] - int(parts.class_token and naming.class_row)
+    return choices.grid(rows, pixels_of_a_patch(model))
+
+
+def _rules(parts: Parts, naming: Naming) -> list[Rule]:
+    p = naming.prefix
+    table = dense(f"{p}embedding/", "embedding/projection", forms.PATCH)
+    if parts.stem is not None:
+        table += _stem_rules(parts.stem, naming)
+    if parts.class_token:
+        table += [Rule((f"{p}cls",), ("class_token",), forms.SAME)]
+    if parts.positions:
+        form = forms.SAME if naming.class_row or not parts.class_token else forms.CLASS_ROW
+        table += [Rule((f"{p}{naming.positions}",), ("positions/table",), form)]
+    if naming.scanned:
+        block = _block_rules(f"{p}Transformer/encoderblock/", "encoder/block_0", naming)
+        table += [forms.scanned(rule, parts.depth) for rule in block]
+    else:
+        for index in range(parts.depth):
+            table += _block_rules(f"{p}Transformer/encoderblock_{index}/", f"encoder/block_{index}", naming)
+    table += norm(f"{p}Transformer/encoder_norm/", "encoder/norm")
+    if parts.map:
+        table += _map_rules(f"{p}MAPHead_0/")
+    if parts.head:
+        table += dense(f"{p}head/", "head/logits", forms.SAME)
+        if parts.pre_logits:
+            table += dense(f"{p}pre_logits/", "head/pre_logits", forms.SAME)
+    return table
+
+
+def _block_rules(name: str, path: str, naming: Naming) -> list[Rule]:
+    attention = f"{name}{naming.attention}/"
+    return [
+        *norm(f"{name}LayerNorm_0/", f"{path}/norm_attention"),
+        *dense(f"{attention}{{}}/", f"{path}/attention/qkv", forms.fused_heads(3), forms.fused_heads_bias(3), QKV),
+        *dense(f"{attention}out/", f"{path}/attention/out", forms.HEADS_OUT),
+        *norm(f"{name}{naming.norm_mlp}/", f"{path}/norm_mlp"),
+        *dense(f"{name}{naming.mlp}/Dense_0/", f"{path}/mlp/up", forms.SAME),
+        *dense(f"{name}{naming.mlp}/Dense_1/", f"{path}/mlp/down", forms.SAME),
+    ]
+
+
+def _map_rules(name: str) -> list[Rule]:
+    attention = f"{name}MultiHeadDotProductAttention_0/"
+    fused, fused_bias = forms.fused_heads(2), forms.fused_heads_bias(2)
+    return [
+        Rule((f"{name}probe",), ("pooling/probe",), forms.SAME),
+        *dense(f"{attention}query/", "pooling/query", forms.HEADS, forms.HEADS_BIAS),
+        *dense(f"{attention}{{}}/", "pooling/key_value", fused, fused_bias, QKV[1:]),
+        *dense(f"{attention}out/", "pooling/out", forms.HEADS_OUT),
+        *norm(f"{name}LayerNorm_0/", "pooling/norm"),
+        *dense(f"{name}MlpBlock_0/Dense_0/", "pooling/mlp/up", forms.SAME),
+        *dense(f"{name}MlpBlock_0/Dense_1/", "pooling/mlp/down", forms.SAME),
+    ]
+
+
+def _stem_rules(stem: tuple[int, ...], naming: Naming) -> list[Rule]:
+    p, form = naming.prefix, forms.CHANNELS if naming.channels else forms.SAME
+    table = [Rule((f"{p}conv_root/kernel",), ("stem/convolution_root/kernel",), forms.SAME)]
+    table += norm(f"{p}gn_root/", "stem/norm_root", form)
+    for stage, count in enumerate(stem):
+        for unit in range(count):
+            name, path = f"{p}block{stage + 1}/unit{unit + 1}/", f"stem/stage_{stage}_unit_{unit}"
+            for theirs, ours in [("1", "1"), ("2", "2"), ("3", "3"), *([("_proj", "projection")] if unit == 0 else [])]:
+                kernel = (f"{name}conv{theirs}/kernel",), (f"{path}/convolution_{ours}/kernel",)
+                table += [Rule(*kernel, forms.SAME), *norm(f"{name}gn{theirs}/", f"{path}/norm_{ours}", form)]
+    return table
+
+
+def write(
+    model: VisionTransformer, parameters: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The arrays of a model under the published names, and what such a file does not say.
+
+    Args:
+        model: whose parameters they are, not scanned.
+        parameters: by path.
+
+    Raises:
+        UserError: the model has what Google's files have no name for; all of it is named.
+    """
+    lacking = [what for what, there in _lacking(model).items() if there]
+    if lacking:
+        raise UserError(f"Google's .npz has no place for {few(lacking)}\n  write .safetensors in timm's naming instead")
+    arrays = forms.written(_rules(Parts.of(model), PUBLISHED), parameters, model)
+    return arrays, tuple(_unsaid(model))
+
+
+def _lacking(model: VisionTransformer) -> dict[str, bool]:
+    return {
+        f"registers ({model.registers})": model.registers > 0,
+        f"mlp {model.mlp!r}": model.mlp != "gelu",
+        "queries, keys and values without a bias (qkv_bias)": not model.qkv_bias,
+        "normalised queries and keys (qk_norm)": model.qk_norm,
+        "layer scale": model.layer_scale is not None,
+        "parallel blocks": model.parallel,
+        "a norm after pooling": model.norm_after_pooling,
+        f"position {model.position!r}": model.position != "learned",
+        f"positions in the {model.position_at}": model.position_at not in (None, "input"),
+        "several heads": isinstance(model.classes, Mapping),
+    }
+
+
+def _unsaid(model: VisionTransformer) -> list[str]:
+    notes = []
+    usual = {"gelu": "tanh", "layer_norm_epsilon": 1e-6, "pooling": "token" if model.class_token else "mean"}
+    for field, convention in usual.items():
+        value = getattr(model, field)
+        if value != convention and not (field == "pooling" and value == "map"):
+            notes.append(f"the file cannot say {field}={value!r}, and is read as {convention!r} unless told")
+    return notes

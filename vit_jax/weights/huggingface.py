@@ -1,0 +1,254 @@
+"""Hugging Face's ViT, DeiT, DINOv2 (with and without registers) and the encoder of ViTMAE; also DINO and MSN.
+
+Files that transformers has written are named one way for years; a state dictionary of transformers 5 itself is named
+another way, and both are read. The GELU is exact and LayerNorm's epsilon 1e-12 (DINOv2: 1e-6) unless config.json says
+otherwise.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vit_jax.errors import UserError
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.weights import rules as forms
+from vit_jax.weights.describe import Choices, Description, Names, check_names, said
+from vit_jax.weights.files import Stored
+from vit_jax.weights.rules import Parts, Rule, dense, norm
+
+LABEL = "Hugging Face's naming"
+KINDS = ("vit", "vit_msn", "ijepa", "deit", "dinov2", "dinov2_with_registers", "vit_mae")
+GELUS = {"gelu": "exact", "gelu_python": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
+IGNORED = {
+    r"embeddings\.mask_token$": "only masked pre-training reads it",
+    r"pooler\.dense\.": "a layer of the pooled output that no classifier of this kind reads",
+}
+OUTSIDE = {r"decoder\.": "the decoder of masked pre-training"}
+TEACHER = "its logits are the mean of two heads, of class token and distillation token, which one head cannot be"
+BOTH = "its head reads the class token beside the patches' mean, which ours cannot"
+KNOWN = ("embeddings.cls_token", "embeddings.position_embeddings", "embeddings.register_tokens", "classifier.weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spelling:
+    """What differs between the files named so.
+
+    Attributes:
+        prefix: of the encoder's names.
+        block: of a block's, '{}' for its number.
+        dinov2: whether a block's norms and MLP are named as DINOv2's.
+        attention: 'attention' (attention.attention.query, ...) or 'proj' (attention.q_proj, ...).
+        mlp: 'dense' (intermediate.dense), 'fc' (mlp.fc1), or of SwiGLU 'packed' (weights_in) or 'apart' (gate_proj).
+        registers: the tokens between class token and patches: 'register_tokens' or 'distillation_token'.
+    """
+
+    prefix: str
+    block: str
+    dinov2: bool
+    attention: str
+    mlp: str
+    registers: str
+
+
+def recognise(shapes: Mapping[str, Any]) -> bool:
+    """Whether the names are of this family."""
+    encoder = any(re.match(rf"([A-Za-z0-9_]+\.)?{BLOCK}(attention|layernorm_before|norm1)\.", name) for name in shapes)
+    return encoder and any("embeddings." in name for name in shapes)
+
+
+def describe(stored: Stored, given: Mapping[str, Any]) -> Description:
+    """The model and the rules of a file.
+
+    Raises:
+        UserError: it is no whole model, has parts that ours cannot have, or does not tell what `given` has to.
+    """
+    names = Names(stored.shapes, _prefix(stored.shapes), LABEL)
+    config, choices = _config(stored), Choices(given)
+    spelling, heads = _spelling(names), [name for name in stored.shapes if re.match(r"(\w+_)?classifier\.", name)]
+    refusal = _refusal(stored.shapes, names, heads)
+    parts = _parts(names, spelling, bool(heads) and refusal is None)
+    ignored = {
+        f"{names.prefix}{name}": why for name in names for pattern, why in IGNORED.items() if re.match(pattern, name)
+    }
+    ignored |= {name: why for name in stored.shapes for pattern, why in OUTSIDE.items() if re.match(pattern, name)}
+    if refusal is not None:
+        ignored |= dict.fromkeys(heads, "a head that ours cannot be: " + refusal.split(", which")[0])
+    table = _rules(parts, spelling)
+    check_names(stored.shapes, table, ignored, [names.prefix + name for name in KNOWN], LABEL)
+    model, channels = _model(names, stored.shapes, parts, spelling, config, choices)
+    rows = names.shape("embeddings.position_embeddings", 3)[1] - int(parts.class_token)
+    if spelling.registers == "distillation_token":
+        rows -= model.registers
+    grid = choices.grid(rows, model.patch_size, config.get("image_size"))
+    return Description(
+        LABEL,
+        model,
+        channels,
+        grid,
+        tuple(table),
+        ignored,
+        decisions=tuple(choices.made),
+        notes=_notes(spelling, parts),
+        head_refusal=refusal,
+    )
+
+
+def _prefix(shapes: Mapping[str, Any]) -> str:
+    found = [match[1] for name in shapes if (match := re.match(rf"((?!decoder)\w+\.)?{BLOCK}", name))]
+    return max(set(found), key=found.count, default="") or ""
+
+
+def _config(stored: Stored) -> dict[str, Any]:
+    config = stored.config or {}
+    if not isinstance(config.get("model_type"), str):
+        return {}
+    if config["model_type"] not in KINDS:
+        raise UserError(
+            f"config.json says model_type {config['model_type']!r}\n  of Hugging Face's, read are: {', '.join(KINDS)}"
+        )
+    kinds = {"hidden_size": int, "num_attention_heads": int, "hidden_act": str, "layer_norm_eps": float}
+    return {key: said(config, key, kind) for key, kind in kinds.items()} | {"image_size": config.get("image_size")}
+
+
+def _spelling(names: Names) -> Spelling:
+    swiglu = "apart" if names.any(rf"{BLOCK}mlp\.gate_proj\.") else "packed"
+    gated = names.any(rf"{BLOCK}mlp\.(gate_proj|weights_in)\.")
+    return Spelling(
+        prefix=names.prefix,
+        block="encoder.layer.{}." if names.any(r"encoder\.layer\.") else "layers.{}.",
+        dinov2=names.any(rf"{BLOCK}(norm1|layer_scale1)\."),
+        attention="proj" if names.any(rf"{BLOCK}attention\.[qkv]_proj\.") else "attention",
+        mlp=swiglu if gated else "fc" if names.any(rf"{BLOCK}mlp\.") else "dense",
+        registers="distillation_token" if "embeddings.distillation_token" in names else "register_tokens",
+    )
+
+
+def _refusal(shapes: Mapping[str, tuple[int, ...]], names: Names, heads: list[str]) -> str | None:
+    if any(not name.startswith("classifier.") for name in heads):
+        return TEACHER
+    width = names.shape("embeddings.patch_embeddings.projection.weight", 4)[0]
+    return BOTH if shapes.get("classifier.weight", ())[1:] == (2 * width,) else None
+
+
+def _parts(names: Names, spelling: Spelling, head: bool) -> Parts:
+    return Parts(
+        depth=names.count(BLOCK),
+        class_token="embeddings.cls_token" in names,
+        registers=f"embeddings.{spelling.registers}" in names,
+        positions=True,
+        mlp="swiglu" if spelling.mlp in ("packed", "apart") else "gelu",
+        qkv_bias=names.any(rf"{BLOCK}attention\.(attention\.query|q_proj)\.bias"),
+        layer_scale=names.any(rf"{BLOCK}layer_scale\d\."),
+        head=head,
+    )
+
+
+def _model(
+    names: Names,
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Parts,
+    spelling: Spelling,
+    config: Mapping[str, Any],
+    choices: Choices,
+) -> tuple[VisionTransformer, int]:
+    width, channels, patch, across = names.shape("embeddings.patch_embeddings.projection.weight", 4)
+    if patch != across:
+        raise UserError(f"the file has patches of {patch}x{across}: only square ones can be had")
+    if config.get("hidden_size") not in (None, width):
+        raise UserError(f"config.json is of another model: it says hidden_size {config['hidden_size']}, not {width}")
+    first = {"dense": "intermediate.dense", "fc": "mlp.fc1", "packed": "mlp.weights_in", "apart": "mlp.gate_proj"}
+    hidden = names.shape(f"{spelling.block.format(0)}{first[spelling.mlp]}.weight", 2)[0]
+    family = "Hugging Face's " + ("DINOv2" if spelling.dinov2 else "ViT and DeiT")
+    convention = "token" if parts.class_token else "mean"
+    fields = {
+        "classes": shapes["classifier.weight"][0] if parts.head else None,
+        "patch_size": patch,
+        "width": width,
+        "depth": parts.depth,
+        "heads": choices.heads(width, config.get("num_attention_heads"), family),
+        "mlp_width": hidden // 2 if spelling.mlp == "packed" else hidden,
+        "class_token": parts.class_token,
+        "registers": names.shape(f"embeddings.{spelling.registers}", 3)[1] if parts.registers else 0,
+        "pooling": choices.decide("pooling", convention, family=family),
+        "mlp": parts.mlp,
+        "qkv_bias": parts.qkv_bias,
+        "layer_scale": 1.0 if parts.layer_scale else None,
+        "layer_norm_epsilon": choices.decide(
+            "layer_norm_epsilon", 1e-6 if spelling.dinov2 else 1e-12, config.get("layer_norm_eps"), family=family
+        ),
+    }
+    if parts.mlp == "gelu":
+        activation = config.get("hidden_act")
+        if activation is not None and activation not in GELUS:
+            raise UserError(f"config.json says hidden_act {activation!r}\n  ours has: {', '.join(GELUS)}")
+        fields["gelu"] = choices.decide("gelu", "exact", GELUS.get(activation), family=family)
+    return VisionTransformer(**fields), channels
+
+
+def _notes(spelling: Spelling, parts: Parts) -> tuple[str, ...]:
+    if parts.registers and spelling.registers == "distillation_token":
+        return ("the distillation token became a register, with its row of positions added to it",)
+    return ()
+
+
+def _rules(parts: Parts, spelling: Spelling) -> list[Rule]:
+    p = f"{spelling.prefix}embeddings."
+    table = dense(f"{p}patch_embeddings.projection.", "embedding/projection", forms.PATCH_CONVOLUTION)
+    if parts.class_token:
+        table += [Rule((f"{p}cls_token",), ("class_token",), forms.SAME)]
+    tokens, rows = (f"{p}{spelling.registers}",), (f"{p}position_embeddings",)
+    if parts.registers and spelling.registers == "distillation_token":
+        table += [Rule(tokens + rows, ("registers", "positions/table"), forms.with_register_rows(parts.class_token))]
+    else:
+        table += [Rule(tokens, ("registers",), forms.SAME)] if parts.registers else []
+        table += [Rule(rows, ("positions/table",), forms.SAME)]
+    for index in range(parts.depth):
+        name = spelling.prefix + spelling.block.format(index)
+        table += _attention_rules(name, f"encoder/block_{index}", parts, spelling)
+        table += _mlp_rules(name, f"encoder/block_{index}", parts, spelling)
+    table += norm(f"{spelling.prefix}layernorm.", "encoder/norm")
+    if parts.head:
+        table += dense("classifier.", "head/logits", forms.LINEAR)
+    return table
+
+
+def _attention_rules(name: str, path: str, parts: Parts, spelling: Spelling) -> list[Rule]:
+    inner, out = f"{name}attention.attention.{{}}.", f"{name}attention.output.dense."
+    kinds = ("query", "key", "value")
+    if spelling.attention == "proj":
+        inner, out, kinds = f"{name}attention.{{}}_proj.", f"{name}attention.o_proj.", ("q", "k", "v")
+    qkv = dense(inner, f"{path}/attention/qkv", forms.fused_linear(3), forms.fused_vectors(3), kinds)
+    return [
+        *norm(f"{name}{'norm1' if spelling.dinov2 else 'layernorm_before'}.", f"{path}/norm_attention"),
+        *(qkv if parts.qkv_bias else qkv[:1]),
+        *dense(out, f"{path}/attention/out", forms.LINEAR),
+        *_scale_rules(name, path, parts, "1", "attention"),
+    ]
+
+
+def _mlp_rules(name: str, path: str, parts: Parts, spelling: Spelling) -> list[Rule]:
+    up, down = {
+        "dense": ("intermediate.dense.", "output.dense."),
+        "fc": ("mlp.fc1.", "mlp.fc2."),
+        "packed": ("mlp.weights_in.", "mlp.weights_out."),
+        "apart": ("mlp.{}_proj.", "mlp.down_proj."),
+    }[spelling.mlp]
+    ours = f"{path}/mlp/{'up' if parts.mlp == 'gelu' else 'gate_up'}"
+    if spelling.mlp == "apart":
+        first = dense(name + up, ours, forms.fused_linear(2), forms.fused_vectors(2), ("gate", "up"))
+    else:
+        first = dense(name + up, ours, forms.LINEAR)
+    return [
+        *norm(f"{name}{'norm2' if spelling.dinov2 else 'layernorm_after'}.", f"{path}/norm_mlp"),
+        *first,
+        *dense(name + down, f"{path}/mlp/down", forms.LINEAR),
+        *_scale_rules(name, path, parts, "2", "mlp"),
+    ]
+
+
+def _scale_rules(name: str, path: str, parts: Parts, number: str, branch: str) -> list[Rule]:
+    if not parts.layer_scale:
+        return []
+    return [Rule((f"{name}layer_scale{number}.lambda1",), (f"{path}/scale_{branch}/scale",), forms.SAME)]

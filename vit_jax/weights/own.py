@@ -1,0 +1,155 @@
+"""Checkpoints of our own runs: the newest, the best or any step of a workdir."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.weights import rules as forms
+from vit_jax.weights.describe import Choices, Description, check_names, few, pixels_of_a_patch
+from vit_jax.weights.rules import Rule
+from vit_jax.weights.shapes import parameter_shapes
+
+LABEL = "a run of our own"
+
+# As training names them (vit_jax/training/checkpoint.py), which must not be imported here.
+FOLDER = "checkpoints"
+METRIC = "validation/accuracy"
+STATE = "state"
+
+
+def recognise(path: Path) -> bool:
+    """Whether the path is a workdir with checkpoints, its folder of them, or one of them."""
+    return _checkpoints(path) is not None
+
+
+def _checkpoints(path: Path) -> tuple[Path, int | None] | None:
+    """The folder of checkpoints, and the step where the path is one's."""
+    if not path.is_dir():
+        return None
+    path = path.resolve()
+    if (path / FOLDER).is_dir():
+        return path / FOLDER, None
+    if path.name == FOLDER:
+        return path, None
+    if path.parent.name == FOLDER and re.fullmatch(r"[0-9]+", path.name):
+        return path.parent, int(path.name)
+    return None
+
+
+def describe(path: Path, step: int | str | None) -> tuple[Description, Mapping[str, np.ndarray]]:
+    """The model of a checkpoint, and its parameters by name: the averaged ones where there are any, as evaluation does.
+
+    Args:
+        path: as in `recognise`.
+        step: a step, 'best' (by validation accuracy) or None for the newest.
+
+    Raises:
+        UserError: there is no such checkpoint, or it does not hold the model that its config describes.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    folder, named = _checkpoints(path)
+    with ocp.training.Checkpointer(folder, cleanup_tmp_directories=False) as checkpoints:
+        step = _step(checkpoints.checkpoints, folder, named if step is None else step)
+        tree = checkpoints.checkpointables_metadata(step).metadata[STATE]
+        kind = "averaged" if "averaged" in tree else "parameters"
+        config = (checkpoints.metadata(step).custom_metadata or {}).get("config")
+        if config is None:
+            raise UserError(f"the checkpoint of step {step} does not say of which config it is")
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree[kind])
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            state = checkpoints.load_checkpointables(step, {STATE: {kind: abstract}})[STATE]
+    parameters = {name: np.asarray(leaf) for name, leaf in _flat(state[kind], f"{kind}/").items()}
+    others = {name: tree[name] for name in tree if name != kind}
+    return _description(parameters, kind, others, config, step), parameters
+
+
+def _step(there: Any, folder: Path, wanted: int | str | None) -> int:
+    steps = {checkpoint.step: checkpoint.metrics for checkpoint in there}
+    if wanted is None and steps:
+        return max(steps)
+    if wanted == "best":
+        measured = {step: (metrics or {}).get(METRIC) for step, metrics in steps.items()}
+        ranked = [(value, step) for step, value in measured.items() if value is not None and value == value]
+        if ranked:
+            return max(ranked)[1]
+        raise UserError(f"{folder} has no checkpoint with a validation accuracy; leave step out for the newest")
+    if wanted not in steps:
+        of = "" if wanted is None else f" of step {wanted}"
+        raise UserError(f"{folder} has no checkpoint{of}; there are: {few(map(str, sorted(steps))) or 'none'}")
+    return wanted
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by their path; of what is no dictionary, by JAX's own."""
+    flat = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        flat[prefix + "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)] = leaf
+    return flat
+
+
+def _description(
+    parameters: Mapping[str, np.ndarray], kind: str, others: Mapping[str, Any], config: Mapping[str, Any], step: int
+) -> Description:
+    shapes = {name[len(kind) + 1 :]: array.shape for name, array in parameters.items()}
+    try:
+        fields = variants.fields_of_options(config["model"])
+        model = VisionTransformer(classes=_classes(shapes), **{**fields, "scan": False})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"its config describes no model of this version: {error}") from None
+    kernel = shapes.get("embedding/projection/kernel", (0,))
+    channels = kernel[0] // model.patch_size**2
+    if model.stem is not None:
+        channels = shapes.get("stem/convolution_root/kernel", (0, 0, 0))[2]
+    choices = Choices({})
+    grid = _grid(shapes, model, (config.get("data") or {}).get("image_size"), choices)
+    prefix, scanned = f"{kind}/", any(name.startswith("encoder/blocks/") for name in shapes)
+    rules = []
+    for path in parameter_shapes(model, grid, channels):
+        if not scanned or not path.startswith("encoder/block_"):
+            rules.append(Rule((prefix + path,), (path,), forms.SAME))
+        elif path.startswith("encoder/block_0/"):
+            block = Rule((prefix + path.replace("block_0", "blocks"),), (path,), forms.SAME)
+            rules.append(forms.scanned(block, model.depth))
+    why = {"parameters": "evaluation takes the averaged ones", "optimizer": "the optimiser's state"}
+    ignored = {
+        name.rstrip("/"): why.get(part, "training's own")
+        for part, tree in others.items()
+        for name in _flat(tree, f"{part}/")
+    }
+    check_names([*parameters, *ignored], rules, ignored, (), LABEL)
+    notes = (f"the {'averaged ' if kind == 'averaged' else ''}parameters of step {step}",)
+    return Description(LABEL, model, channels, grid, tuple(rules), ignored, (), tuple(choices.made), notes)
+
+
+def _classes(shapes: Mapping[str, tuple[int, ...]]) -> int | dict[str, int] | None:
+    found = {}
+    for name, shape in shapes.items():
+        match = re.fullmatch(r"head/(?:(\w+)/)?logits/kernel", name)
+        if match:
+            found[match[1]] = shape[1]
+    return found.get(None, found or None)
+
+
+def _grid(
+    shapes: Mapping[str, tuple[int, ...]], model: VisionTransformer, image_size: int | None, choices: Choices
+) -> tuple[int, int] | None:
+    """Rows and columns of the position embedding, wherever it is."""
+    tables = {name.split("/")[-1]: shape for name, shape in shapes.items() if "positions/" in name}
+    if "table" in tables:
+        return choices.grid(tables["table"][-2] - int(model.class_token), pixels_of_a_patch(model), image_size)
+    if "rows" in tables:
+        return tables["rows"][-2], tables["columns"][-2]
+    if "offsets" in tables:
+        return tuple((size + 1) // 2 for size in tables["offsets"][-2:])
+    return None
