@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vit_jax import config as options
-from vit_jax import evaluate, features
+from vit_jax import evaluate, features, weights
 from vit_jax.data import sources, stored
 from vit_jax.errors import UserError
 from vit_jax.training import model as models
@@ -119,6 +119,14 @@ def test_the_backbone_below_them_is_bitwise_what_it_was(backbone, heads):
         for name in before:
             if not name.startswith("head/"):
                 np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+
+
+def test_the_head_there_was_goes_on_under_its_name(backbone):
+    before = arrays(backbone)
+    model = models.build(small_config().model, classes={"label": 10, "parity": 2}, dtype=jnp.float32)
+    taken, _ = weights.load_into(backbone, model, (8, 8), 1)
+    np.testing.assert_array_equal(taken["head"]["label"]["logits"]["kernel"], before["head/logits/kernel"])
+    assert not taken["head"]["parity"]["logits"]["kernel"].any()
 
 
 def test_a_model_whose_head_learned_on_features_is_whole(heads, capsys):

@@ -15,7 +15,7 @@ def start(make_config, seed, **sections):
     made = model.build(config.model, classes=4, dtype=None)
     rule = optimizer.make(config.optimizer, 10)
     average = config.optimizer.average_decay > 0
-    return config, made, state.create(made, rule, (8, 8, 1), seed, average)
+    return config, made, state.create(state.initialize(made, (8, 8, 1), seed), rule, average, ("loss",))
 
 
 @pytest.fixture(scope="module")

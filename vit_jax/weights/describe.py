@@ -43,6 +43,7 @@ class Description:
         decisions: what the arrays did not tell.
         notes: what else a user should know.
         head_refusal: why the file's own head cannot be had, where it has one that cannot; the model then has none.
+        head_name: what its only head classifies, where that is known: the name it has beside others.
     """
 
     label: str
@@ -55,6 +56,7 @@ class Description:
     decisions: tuple[Decision, ...] = ()
     notes: tuple[str, ...] = ()
     head_refusal: str | None = None
+    head_name: str | None = None
 
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of the images that the table of positions is for."""

@@ -103,6 +103,7 @@ def load_into(
     given = {"image_size": image_size, "heads_otherwise": model.heads}
     source, description, arrays = _understand(path_or_name, given, None)
     with _as_user_error(source):
+        description = _named(description, model)
         theirs = description.model
         different = [
             f"{name} {field(theirs)!r}, not {field(model)!r}"
@@ -118,6 +119,16 @@ def load_into(
         )
         description = dataclasses.replace(description, notes=(*description.notes, *notes))
         return _take(source, description, arrays, model, pair(image_size), channels, seed)
+
+
+def _named(description: Description, model: VisionTransformer) -> Description:
+    """A file's only head under its name, where it is to be one of several."""
+    name, theirs = description.head_name, description.model
+    if not (isinstance(model.classes, Mapping) and isinstance(theirs.classes, int) and name in model.classes):
+        return description
+    rename = lambda path: path.replace("head/", f"head/{name}/", 1) if path.startswith("head/") else path  # noqa: E731
+    rules = (dataclasses.replace(rule, paths=tuple(map(rename, rule.paths))) for rule in description.rules)
+    return dataclasses.replace(description, model=theirs.clone(classes={name: theirs.classes}), rules=tuple(rules))
 
 
 @contextlib.contextmanager

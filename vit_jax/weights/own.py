@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_jax import integrity
 from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.models.vit import VisionTransformer
@@ -22,6 +23,7 @@ LABEL = "a run of our own"
 FOLDER = "checkpoints"
 METRIC = "validation/accuracy"
 STATE = "state"
+WRITTEN = "_CHECKPOINT_METADATA"
 
 
 def recognise(path: Path) -> bool:
@@ -56,37 +58,61 @@ def describe(path: Path, step: int | str | None) -> tuple[Description, Mapping[s
     from orbax.checkpoint import v1 as ocp
 
     folder, named = _checkpoints(path)
-    with ocp.training.Checkpointer(folder, cleanup_tmp_directories=False) as checkpoints:
-        step = _step(checkpoints.checkpoints, folder, named if step is None else step)
-        tree = checkpoints.checkpointables_metadata(step).metadata[STATE]
-        kind = "averaged" if "averaged" in tree else "parameters"
-        config = (checkpoints.metadata(step).custom_metadata or {}).get("config")
-        if config is None:
-            raise UserError(f"the checkpoint of step {step} does not say of which config it is")
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree[kind])
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
+    step = _step(folder, named if step is None else step)
+    beside, tree = _beside(folder / str(step)), ocp.checkpointables_metadata(folder / str(step)).metadata[STATE]
+    kind = "averaged" if "averaged" in tree else "parameters"
+    config = beside["metadata"].get("config")
+    if config is None:
+        raise UserError(f"the checkpoint of step {step} does not say of which config it is")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree[kind])
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
         with context:
-            state = checkpoints.load_checkpointables(step, {STATE: {kind: abstract}})[STATE]
+            state = ocp.load_checkpointables(folder / str(step), {STATE: {kind: abstract}})[STATE]
+    except Exception as error:  # Orbax and TensorStore raise many kinds for files that they cannot understand
+        raise UserError(f"the checkpoint of step {step} is damaged: {_one_line(error)}") from error
     parameters = {name: np.asarray(leaf) for name, leaf in _flat(state[kind], f"{kind}/").items()}
+    changed = [name for name, array in parameters.items() if integrity.digest(array) != beside["digests"].get(name)]
+    if changed:
+        raise UserError(f"the checkpoint of step {step} is damaged: {few(changed)} not as written")
     others = {name: tree[name] for name in tree if name != kind}
     return _description(parameters, kind, others, config, step), parameters
 
 
-def _step(there: Any, folder: Path, wanted: int | str | None) -> int:
-    steps = {checkpoint.step: checkpoint.metrics for checkpoint in there}
+def _beside(path: Path) -> dict[str, Any]:
+    """What was sealed beside a checkpoint's arrays: metadata, metrics, digests."""
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        content = ocp.checkpointables_metadata(path).custom_metadata
+    except Exception as error:
+        raise UserError(
+            f"{path.name} is no checkpoint that can be read: {' '.join(str(error).split())[:200]}"
+        ) from error
+    if not integrity.is_sealed(content):
+        raise UserError(f"the checkpoint of step {path.name} is damaged: its metadata are not those that were written")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _step(folder: Path, wanted: int | str | None) -> int:
+    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and (path / WRITTEN).exists())
     if wanted is None and steps:
-        return max(steps)
+        return steps[-1]
     if wanted == "best":
-        measured = {step: (metrics or {}).get(METRIC) for step, metrics in steps.items()}
-        ranked = [(value, step) for step, value in measured.items() if value is not None and value == value]
+        measured = {step: _beside(folder / str(step))["metrics"].get(METRIC) for step in steps}
+        ranked = [(value, step) for step, value in measured.items() if value is not None]
         if ranked:
             return max(ranked)[1]
         raise UserError(f"{folder} has no checkpoint with a validation accuracy; leave step out for the newest")
     if wanted not in steps:
         of = "" if wanted is None else f" of step {wanted}"
-        raise UserError(f"{folder} has no checkpoint{of}; there are: {few(map(str, sorted(steps))) or 'none'}")
+        raise UserError(f"{folder} has no checkpoint{of}; there are: {few(map(str, steps)) or 'none'}")
     return wanted
 
 
@@ -129,7 +155,10 @@ def _description(
     }
     check_names([*parameters, *ignored], rules, ignored, (), LABEL)
     notes = (f"the {'averaged ' if kind == 'averaged' else ''}parameters of step {step}",)
-    return Description(LABEL, model, channels, grid, tuple(rules), ignored, (), tuple(choices.made), notes)
+    labels = (config.get("data") or {}).get("labels")
+    return Description(
+        LABEL, model, channels, grid, tuple(rules), ignored, (), tuple(choices.made), notes, head_name=labels
+    )
 
 
 def _classes(shapes: Mapping[str, tuple[int, ...]]) -> int | dict[str, int] | None:
