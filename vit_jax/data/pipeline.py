@@ -89,14 +89,16 @@ def make(source: Source, mesh: Mesh, resident: str = "auto") -> Pipeline:
 
 
 def train_indices(
-    seed: int, batch_size: int, first: int, count: int, rows: int, examples: int
+    seed: int, batch_size: int, first: int, count: int, rows: int, examples: int, repeats: int = 1
 ) -> Int[np.ndarray, "rows batch"]:
     """The examples of the steps first .. first + count, a row a step; rows beyond them are zeros that nobody reads.
 
-    The number of rows is constant over a run, so that every dispatch runs the one compiled program.
+    The number of rows is constant over a run, so that every dispatch runs the one compiled program. With repeated
+    augmentation (arXiv 1901.09335) a row is its distinct examples over again, `repeats` times.
     """
-    table = np.zeros((rows, batch_size), np.int32)
-    table[:count] = order.indices(seed, first * batch_size, count * batch_size, examples).reshape(count, batch_size)
+    table, distinct = np.zeros((rows, batch_size), np.int32), batch_size // repeats
+    taken = order.indices(seed, first * distinct, count * distinct, examples).reshape(count, distinct)
+    table[:count] = np.tile(taken, (1, repeats))
     return table
 
 

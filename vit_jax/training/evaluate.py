@@ -41,6 +41,12 @@ def score(
     }
 
 
+def mean_probability(views: list[Float[Array, "batch classes"]]) -> Float[Array, "batch classes"]:
+    """Logits of the mean of the views' class probabilities."""
+    logs = jax.nn.log_softmax(jnp.stack(views).astype(jnp.float32), axis=-1)
+    return jax.nn.logsumexp(logs, axis=0) - jnp.log(len(views))
+
+
 def make_scorer(
     model: VisionTransformer, augment: Augment, mesh: Mesh
 ) -> Callable[[Any, pipeline.Feed, jax.Array], dict[str, jax.Array]]:
@@ -49,7 +55,8 @@ def make_scorer(
     def run(parameters: Any, feed: pipeline.Feed, real: jax.Array) -> dict[str, jax.Array]:
         def body(position: jax.Array, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
             images, labels = pipeline.take(feed, position, parallel.spread(mesh))
-            logits = model.apply({"params": parameters}, augment.normalize(images))
+            views = [model.apply({"params": parameters}, view) for view in augment.views(images)]
+            logits = views[0] if len(views) == 1 else mean_probability(views)
             return jax.tree.map(jnp.add, sums, score(logits, labels, real[position]))
 
         zeros = {"examples": 0, "correct": 0, "top5": 0, "loss": 0.0}

@@ -1,16 +1,19 @@
 """A config turned into the parts of a run, checked against its data and the devices before anything is compiled."""
 
 import dataclasses
+import functools
 
 import jax
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vit_jax.data import augment as augmentation
 from vit_jax.data import pipeline, sources
 from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
+from vit_jax.models.patches import patchify
 from vit_jax.models.vit import VisionTransformer, token_grid
 from vit_jax.training import model as models
 from vit_jax.training import optimizer as optimizers
@@ -92,11 +95,17 @@ def check_data(config: ConfigDict, splits: list[str]) -> Mesh:
     mesh, data = parallel.make_mesh(config.mesh.devices), config.data
     shape = sources.check(data.name, splits, data_dir=data.dir, cache_dir=data.cache_dir, image_size=data.image_size)
     _check_patch(config, shape)
+    augmentation.check_shape(config, shape)
     return mesh
 
 
 def _check_patch(config: ConfigDict, shape: tuple[int, ...]) -> None:
     model = models.build(config.model, classes=2, dtype="float32")
+    if config.data.patches and (model.stem is not None or shape[0] != shape[1]):
+        given = f"{config.model.variant} and images of {shape[0]}x{shape[1]}"
+        raise UserError(
+            f"config.data.patches is True, with {given}\n  allowed: with square images and no hybrid variant"
+        )
     try:
         token_grid(model, (shape[0], shape[1]))
     except ValueError as error:
@@ -128,6 +137,7 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) 
     }
     train = loaded["train"]
     model = models.build(config.model, classes=len(train.class_names), dtype=None)
-    augment = Augment(train.mean, train.std, dtype=model.dtype, **config.augment.to_dict())
+    arrange = functools.partial(patchify, patch_size=model.patch_size) if data.patches else None
+    augment = Augment(train.mean, train.std, arrange=arrange, dtype=model.dtype, **config.augment.to_dict())
     steps = config.train.steps or max(1, round(config.train.epochs * len(train) / config.train.batch_size))
     return Run(config, mesh, loaded, model, augment, steps, optimizers.make(config.optimizer, steps))

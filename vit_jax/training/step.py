@@ -74,7 +74,7 @@ def make_update(
 def accumulate(
     model: VisionTransformer,
     parameters: Any,
-    inputs: Float[Array, "batch height width channels"],
+    inputs: Float[Array, "batch ..."],
     targets: Float[Array, "batch classes"],
     key: PRNGKeyArray,
     parts: int,

@@ -133,7 +133,13 @@ class Trainer:
     def _feed(self, end: int) -> pipeline.Feed:
         train, examples = self.config.train, len(self.run.sources["train"])
         indices = pipeline.train_indices(
-            train.seed, train.batch_size, self.step, end - self.step, train.steps_per_dispatch, examples
+            train.seed,
+            train.batch_size,
+            self.step,
+            end - self.step,
+            train.steps_per_dispatch,
+            examples,
+            self.config.augment.repeats,
         )
         return self.feeds["train"].feed(indices)
 
