@@ -171,11 +171,11 @@ def mean_and_std(arrays: Arrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
     variance = np.maximum(squares.sum((0, 1)) / count - mean**2, 0.0)
     mean, std = tuple((mean / 255).tolist()), tuple((np.sqrt(variance) / 255).tolist())
     if kept:
-        _write_text(kept, json.dumps({"mean": mean, "std": std}))
+        write_text(kept, json.dumps({"mean": mean, "std": std}))
     return mean, std
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Whole or not at all; silently not at all where the folder is read-only, since the text can be made again."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -71,11 +71,12 @@ def evaluate(
     """Metrics of the whole split, named '<split>/accuracy', '/top5', '/loss' (means) and '/examples' (a count)."""
     indices, real = pipeline.evaluation_indices(batch_size, len(batches.source))
     rows = len(indices) if batches.resident is not None else min(BATCHES_A_DISPATCH, len(indices))
+    rows = batches.rows(batch_size, rows)
+    missing = ((0, -len(indices) % rows), (0, 0))  # the last dispatch is filled up, so that one program serves all
+    tables, present = (np.pad(array, missing).reshape(-1, rows, batch_size) for array in (indices, real))
     totals = {"examples": 0, "correct": 0, "top5": 0, "loss": 0.0}
-    for start in range(0, len(indices), rows):
-        part, present = indices[start : start + rows], real[start : start + rows]
-        missing = ((0, rows - len(part)), (0, 0))  # the last dispatch is filled up, so that one program serves all
-        sums = scorer(parameters, batches.feed(np.pad(part, missing)), np.pad(present, missing))
+    for feed, counted in zip(batches.feeds((table, rows) for table in tables), present, strict=True):
+        sums = scorer(parameters, feed, counted)
         totals = {name: totals[name] + sums[name].item() for name in totals}
     count = totals["examples"]
     return {

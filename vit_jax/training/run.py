@@ -56,7 +56,9 @@ class Run:
 
     def feeds(self, role: str) -> pipeline.Pipeline:
         """The pipeline over one of the sources."""
-        return pipeline.make(self.sources[role], self.mesh, self.config.data.resident)
+        data = self.config.data
+        reading = pipeline.Reading(data.workers, data.ahead, data.worker_timeout)
+        return pipeline.make(self.sources[role], self.mesh, data.resident, reading)
 
     def evaluation_batch_size(self) -> int:
         """Examples a step of evaluation, rounded up so that the devices divide it."""
@@ -132,7 +134,15 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) 
     if splits is None:
         splits = {role: data[role] for role in ("train", "validation", "test") if data[role]}
     loaded = {
-        role: sources.load(data.name, split, data_dir=data.dir, cache_dir=data.cache_dir, image_size=data.image_size)
+        role: sources.load(
+            data.name,
+            split,
+            data_dir=data.dir,
+            cache_dir=data.cache_dir,
+            image_size=data.image_size,
+            decoded=data.decoded,
+            skip_broken=data.skip_broken,
+        )
         for role, split in splits.items()
     }
     train = loaded["train"]

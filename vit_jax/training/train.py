@@ -1,6 +1,7 @@
 """The loop that ties the parts together: dispatch some steps; record, evaluate and save where it is due."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ class Trainer:
         self.tested: dict[str, float | int] = {}
         self.schedule = optimizer.schedule(self.config.optimizer, run.steps)
         self.feeds = {role: run.feeds(role) for role in run.sources}
+        train = self.config.train
+        self.rows = self.feeds["train"].rows(train.batch_size, train.steps_per_dispatch)
         self.scorer = evaluate.make_scorer(run.model, run.augment, run.mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.parameters))
         self.flops = forward_flops(run.model, run.image_shape[:2], run.image_shape[2])
@@ -126,29 +129,26 @@ class Trainer:
         run, began = self.run, time.monotonic()
         self.progress.say("compiling the training step ...")
         update = make_update(run.model, run.optimizer, run.augment, self.config, run.mesh)
-        compiled = update.lower(self.state, self._feed(self.step), np.int32(0)).compile()
+        feed = self.feeds["train"].abstract_feed(self.rows, self.config.train.batch_size)
+        compiled = update.lower(self.state, feed, np.int32(0)).compile()
         self.progress.say(f"compiled in {time.monotonic() - began:.1f} s")
         return compiled
 
-    def _feed(self, end: int) -> pipeline.Feed:
-        train, examples = self.config.train, len(self.run.sources["train"])
-        indices = pipeline.train_indices(
-            train.seed,
-            train.batch_size,
-            self.step,
-            end - self.step,
-            train.steps_per_dispatch,
-            examples,
-            self.config.augment.repeats,
-        )
-        return self.feeds["train"].feed(indices)
+    def _tables(self) -> Iterator[tuple[np.ndarray, int]]:
+        """The batches of every dispatch that is left, and how many they are."""
+        train, examples, step = self.config.train, len(self.run.sources["train"]), self.step
+        while step < self.run.steps:
+            count = self._boundary(step) - step
+            places = (step, count, self.rows, examples, self.config.augment.repeats)
+            yield pipeline.train_indices(train.seed, train.batch_size, *places), count
+            step += count
 
     def _loop(self, update: jax.stages.Compiled) -> None:
         pending = None
         self.meter.run(self.step)
-        while self.step < self.run.steps:
-            end = self._boundary()
-            self.state, sums = update(self.state, self._feed(end), np.int32(end - self.step))
+        for feed in self.feeds["train"].feeds(self._tables()):
+            end = self._boundary(self.step)
+            self.state, sums = update(self.state, feed, np.int32(end - self.step))
             self.step = end
             # The dispatch before is read while this one computes: the device never waits for the host.
             self._record(pending)
@@ -160,11 +160,11 @@ class Trainer:
                 self._record(pending)
                 pending = None
 
-    def _boundary(self) -> int:
-        """Where the next dispatch ends: a function of the step alone, so that a resumed run is cut as the first was."""
+    def _boundary(self, step: int) -> int:
+        """Where a dispatch from a step on ends: of the step alone, so that a resumed run is cut as the first was."""
         train, log, checkpoint = self.config.train, self.config.log, self.config.checkpoint
-        everies = (train.steps_per_dispatch, train.evaluate_every, log.every, checkpoint.every)
-        return min(self.run.steps, *((self.step // every + 1) * every for every in everies if every))
+        everies = (self.rows, train.evaluate_every, log.every, checkpoint.every)
+        return min(self.run.steps, *((step // every + 1) * every for every in everies if every))
 
     def _is_due(self, every: int) -> bool:
         return self.step == self.run.steps or bool(every and self.step % every == 0)
