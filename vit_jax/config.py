@@ -89,7 +89,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
     },
     "data": {
-        "name": Option("digits", str, "digits (embedded), or an image-classification set of TFDS: cifar10, ..."),
+        "name": Option("digits", str, "digits (embedded), folder, arrays, or a set of TFDS: cifar10, ..."),
         "labels": Option(
             "label", str, "what is learned; several of the set's kinds of label get a head each: 'label,coarse_label'"
         ),
@@ -100,8 +100,14 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "validation": Option(None, str, "validation split, e.g. 'train[98%:]'; None: no validation"),
         "test": Option("test", str, "test split"),
         "image_size": Option(None, int, "height and width of the images, pixels; None: as they are", least=1),
-        "dir": Option(None, str, "where TFDS keeps its sets; None: TFDS_DATA_DIR or ~/tensorflow_datasets"),
+        "dir": Option(None, str, "of folder and arrays; or of TFDS's, None: TFDS_DATA_DIR or ~/tensorflow_datasets"),
+        "skip_broken": Option(False, bool, "of a folder: leave out files that cannot be decoded, and count them"),
         "cache_dir": Option(None, str, "where decoded sets are kept; None: ~/.cache/vit_jax/data"),
+        "decoded": Option(True, bool, "keep decoded images on disk; False: decode them each time they are read"),
+        "workers": Option(4, int, "threads that read what is not resident; 0: nothing is read ahead of use", least=0),
+        "ahead": Option(2, int, "dispatches that they read ahead", least=1),
+        "worker_timeout": Option(120.0, float, "seconds that reading one image may take", least=0.001),
+        "patches": Option(False, bool, "deliver normalised flattened patches in place of images"),
         "resident": Option(
             "auto",
             str,
@@ -110,12 +116,54 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
     },
     "augment": {
-        "crop_padding": Option(0, int, "random crop from the image padded by so many black pixels a side", least=0),
+        "crop_padding": Option(0, int, "random crop from the image padded by so many pixels a side", least=0),
+        "crop_border": Option("black", str, "what these pixels are", choices=("black", "reflect")),
+        "resized_crop": Option(False, bool, "random crop of random area and ratio, scaled to the image's size"),
+        "crop_area_least": Option(0.08, float, "of resized_crop: least share of the area", least=0.01, below=1.0001),
+        "crop_area_most": Option(1.0, float, "of resized_crop: largest share of the area", least=0.01, below=1.0001),
+        "crop_ratio": Option(4 / 3, float, "of resized_crop: largest ratio of the sides, either way", least=1),
         "flip": Option(False, bool, "mirror half of the images, at random"),
         "rotation": Option(0.0, float, "turn by up to so many degrees, at random", least=0, below=180.0001),
         "scaling": Option(0.0, float, "enlarge or shrink by up to this share, at random", least=0, below=1),
+        "policy": Option(
+            "none",
+            str,
+            "operations drawn for each image; see docs/data.md",
+            choices=("none", "rand_augment", "trivial_augment", "auto_augment", "three_augment"),
+        ),
+        "policy_operations": Option(2, int, "of rand_augment: operations an image (n)", least=1),
+        "policy_magnitude": Option(9.0, float, "of rand_augment: their strength (m), 0 to 10", least=0, below=10.0001),
+        "policy_std": Option(0.5, float, "of rand_augment: standard deviation of the strength", least=0),
+        "policy_probability": Option(
+            0.5, float, "of rand_augment: with which each operation is done", least=0, below=1.0001
+        ),
+        "fill": Option("mean", str, "what a policy moves in from outside the image", choices=("mean", "black", "grey")),
+        "brightness": Option(0.0, float, "colour jitter by a factor of 1 - x to 1 + x", least=0),
+        "contrast": Option(0.0, float, "likewise", least=0),
+        "saturation": Option(0.0, float, "likewise", least=0),
+        "hue": Option(0.0, float, "colour jitter by up to this share of the circle, either way", least=0, below=0.5001),
+        "erasing": Option(0.0, float, "share of the images that lose a random rectangle", least=0, below=1.0001),
+        "erasing_mode": Option(
+            "constant", str, "what stands there: the mean, or normal noise", choices=("constant", "noise")
+        ),
+        "erasing_area_least": Option(0.02, float, "least share of the area it has", least=0, below=1),
+        "erasing_area_most": Option(1 / 3, float, "largest share of the area it has", least=0, below=1),
+        "erasing_ratio": Option(10 / 3, float, "largest ratio of its sides, either way", least=1),
         "mixup": Option(
             0.0, float, "alpha of mixup: each image blended with another, by Beta(alpha, alpha); 0: off", least=0
+        ),
+        "cutmix": Option(
+            0.0, float, "alpha of cutmix: a rectangle taken from another, by Beta(alpha, alpha); 0: off", least=0
+        ),
+        "mix_probability": Option(1.0, float, "with which images are mixed at all", least=0, below=1.0001),
+        "mix_switch": Option(0.5, float, "share of cutmix where mixup is on too", least=0, below=1.0001),
+        "mix_per": Option("example", str, "who draws: each example, or the batch as one", choices=("example", "batch")),
+        "repeats": Option(
+            1, int, "times each example stands in a batch, augmented anew; a pass then takes so many epochs", least=1
+        ),
+        "test_flip": Option(False, bool, "evaluate the mean over image and mirror image"),
+        "test_shift": Option(
+            0, int, "evaluate the mean over the image and its shifts by so many pixels in four directions", least=0
         ),
     },
     "optimizer": {
@@ -326,6 +374,7 @@ def _check_value(name: str, option: Option, value: Any) -> None:
 
 
 def _check_together(config: ConfigDict) -> None:
+    from vit_jax.data import augment
     from vit_jax.training import losses, model
 
     train = config.train
@@ -339,6 +388,7 @@ def _check_together(config: ConfigDict) -> None:
         )
     losses.loss_weights(config)
     _check_features(config)
+    augment.check(config)
     try:
         model.build(config.model, classes=2, dtype="float32")
     except ValueError as error:

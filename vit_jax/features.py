@@ -41,14 +41,13 @@ def compute(flags: argparse.Namespace) -> str:
 
     from vit_jax.data import sources, stored
     from vit_jax.training import evaluate, freezing
+    from vit_jax.training import run as runs
 
     out = _out(flags)
     trained = commands.open_run(flags)
     run, parameters = trained.run, trained.state.for_evaluation()
-    source, data = run.sources[flags.split], run.config.data
-    where = {"data_dir": data.dir, "cache_dir": data.cache_dir, "image_size": data.image_size}
-    kinds = sources.kinds(data.name, data.dir)
-    source = sources.load(data.name, source.split, labels=kinds, **where)
+    kinds = sources.kinds(run.config.data.name, run.config.data.dir)
+    source = runs.load(run.config, run.sources[flags.split].split, kinds)
     backbone = run.model.clone(classes=None)
     images = jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32)
     example = jax.eval_shape(backbone.apply, {"params": parameters}, images).shape[1:]

@@ -41,6 +41,12 @@ def test_rows_of_a_dispatch_are_the_steps_batches_however_it_is_cut():
     np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
+def test_repeated_examples_stand_in_the_same_batch():
+    plain = pipeline.train_indices(1, 4, first=6, count=6, rows=8, examples=37)
+    thrice = pipeline.train_indices(1, 12, first=6, count=6, rows=8, examples=37, repeats=3)
+    np.testing.assert_array_equal(thrice, np.concatenate([plain] * 3, axis=1))
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 16, 37, 64])
 def test_evaluation_counts_every_example_once(batch_size):
     indices, real = pipeline.evaluation_indices(batch_size, 37)

@@ -226,7 +226,7 @@ def test_the_second_load_decodes_nothing_and_slices_copy_nothing(tiny, tmp_path,
     data_dir, _ = tiny
     first = sources.load("tiny", "train", data_dir=data_dir, cache_dir=tmp_path)
     assert "decoding tiny train: 30 images, once; kept in " in capsys.readouterr().err
-    monkeypatch.setattr(sources, "_decode_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(sources.pictures, "decode", lambda *_: pytest.fail("decoded again"))
     second = sources.load("tiny", "train[10:20]", data_dir=data_dir, cache_dir=tmp_path)
     chex.assert_trees_all_equal(np.asarray(second.images), np.asarray(first.images[10:20]))
     assert (
@@ -270,7 +270,7 @@ def test_a_damaged_cache_is_made_again(tiny, tmp_path, damage):
 
 def test_an_interrupted_decoding_leaves_nothing(tiny, tmp_path, monkeypatch):
     data_dir, _ = tiny
-    monkeypatch.setattr(sources, "_decode_image", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(sources.pictures, "decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sources.load("tiny", "train", data_dir=data_dir, cache_dir=tmp_path)
     assert not list(tmp_path.glob("*/*"))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,20 @@ def trained():
     parameters["head"]["logits"]["kernel"] = jax.random.normal(jax.random.key(1), (8, CLASSES))
     logits = model.apply({"params": parameters}, augment.normalize(jnp.asarray(images)))
     return source, model, augment, parameters, by_hand(np.asarray(logits), labels)
+
+
+def test_views_are_averaged_as_probabilities(trained):
+    source, model, augment, parameters, _ = trained
+    augment = dataclasses.replace(augment, test_flip=True, test_shift=1)
+    views = [np.asarray(model.apply({"params": parameters}, v)) for v in augment.views(jnp.asarray(source.images))]
+    shares = [np.exp(v.astype(np.float64)) / np.exp(v.astype(np.float64)).sum(1, keepdims=True) for v in views]
+    assert len(shares) == 10
+    accuracy, top5, loss = by_hand(np.log(np.mean(shares, axis=0)), source.labels)
+    mesh = parallel.make_mesh(1)
+    scorer = evaluate.make_scorer(model, augment, mesh)
+    metrics = evaluate.evaluate(scorer, parameters, pipeline.make(source, mesh), 83, "test")
+    assert (metrics["test/accuracy"], metrics["test/top5"]) == (accuracy, top5)
+    assert metrics["test/loss"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def more_labels(
     if kept:
         content = io.BytesIO()
         np.save(content, labels)
-        _write(kept, content.getvalue())
+        write(kept, content.getvalue())
     return labels
 
 
@@ -193,11 +193,11 @@ def mean_and_std(arrays: Arrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
     variance = np.maximum(squares.sum((0, 1)) / count - mean**2, 0.0)
     mean, std = tuple((mean / 255).tolist()), tuple((np.sqrt(variance) / 255).tolist())
     if kept:
-        _write(kept, json.dumps({"mean": mean, "std": std}).encode())
+        write(kept, json.dumps({"mean": mean, "std": std}).encode())
     return mean, std
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
     """Whole or not at all; silently not at all where the folder is read-only, since the content can be made again."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:

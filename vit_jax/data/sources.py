@@ -5,12 +5,10 @@ files and read without TensorFlow: decoded once, kept on disk, memory-mapped fro
 downloaded and prepared at their first use (vit_jax/data/prepare.py).
 """
 
-import concurrent.futures
 import dataclasses
 import difflib
 import functools
 import hashlib
-import io
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,8 +17,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int32, Integer, UInt8
 
-from vit_jax.data import cache, prepare
+from vit_jax.data import arrays, cache, folder, lazy, prepare
+from vit_jax.data import images as pictures
 from vit_jax.data import splits as split_expressions
+from vit_jax.data.images import resize_and_crop
 from vit_jax.errors import UserError
 
 _NAME = re.compile(r"^(?P<set>\w+)(/[\w.\-]+)?(:(?P<version>[\d.*]+))?$")
@@ -45,7 +45,8 @@ class Source:
     Attributes:
         name: the set, such as `cifar10`.
         split: the expression that was asked for, such as `train[:98%]`.
-        images: [examples, height, width, channels], 0 to 255; may be memory-mapped and is not to be written to. Of
+        images: [examples, height, width, channels], 0 to 255; may be memory-mapped and is not to be written to. Of a
+            set that is not kept decoded it is a `lazy.Encoded`, which has the same shape and decodes what is read; of
             stored features (`vit_jax.data.stored`), float32 [examples, width] or [examples, tokens, width].
         labels: [examples], the index into `class_names`.
         class_names: one name a class.
@@ -58,7 +59,9 @@ class Source:
 
     name: str
     split: str
-    images: UInt8[np.ndarray, "examples height width channels"] | Float32[np.ndarray, "examples *features"]
+    images: (
+        UInt8[np.ndarray, "examples height width channels"] | lazy.Encoded | Float32[np.ndarray, "examples *features"]
+    )
     labels: Int32[np.ndarray, " examples"]
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
@@ -93,6 +96,13 @@ class Source:
         """The images at `indices`, copied into memory."""
         return np.asarray(self.images[np.asarray(indices, np.intp)])
 
+    def describe(self, place: int) -> str:
+        """Where an example comes from, for whoever has to find it."""
+        if isinstance(self.images, lazy.Encoded):
+            records, stored = self.images.locate(place)
+            return records.describe(stored)
+        return f"example {place:,} of {self.name} {self.split}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Description:
@@ -106,7 +116,9 @@ class Description:
         key: the folder in the cache, which changes when the stored set does; None for a set that needs no cache.
         decode: decode(split, images, labels) fills arrays of a whole stored split with its images, at their size, and
             the labels of the kind `label`.
-        read_labels: read_labels(split, kind, labels) fills an array with the labels of another kind.
+        records: records(split) are its examples as they are stored; None for a set that is always kept decoded.
+        read_labels: read_labels(split, kind, labels) fills an array with the labels of another kind; None where there
+            is none.
     """
 
     name: str
@@ -115,7 +127,8 @@ class Description:
     shape: tuple[int | None, int | None, int]
     key: str | None
     decode: Callable[[str, np.ndarray, np.ndarray], None]
-    read_labels: Callable[[str, str, np.ndarray], None]
+    records: Callable[[str], lazy.Records] | None = None
+    read_labels: Callable[[str, str, np.ndarray], None] | None = None
 
 
 def load(
@@ -125,17 +138,22 @@ def load(
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     image_size: ImageSize = None,
+    decoded: bool = True,
+    skip_broken: bool = False,
     labels: Sequence[str] = (LABEL,),
 ) -> Source:
     """Opens a part of a data set; the first time, decodes (for CIFAR, downloads and prepares) it.
 
     Args:
-        name: `digits`, or a set of TFDS as `name`, `name/config` or `name/config:version`.
+        name: `digits`, `folder`, `arrays`, or a set of TFDS as `name`, `name/config` or `name/config:version`.
         split: an expression such as `train[:98%]`, see `vit_jax.data.splits.parse`.
-        data_dir: where prepared TFDS sets lie; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+        data_dir: where prepared TFDS sets lie; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets. The folder of
+            images or of NumPy's files.
         cache_dir: where decoded images are kept; by default $XDG_CACHE_HOME/vit_jax/data, else ~/.cache/vit_jax/data.
         image_size: pixels of a side, or (height, width): images are scaled to cover it and cropped at the centre.
             None leaves them as they are, which a set of images of different sizes does not allow.
+        decoded: keep the decoded images on disk; False decodes them anew each time they are read.
+        skip_broken: of a folder, leave out files that cannot be decoded, and say how many.
         labels: the kinds of label that are wanted, the first one first: `label`, or what the set has besides, as
             CIFAR-100's `coarse_label`.
 
@@ -143,25 +161,28 @@ def load(
         UserError: an unknown or unprepared set, one without images and labels of the supported kind, a bad split
             expression, a kind of label that it does not have, or images of different sizes without `image_size`.
     """
-    data_dir = _data_dir(data_dir)
+    data_dir = _data_dir(name, data_dir)
     archive = _missing_archive(name, data_dir)
     if archive:
         split_expressions.parse(split, archive.sizes)  # a mistake is worth knowing before a download
         _check_labels(name, archive.label_keys, labels)
         prepare.prepare(archive, data_dir=data_dir)
-    description = _describe(name, data_dir)
+    root = cache.default_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    description = _describe(name, data_dir, root if skip_broken else None)
     _check_labels(name, description.labels, labels)
     pieces = split_expressions.parse(split, description.sizes)
     size = _target_size(description, image_size)
-    root = cache.default_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    if not decoded and description.records is not None:
+        return _load_lazily(description, split, pieces, size, root, labels)
     stored = {piece.split: _stored_split(description, piece.split, size, root) for piece in pieces}
     reference = "train" if "train" in description.sizes else pieces[0].split
     if reference not in stored:
         stored[reference] = _stored_split(description, reference, size, root)
     mean, std = cache.mean_and_std(stored[reference])
+    folders = {split: arrays.folder for split, arrays in stored.items()}
+    whole = {split: arrays.labels for split, arrays in stored.items()}
     images = _join([stored[piece.split].images[piece.start : piece.stop] for piece in pieces])
-    first, *others = (_label_set(description, kind, pieces, stored, split) for kind in labels)
-    others = dict(zip(labels[1:], others, strict=True))
+    first, others = _label_sets(description, labels, pieces, whole, folders, split)
     return Source(name, split, images, first.labels, first.class_names, mean, std, labels[0], others, pieces)
 
 
@@ -169,27 +190,60 @@ def _join(parts: list[np.ndarray]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _label_set(
+def _label_sets(
     description: Description,
-    kind: str,
+    kinds: Sequence[str],
     pieces: tuple[split_expressions.Piece, ...],
-    stored: Mapping[str, cache.Arrays],
+    whole: Mapping[str, np.ndarray],
+    folders: Mapping[str, Path | None],
     split: str,
-) -> LabelSet:
-    """The labels of one kind, of all the examples."""
-    parts = []
-    for piece in pieces:
-        whole = stored[piece.split].labels
-        if kind != LABEL:
-            fill = functools.partial(description.read_labels, piece.split, kind)
-            whole = cache.more_labels(stored[piece.split].folder, kind, len(whole), fill)
-        parts.append(whole[piece.start : piece.stop])
-    labels = _join(parts)
-    if labels.min() < 0:
-        raise UserError(
-            f"data set {description.name!r}: the split {split!r} has examples without a {kind}; choose another split."
-        )
-    return LabelSet(labels, description.labels[kind])
+) -> tuple[LabelSet, dict[str, LabelSet]]:
+    """The labels of all the examples: of the first kind, and of the others by name.
+
+    Of each stored split, `whole` has the labels of the kind `label`, and `folders` a place to keep the others.
+    """
+    sets = {}
+    for kind in kinds:
+        parts = []
+        for piece in pieces:
+            labels = whole[piece.split]
+            if kind != LABEL:
+                fill = functools.partial(description.read_labels, piece.split, kind)
+                labels = cache.more_labels(folders[piece.split], kind, len(labels), fill)
+            parts.append(labels[piece.start : piece.stop])
+        labels = _join(parts)
+        if labels.min() < 0:
+            raise UserError(
+                f"data set {description.name!r}: the split {split!r} has examples without a {kind}; "
+                "choose another split."
+            )
+        sets[kind] = LabelSet(labels, description.labels[kind])
+    return sets.pop(kinds[0]), sets
+
+
+def _load_lazily(
+    description: Description,
+    split: str,
+    pieces: tuple[split_expressions.Piece, ...],
+    size: tuple[int, int],
+    root: Path,
+    kinds: Sequence[str],
+) -> Source:
+    """A source whose images are decoded when they are read, after one look through them."""
+    shape, name = (*size, description.shape[2]), description.name
+    reference = "train" if "train" in description.sizes else pieces[0].split
+    splits = list(dict.fromkeys([piece.split for piece in pieces] + [reference]))
+    place = lambda stored: f"{stored}-{size[0]}x{size[1]}-known"  # noqa: E731
+    folders = {stored: root / description.key / place(stored) if description.key else None for stored in splits}
+    known = {
+        stored: lazy.survey(description.records(stored), shape, folders[stored], f"{name} {stored}")
+        for stored in splits
+    }
+    parts = tuple((description.records(piece.split), range(piece.start, piece.stop)) for piece in pieces)
+    whole = {stored: one.labels for stored, one in known.items()}
+    first, others = _label_sets(description, kinds, pieces, whole, folders, split)
+    statistics, images = (known[reference].mean, known[reference].std), lazy.Encoded(parts, shape)
+    return Source(name, split, images, first.labels, first.class_names, *statistics, kinds[0], others, pieces)
 
 
 def _check_labels(name: str, known: Collection[str], labels: Sequence[str]) -> None:
@@ -220,7 +274,7 @@ def check(
         UserError: as `load`; or the set is not prepared and its host is out of reach.
     """
     del cache_dir
-    data_dir = _data_dir(data_dir)
+    data_dir = _data_dir(name, data_dir)
     archive = _missing_archive(name, data_dir)
     if archive:
         for split in splits:
@@ -228,7 +282,7 @@ def check(
         _check_labels(name, archive.label_keys, labels)
         prepare.check_reachable(archive)
         return (*_size(prepare.SHAPE, image_size), prepare.SHAPE[2])
-    description = _describe(name, data_dir)
+    description = _describe(name, data_dir, None)
     _check_labels(name, description.labels, labels)
     size = _target_size(description, image_size)
     for split in splits:
@@ -238,10 +292,12 @@ def check(
 
 def kinds(name: str, data_dir: str | os.PathLike | None = None) -> tuple[str, ...]:
     """The kinds of label that a prepared set has, `label` first."""
-    return tuple(_describe(name, _data_dir(data_dir)).labels)
+    return tuple(_describe(name, _data_dir(name, data_dir), None).labels)
 
 
-def _data_dir(data_dir: str | os.PathLike | None) -> Path:
+def _data_dir(name: str, data_dir: str | os.PathLike | None) -> Path:
+    if name in LOCAL and data_dir is None:
+        raise UserError(f"data set {name!r}: give its folder as config.data.dir")
     return prepare.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
 
 
@@ -251,9 +307,12 @@ def _missing_archive(name: str, data_dir: Path) -> prepare.Archive | None:
     return archive if archive and _builder(name, data_dir) is None else None
 
 
-def _describe(name: str, data_dir: Path) -> Description:
+def _describe(name: str, data_dir: Path, skipped: Path | None) -> Description:
+    """What is known of a set; `skipped` is where a list of broken files is kept, where they are to be left out."""
     if name in SETS:
         return SETS[name]()
+    if name in LOCAL:
+        return LOCAL[name](data_dir, skipped)
     return describe_tfds(name, data_dir)
 
 
@@ -304,7 +363,7 @@ def describe_digits() -> Description:
 
     sizes = {split: len(indices) for split, indices in chosen.items()}
     names = {LABEL: tuple("0123456789"), "parity": ("even", "odd")}
-    return Description("digits", sizes, names, (8, 8, 1), None, decode, read_labels)
+    return Description("digits", sizes, names, (8, 8, 1), None, decode, read_labels=read_labels)
 
 
 def digits_split(
@@ -347,8 +406,10 @@ def describe_tfds(name: str, data_dir: Path) -> Description:
         raise UserError(f"data set {name!r}: {missing[0]} is missing.\nRemove {builder.data_dir} and prepare it again.")
     sizes = {split: info.num_examples for split, info in stored.items()}
     key = f"{builder.info.full_name.replace('/', '_')}-{_fingerprint(builder)}"
-    decode, read_labels = functools.partial(_decode_records, builder), functools.partial(_read_labels, builder)
-    return Description(name, sizes, labels, image.shape, key, decode, read_labels)
+    records = functools.cache(functools.partial(_records, builder))
+    decode = lambda split, images, labels: _decode_all(records(split), images, labels)  # noqa: E731
+    read_labels = functools.partial(_read_labels, builder)
+    return Description(name, sizes, labels, image.shape, key, decode, records, read_labels)
 
 
 def _builder(name: str, data_dir: Path):
@@ -435,29 +496,34 @@ def _fingerprint(builder) -> str:
     return digest.hexdigest()[:12]
 
 
-def _decode_records(builder, split: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """Reads and decodes a whole stored split into `images` and `labels`, with several threads."""
+def _records(builder, split: str) -> lazy.Records:
     import tensorflow_datasets as tfds
 
-    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record")
+    stored = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record")
+    set_name = builder.info.full_name
 
-    def work(start: int) -> None:
-        places = range(start, min(start + _CHUNK, len(labels)))
+    def read(place: int, size: lazy.Size):
         try:
-            for place, example in zip(places, records.__getitems__(list(places)), strict=True):
-                images[place] = _decode_image(example["image"], images.shape[1:])
-                labels[place] = example["label"]
+            example = stored[place]
+            return pictures.decode(example["image"], size), example["label"]
         except Exception as error:  # array_record, protobuf and Pillow raise many kinds for damaged bytes
-            reason = str(error).partition("\n")[0]
             raise UserError(
-                f"data set {builder.info.full_name}: cannot read the examples {start:,} to {places[-1]:,} of {split}: "
-                f"{reason}.\nRemove {builder.data_dir} and prepare it again."
+                f"data set {set_name}: cannot read example {place:,} of {split}: {str(error).partition(chr(10))[0]}.\n"
+                f"Remove {builder.data_dir} and prepare it again."
             ) from error
 
+    return lazy.Records(len(stored), read, lambda place: f"example {place:,} of {set_name} {split}")
+
+
+def _decode_all(records: lazy.Records, images: np.ndarray, labels: np.ndarray) -> None:
+    """Reads and decodes a whole stored split into `images` and `labels`, with several threads."""
+
+    def work(start: int) -> None:
+        for place in range(start, min(start + _CHUNK, len(labels))):
+            images[place], labels[place] = records.read(place, images.shape[1:])
+
     # Pillow decodes and resizes without holding the interpreter's lock.
-    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        for _ in threads.map(work, range(0, len(labels), _CHUNK)):
-            pass
+    lazy.in_threads(work, range(0, len(labels), _CHUNK))
 
 
 def _read_labels(builder, split: str, kind: str, labels: np.ndarray) -> None:
@@ -470,32 +536,41 @@ def _read_labels(builder, split: str, kind: str, labels: np.ndarray) -> None:
         labels[places] = [example[kind] for example in records.__getitems__(places)]
 
 
-def _decode_image(encoded: bytes, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"]:
-    """One PNG or JPEG (or whatever Pillow reads), with the given number of channels and size."""
-    from PIL import Image
-
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[shape[2]]
-    with Image.open(io.BytesIO(encoded)) as image:
-        image = image if image.mode == mode else image.convert(mode)
-        return resize_and_crop(np.asarray(image).reshape(image.height, image.width, shape[2]), shape[:2])
+# --- folders of images, and NumPy's files ---------------------------------------------------------------------------
 
 
-def resize_and_crop(
-    image: UInt8[np.ndarray, "height width channels"], size: tuple[int, int]
-) -> UInt8[np.ndarray, "new_height new_width channels"]:
-    """Scales by one factor until `size` (height, width) is covered, bicubic as in Pillow, then crops at the centre."""
-    from PIL import Image
+def describe_folder(root: Path, skipped: Path | None) -> Description:
+    """A folder of images, see `vit_jax.data.folder`; RGB whatever the files hold."""
+    class_names, files = folder.find(root)
+    if not files:
+        raise UserError(f"data set 'folder': {root} has no files in its classes")
+    key = f"folder-{folder.fingerprint(root, [file for split in files.values() for file in split])}"
+    if skipped is not None:
+        files = {
+            split: folder.whole(root, found, skipped / key / f"{split}-broken.json") for split, found in files.items()
+        }
+        key += "-whole"
+    records = lambda split: folder.records(root, files[split])  # noqa: E731
+    decode = lambda split, images, labels: _decode_all(records(split), images, labels)  # noqa: E731
+    sizes = {split: len(found) for split, found in files.items()}
+    return Description("folder", sizes, {LABEL: class_names}, (None, None, 3), key, decode, records)
 
-    height, width, channels = image.shape
-    if (height, width) == tuple(size):
-        return image
-    factor = max(size[0] / height, size[1] / width)
-    new_height, new_width = max(size[0], round(height * factor)), max(size[1], round(width * factor))
-    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-    resized = np.asarray(picture.resize((new_width, new_height), Image.Resampling.BICUBIC))
-    top, left = (new_height - size[0]) // 2, (new_width - size[1]) // 2
-    cropped = resized[top : top + size[0], left : left + size[1]]
-    return cropped.reshape(*size, channels)
+
+def describe_arrays(root: Path, skipped: Path | None) -> Description:
+    """Images and labels in NumPy's files, see `vit_jax.data.arrays`."""
+    splits = arrays.find(root)
+    shapes = {images.shape[1:] for images, _ in splits.values()}
+    if len({shape[2] for shape in shapes}) > 1:
+        raise UserError(f"data set 'arrays': the splits of {root} differ in their channels: {sorted(shapes)}")
+    shape = shapes.pop() if len(shapes) == 1 else (None, None, shapes.pop()[2])
+    records = lambda split: arrays.records(root, split, *splits[split])  # noqa: E731
+    decode = lambda split, images, labels: _decode_all(records(split), images, labels)  # noqa: E731
+    sizes = {split: len(labels) for split, (_, labels) in splits.items()}
+    names = arrays.class_names(root, splits)
+    files = sorted(path for suffix in ("*.npz", "*.npy") for path in root.glob(suffix))
+    key = f"arrays-{folder.fingerprint(root, [(path.name, 0) for path in files])}"
+    return Description("arrays", sizes, {LABEL: names}, shape, key, decode, records)
 
 
+LOCAL: dict[str, Callable[[Path, Path | None], Description]] = {"folder": describe_folder, "arrays": describe_arrays}
 SETS: dict[str, Callable[[], Description]] = {"digits": describe_digits}

@@ -1,6 +1,6 @@
 """Evaluation of a whole split, exactly: every example once, whatever the batch size or the number of devices."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,12 @@ def score(
     }
 
 
+def mean_probability(views: Sequence[Float[Array, "batch classes"]]) -> Float[Array, "batch classes"]:
+    """Logits of the mean of the views' class probabilities."""
+    logs = jax.nn.log_softmax(jnp.stack(views).astype(jnp.float32), axis=-1)
+    return jax.nn.logsumexp(logs, axis=0) - jnp.log(len(views))
+
+
 def make_scorer(
     model: VisionTransformer | HeadAlone, augment: Augment | AsTheyAre, mesh: Mesh
 ) -> Callable[[Any, pipeline.Feed, jax.Array], dict[str, Any]]:
@@ -62,7 +68,8 @@ def make_scorer(
     def run(parameters: Any, feed: pipeline.Feed, real: jax.Array) -> dict[str, Any]:
         def body(position: jax.Array, sums: dict[str, Any]) -> dict[str, Any]:
             inputs, labels = pipeline.take(feed, position, parallel.spread(mesh))
-            logits = model.apply({"params": parameters}, augment.normalize(inputs))
+            views = [model.apply({"params": parameters}, view) for view in augment.views(inputs)]
+            logits = views[0] if len(views) == 1 else jax.tree.map(lambda *heads: mean_probability(heads), *views)
             return jax.tree.map(jnp.add, sums, one(logits, labels, real[position]))
 
         zeros = _zeros(model.classes)
@@ -87,12 +94,21 @@ def extract(
         return jax.lax.map(one, jnp.arange(rows))
 
     indices, real = pipeline.evaluation_indices(batch_size, len(batches.source))
-    rows = min(BATCHES_A_DISPATCH, len(indices))
+    rows, tables, present = _tables(batches, indices, real)
     compiled = jax.jit(run, out_shardings=parallel.replicated(batches.mesh))
-    for start in range(0, len(indices), rows):
-        part, present = indices[start : start + rows], real[start : start + rows]
-        features = np.asarray(compiled(parameters, batches.feed(np.pad(part, ((0, rows - len(part)), (0, 0))))))
-        yield features[: len(part)].reshape(-1, *features.shape[2:])[present.ravel()]
+    for feed, counted in zip(batches.feeds((table, rows) for table in tables), present, strict=True):
+        features = np.asarray(compiled(parameters, feed))
+        yield features.reshape(-1, *features.shape[2:])[counted.ravel()]
+
+
+def _tables(
+    batches: pipeline.Pipeline, indices: np.ndarray, real: np.ndarray
+) -> tuple[int, Int[np.ndarray, "dispatches rows batch"], Bool[np.ndarray, "dispatches rows batch"]]:
+    """Batches a dispatch, and all of them so arranged; the last dispatch is filled up: one program serves all."""
+    count, batch_size = indices.shape
+    rows = batches.rows(batch_size, min(BATCHES_A_DISPATCH, count))
+    missing = ((0, -count % rows), (0, 0))
+    return rows, *(np.pad(array, missing).reshape(-1, rows, batch_size) for array in (indices, real))
 
 
 def _zeros(classes: int | Mapping[str, int]) -> dict[str, Any]:
@@ -116,14 +132,12 @@ def evaluate(
         Interrupted: `asked_to_stop()` was True before the end.
     """
     indices, real = pipeline.evaluation_indices(batch_size, len(batches.source))
-    rows = min(BATCHES_A_DISPATCH, len(indices))
+    rows, tables, present = _tables(batches, indices, real)
     totals = _zeros(batches.source.classes())
-    for start in range(0, len(indices), rows):
+    for feed, counted in zip(batches.feeds((table, rows) for table in tables), present, strict=True):
         if asked_to_stop():
             raise Interrupted
-        part, present = indices[start : start + rows], real[start : start + rows]
-        missing = ((0, rows - len(part)), (0, 0))  # the last dispatch is filled up, so that one program serves all
-        sums = scorer(parameters, batches.feed(np.pad(part, missing)), np.pad(present, missing))
+        sums = scorer(parameters, feed, counted)
         totals = jax.tree.map(lambda total, more: total + more.item(), totals, sums)
     if not batches.source.others:
         return {**_means(split, totals), f"{split}/examples": totals["examples"]}

@@ -1,7 +1,8 @@
 """A config turned into the parts of a run, checked against its data and the devices before anything is compiled."""
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vit_jax.data import augment as augmentation
 from vit_jax.data import pipeline, sources, stored
 from vit_jax.data.augment import AsTheyAre, Augment
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
+from vit_jax.models.patches import patchify
 from vit_jax.models.pooling import HeadAlone
 from vit_jax.models.vit import VisionTransformer, token_grid
 from vit_jax.training import freezing, losses, parallel
@@ -58,7 +61,9 @@ class Run:
 
     def feeds(self, role: str) -> pipeline.Pipeline:
         """The pipeline over one of the sources."""
-        return pipeline.make(self.sources[role], self.mesh, self.config.data.resident)
+        data = self.config.data
+        reading = pipeline.Reading(data.workers, data.ahead, data.worker_timeout)
+        return pipeline.make(self.sources[role], self.mesh, data.resident, reading)
 
     def evaluation_batch_size(self) -> int:
         """Examples a step of evaluation, rounded up so that the devices divide it."""
@@ -103,12 +108,19 @@ def check_data(config: ConfigDict, splits: list[str]) -> Mesh:
         stored.find(Path(data.features).expanduser(), "train")
         return mesh
     where = {"data_dir": data.dir, "cache_dir": data.cache_dir, "image_size": data.image_size}
-    _check_patch(config, sources.check(data.name, splits, labels=losses.label_kinds(data), **where))
+    shape = sources.check(data.name, splits, labels=losses.label_kinds(data), **where)
+    _check_patch(config, shape)
+    augmentation.check_shape(config, shape)
     return mesh
 
 
 def _check_patch(config: ConfigDict, shape: tuple[int, ...]) -> None:
     model = models.build(config.model, classes=2, dtype="float32")
+    if config.data.patches and (model.stem is not None or shape[0] != shape[1]):
+        given = f"{config.model.variant} and images of {shape[0]}x{shape[1]}"
+        raise UserError(
+            f"config.data.patches is True, with {given}\n  allowed: with square images and no hybrid variant"
+        )
     try:
         token_grid(model, (shape[0], shape[1]))
     except ValueError as error:
@@ -137,20 +149,36 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) 
     if data.features:
         loaded, image_shape = _stored(config, splits)
     else:
-        where = {"data_dir": data.dir, "cache_dir": data.cache_dir, "image_size": data.image_size}
-        loaded = {role: sources.load(data.name, split, labels=kinds, **where) for role, split in splits.items()}
+        loaded = {role: load(config, split, kinds) for role, split in splits.items()}
         image_shape = loaded["train"].images.shape[1:]
     train = loaded["train"]
     model = models.build(config.model, classes=train.classes(), dtype=None)
     if data.features:
         applied, augment = HeadAlone(model.classes, model.pre_logits), AsTheyAre()
     else:
-        applied, augment = model, Augment(train.mean, train.std, dtype=model.dtype, **config.augment.to_dict())
+        arrange = functools.partial(patchify, patch_size=model.patch_size) if data.patches else None
+        augment = Augment(train.mean, train.std, arrange=arrange, dtype=model.dtype, **config.augment.to_dict())
+        applied = model
     steps = config.train.steps or max(1, round(config.train.epochs * len(train) / config.train.batch_size))
     shapes = jax.eval_shape(lambda: states.initialize(model, image_shape, 0))
     mask = freezing.trained(config.optimizer, shapes)
     optimizer = optimizers.make(config.optimizer, steps)
     return Run(config, mesh, loaded, image_shape, model, applied, augment, steps, optimizer, mask)
+
+
+def load(config: ConfigDict, split: str, labels: Sequence[str]) -> Source:
+    """The images of a split as the config's section `data` has them, with these kinds of label."""
+    data = config.data
+    return sources.load(
+        data.name,
+        split,
+        data_dir=data.dir,
+        cache_dir=data.cache_dir,
+        image_size=data.image_size,
+        decoded=data.decoded,
+        skip_broken=data.skip_broken,
+        labels=labels,
+    )
 
 
 def _stored(config: ConfigDict, roles: Iterable[str]) -> tuple[dict[str, Source], tuple[int, int, int]]:

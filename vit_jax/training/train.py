@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from vit_jax.training.stopping import Stop
 
 WRITTEN = (records.SUMMARY, records.METRICS, records.CONFIG, records.ENVIRONMENT, "TensorBoard events", "checkpoints/")
 DISPATCH = 0.4  # seconds that a dispatch may take, so that a run stops soon when it is asked to
+SENT_STEPS = 4  # that a dispatch has at most, on a CPU, of a set that is sent
 RETRY = 30.0  # seconds until a save that did not land is tried again
 ATTEMPTS = 3  # at the last save
 ROLLBACKS = 3  # without a save in between, before a run gives up
@@ -123,13 +125,14 @@ class Trainer:
         self.tested: dict[str, float | int] = {}
         self.schedule = optimizer.schedule(self.config.optimizer, run.steps)
         self.feeds = {role: run.feeds(role) for role in run.sources}
+        # A CPU is host and device in one: there each dispatch is read at once, and each record's speed is its own.
+        self.overlaps = run.mesh.devices.flat[0].platform != "cpu"
+        self.rows = self._rows()
         self.scorer = evaluate.make_scorer(run.applied, run.augment, run.mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.parameters))
         self.flops = forward_flops(run.model, run.image_shape[:2], run.image_shape[2])
         self.names = losses.metric_names(losses.loss_weights(self.config))
         self.meter = self._make_meter(metadata.get("seconds", 0.0))
-        # A CPU is host and device in one: there each dispatch is read at once, and each record's speed is its own.
-        self.overlaps = run.mesh.devices.flat[0].platform != "cpu"
         # Steps a dispatch. Found out by the clock, but in a cluster, whose processes must cut the run alike.
         self.pace = 1 if jax.process_count() == 1 else self.config.train.steps_per_dispatch
 
@@ -195,17 +198,39 @@ class Trainer:
         run, began = self.run, time.monotonic()
         self.progress.say("compiling the training step ...")
         update = make_update(run.applied, run.optimizer, run.augment, self.config, run.mesh, run.mask)
+        feed = self.feeds["train"].abstract_feed(self.rows, self.config.train.batch_size)
         with memory.explained(self.config, run.model, run.image_shape):
-            compiled = update.lower(self.state, self._feed(self.step), np.int32(0)).compile()
+            compiled = update.lower(self.state, feed, np.int32(0)).compile()
         self.progress.say(f"compiled in {time.monotonic() - began:.1f} s")
         return compiled
 
-    def _feed(self, end: int) -> pipeline.Feed:
+    def _rows(self) -> int:
+        """How many steps a dispatch has room for."""
+        train, feeds = self.config.train, self.feeds["train"]
+        rows = feeds.rows(train.batch_size, train.steps_per_dispatch)
+        # What is sent is cut before it is known how long a step takes, which on a CPU may be long.
+        return rows if feeds.resident is not None or self.overlaps else min(rows, SENT_STEPS)
+
+    def _dispatches(self) -> Iterator[tuple[int, pipeline.Feed]]:
+        """Where each dispatch that is left ends, and what it reads: of a set that is sent, read ahead."""
+        feeds = self.feeds["train"]
+        if feeds.resident is not None:
+            while self.step < self.run.steps:
+                end = self._boundary(self.step, self.pace)
+                yield end, feeds.feed(self._table(self.step, end))
+            return
+        ends, step = [], self.step
+        while step < self.run.steps:
+            step = self._boundary(step, self.rows)
+            ends.append(step)
+        spans = list(zip([self.step, *ends], ends, strict=False))
+        yield from zip(ends, feeds.feeds((self._table(*span), span[1] - span[0]) for span in spans), strict=True)
+
+    def _table(self, start: int, end: int) -> np.ndarray:
+        """The examples of the steps start .. end, a row a step."""
         train, examples = self.config.train, len(self.run.sources["train"])
-        indices = pipeline.train_indices(
-            train.seed, train.batch_size, self.step + self.shift, end - self.step, train.steps_per_dispatch, examples
-        )
-        return self.feeds["train"].feed(indices)
+        places = (start + self.shift, end - start, self.rows, examples, self.config.augment.repeats)
+        return pipeline.train_indices(train.seed, train.batch_size, *places)
 
     def _loop(self, update: jax.stages.Compiled) -> None:
         self.stop.nothing_to_save(False)
@@ -215,16 +240,18 @@ class Trainer:
             self._settle((self.step, {**self.state.metrics, "step": self.state.step, "streak": self.state.streak}))
         while self.step < self.run.steps:
             try:
-                self._dispatch(update)
+                with contextlib.closing(self._dispatches()) as dispatches:
+                    for end, feed in dispatches:
+                        self._dispatch(update, end, feed)
             except Burst:
                 self._roll_back()
 
-    def _dispatch(self, update: jax.stages.Compiled) -> None:
+    def _dispatch(self, update: jax.stages.Compiled, end: int, feed: pipeline.Feed) -> None:
         if self._asked_to_stop():
             raise Asked
-        end, began = self._boundary(), time.monotonic()
+        began = time.monotonic()
         with memory.explained(self.config, self.run.model, self.run.image_shape):
-            self.state, sums = update(self.state, self._feed(end), np.int32(end - self.step))
+            self.state, sums = update(self.state, feed, np.int32(end - self.step))
             count, self.step = end - self.step, end
             # The dispatch before is read while this one computes: the device never waits for the host.
             self._record()
@@ -240,12 +267,12 @@ class Trainer:
             self._settle(pending)
         self._watch_saves()
 
-    def _boundary(self) -> int:
-        """Where the next dispatch ends; no bit of a run depends on how it is cut."""
+    def _boundary(self, step: int, most: int) -> int:
+        """Where a dispatch of at most so many steps ends; no bit of a run depends on how it is cut."""
         train, log, checkpoint = self.config.train, self.config.log, self.config.checkpoint
         everies = (train.steps_per_dispatch, train.evaluate_every, log.every, checkpoint.every)
-        nexts = [(self.step // every + 1) * every for every in everies if every]
-        return min(self.run.steps, self.step + self.pace, *nexts)
+        nexts = [(step // every + 1) * every for every in everies if every]
+        return min(self.run.steps, step + min(most, self.rows), *nexts)
 
     def _is_due(self, every: int) -> bool:
         return self.step == self.run.steps or bool(every and self.step % every == 0)

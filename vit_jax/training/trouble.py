@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import integrity
-from vit_jax.data import order
+from vit_jax.data import pipeline
 from vit_jax.training import freezing, losses, step
 from vit_jax.training.run import Run
 from vit_jax.training.state import TrainState
@@ -24,7 +24,7 @@ def report(run: Run, state: TrainState, learning_rate: float) -> dict[str, Any]:
     """
     train, place = run.config.train, int(state.step) + int(state.shift) - 1
     examples = len(run.sources["train"])
-    batch = order.indices(train.seed, place * train.batch_size, train.batch_size, examples)
+    (batch,) = pipeline.train_indices(train.seed, train.batch_size, place, 1, 1, examples, run.config.augment.repeats)
     source = run.sources["train"]
     labels = jax.tree.map(lambda kind: kind[batch], source.targets())
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(train.seed), place))
