@@ -1,9 +1,19 @@
+import math
+import tempfile
+from pathlib import Path
+
 import chex
 import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
 
 from vit_jax.errors import UserError
 from vit_jax.training.checkpoint import METRIC, Checkpoints
+from vit_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +82,49 @@ def test_a_step_that_is_not_there_is_said(trained, tmp_path):
         checkpoints.wait()
         with pytest.raises(UserError, match="step 7\n  there are: 3"):
             checkpoints.restore(abstract(state), 7)
+
+
+def tiny(step, size=2):
+    """A state of almost nothing."""
+    counts = [jnp.asarray(value, jnp.int32) for value in (step, 0, 0)]
+    return TrainState(
+        *counts, parameters={"a": jnp.full(size, step, jnp.float32)}, optimizer=(), averaged=None, metrics={}
+    )
+
+
+scores = some.one_of(some.none(), some.just(float("nan")), some.integers(0, 3).map(lambda number: number / 3))
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None)
+@given(measured=some.lists(scores, min_size=1, max_size=8), keep=some.integers(1, 3), keep_best=some.integers(0, 2))
+def test_whatever_is_measured_the_newest_and_the_best_are_there(measured, keep, keep_best):
+    with tempfile.TemporaryDirectory() as folder:
+        for step, score in enumerate(measured, 1):
+            with Checkpoints(Path(folder), keep, keep_best) as checkpoints:
+                checkpoints.save(tiny(step), {}, None if score is None else {METRIC: score})
+                checkpoints.wait()
+                there = checkpoints.steps()
+            so_far = measured[:step]
+            assert set(there) >= set(range(1, step + 1)[-keep:])
+            ranked = [(value, at) for at, value in enumerate(so_far, 1) if value is not None and not math.isnan(value)]
+            # What an earlier turn has dropped was beaten then, and is beaten still.
+            assert set(there) >= {at for _, at in sorted(ranked)[max(0, len(ranked) - keep_best) :]}
+            assert len(there) <= keep + keep_best
+
+
+@pytest.mark.slow
+def test_three_hundred_saves_and_restores_cost_neither_memory_nor_files(tmp_path):
+    process, sizes, files = psutil.Process(), [], []
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tiny(0, size=250_000)
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in range(300):
+            checkpoints.save(tiny(step, size=250_000), {})
+            checkpoints.wait()
+            np.testing.assert_array_equal(checkpoints.restore(like).parameters["a"], float(step))
+            sizes.append(process.memory_info().rss)
+            files.append(process.num_fds())
+    assert np.median(sizes[-50:]) < 1.05 * np.median(sizes[50:100])
+    assert max(files[-50:]) <= max(files[50:100]) + 2
