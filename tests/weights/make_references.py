@@ -190,7 +190,8 @@ def read(folder):
 
     told = json.loads((folder / "config.json").read_text())
     keys = ("model_type", "hidden_act", "layer_norm_eps", "image_size", "hidden_size", "num_attention_heads")
-    return load_file(folder / "model.safetensors"), {key: told[key] for key in keys}
+    keys += ("num_hidden_layers", "num_register_tokens")
+    return load_file(folder / "model.safetensors"), {key: told[key] for key in keys if key in told}
 
 
 def output(model, name):

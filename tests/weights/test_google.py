@@ -131,17 +131,28 @@ def test_big_visions_class_token_has_no_position(google_file, helpers):
     helpers.same(same, parameters)
 
 
-def test_no_table_is_fixed_sines_and_cosines(google_file, helpers):
+def test_no_table_is_fixed_sines_and_cosines(google_file, helpers, tmp_path):
     model, parameters = helpers.small(class_token=False, pooling="mean")
 
     def without(arrays):
-        del arrays["pos_embedding"]
-        return arrays
+        return {name: array for name, array in arrays.items() if not name.endswith("pos_embedding")}
 
-    found, _, report = weights.load(google_file(model, parameters, big_vision, without))
+    path = google_file(model, parameters, big_vision, without)
+    with pytest.raises(UserError, match="missing: Transformer/posembed_input/pos_embedding"):
+        weights.load(path)
+    found, _, report = weights.load(path, position="sincos_2d")
+    path = google_file(model, parameters, lambda name: "params/" + big_vision(name), without)
+    found, _, report = weights.load(path)
     assert found == model.clone(position="sincos_2d")
     assert report.image_size is None
     assert "position 'sincos_2d': convention of big_vision's files" in str(report)
+    assert weights.load(tmp_path / "file.npz", position="none")[0].position == "none"
+    target = model.clone(position="none")
+    weights.load_into(tmp_path / "file.npz", target, 32, 3)
+    with pytest.raises(UserError, match="the file has no positions"):
+        weights.load(tmp_path / "file.npz", position="learned")
+    with pytest.raises(UserError, match="the file has nothing for positions/table"):
+        weights.load(tmp_path / "file.npz", position="learned", image_size=32)
 
 
 def test_a_grid_that_is_no_square_has_to_be_said(google_file, helpers):
@@ -160,7 +171,8 @@ def test_a_grid_that_is_no_square_has_to_be_said(google_file, helpers):
         ({"registers": 2}, r"registers \(2\)"),
         ({"mlp": "swiglu", "qk_norm": True}, "mlp 'swiglu', normalised queries and keys"),
         ({"qkv_bias": False, "layer_scale": 0.1}, "without a bias .*, layer scale"),
-        ({"position": "sincos_2d"}, "position 'sincos_2d'"),
+        ({"position": "rotary", "heads": 6}, "position 'rotary'"),
+        ({"position_at": "layers"}, "positions in the layers"),
         ({"pooling": "mean", "norm_after_pooling": True}, "a norm after pooling"),
         ({"parallel": True}, "parallel blocks"),
         ({"classes": {"a": 2, "b": 3}}, "several heads"),
@@ -171,6 +183,22 @@ def test_what_the_format_has_no_place_for_is_refused_by_name(tmp_path, helpers, 
     with pytest.raises(UserError, match=f"no place for .*{named}"):
         weights.save(tmp_path / "no.npz", model, parameters)
     assert not (tmp_path / "no.npz").exists()
+
+
+@pytest.mark.parametrize("kind", ["sincos_2d", "sinusoidal", "learned_2d"])
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_positions_that_are_a_table_in_the_end_are_written_as_one(tmp_path, helpers, kind, suffix):
+    model, parameters = helpers.small((16, 32), position=kind, registers=2 if suffix == "safetensors" else 0)
+    path = tmp_path / f"file.{suffix}"
+    with pytest.raises(UserError, match=f"position '{kind}' becomes a table .* give image_size"):
+        weights.save(path, model, parameters)
+    (note,) = weights.save(path, model, parameters, (16, 32))
+    assert note == f"position '{kind}' is written as the table that it is for images of 16x32"
+    found, table, _ = weights.load(path, image_size=(16, 32))
+    assert found == model.clone(position="learned")
+    images = np.random.default_rng(4).normal(size=(2, 16, 32, 3)).astype("f")
+    expected = helpers.outputs(model, parameters, images)
+    np.testing.assert_allclose(helpers.outputs(found, table, images), expected, rtol=0, atol=1e-5)
 
 
 def test_what_the_file_cannot_say_is_said(tmp_path, helpers):

@@ -107,6 +107,9 @@ def test_configs_that_ours_cannot_be_are_refused(references, tmp_path):
     cases = [
         (("timm_vit", "architecture", "vit_base_patch16_rpn_224"), "normalise behind attention and MLP"),
         (("timm_vit", "num_features", 768), "config.json is of another model: it says num_features 768"),
+        (("timm_registers", "model_args", {"reg_tokens": 3, "num_heads": 3}), "it says reg_tokens 3, the file has 4"),
+        (("timm_vit", "model_args", {"depth": 3, "num_heads": 3}), "it says depth 3, the file has 2"),
+        (("hf_vit", "num_hidden_layers", 3), "it says num_hidden_layers 3, the file has 2"),
         (("timm_vit", "global_pool", "max"), "global_pool 'max'"),
         (("timm_vit", "model_args", [3]), r"config.json says model_args \[3\], where dict is meant"),
         (("timm_vit", "global_pool", 7), "config.json says global_pool 7, where str is meant"),

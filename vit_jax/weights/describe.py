@@ -244,6 +244,17 @@ def said(config: Mapping[str, Any], key: str, kind: type) -> Any:
     return value
 
 
+def check_config(told: Mapping[str, tuple[Any, Any]]) -> None:
+    """Sees that a config.json is of the file beside it: what it says of each of its keys, and what the file has.
+
+    Raises:
+        UserError: they differ; the first that does is named.
+    """
+    for key, (says, has) in told.items():
+        if says is not None and says != has:
+            raise UserError(f"config.json is of another model: it says {key} {says!r}, the file has {has!r}")
+
+
 def pair(size: Any) -> tuple[int, int] | None:
     """(height, width) of an int, or of a pair in a config; None of anything else."""
     if isinstance(size, int) and not isinstance(size, bool):

@@ -74,6 +74,9 @@ def describe(stored: Stored, given: Mapping[str, Any]) -> Description:
     prefix = _prefix(stored.shapes)
     names = Names(stored.shapes, prefix, LABEL)
     naming, parts = _naming(names), _parts(names)
+    # big_vision's may have fixed positions, which leave no trace; elsewhere a table that is not there was lost.
+    fixed = "position" in given or parts.map or naming.scanned or prefix.startswith("params/")
+    parts = dataclasses.replace(parts, positions=parts.positions or not fixed)
     table = _rules(parts, naming)
     ignored = {}
     for pattern, why in OTHERS.items():

@@ -13,7 +13,7 @@ from typing import Any
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules as forms
-from vit_jax.weights.describe import Choices, Description, Names, check_names, said
+from vit_jax.weights.describe import Choices, Description, Names, check_config, check_names, said
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Parts, Rule, dense, norm
 
@@ -108,7 +108,8 @@ def _config(stored: Stored) -> dict[str, Any]:
         raise UserError(
             f"config.json says model_type {config['model_type']!r}\n  of Hugging Face's, read are: {', '.join(KINDS)}"
         )
-    kinds = {"hidden_size": int, "num_attention_heads": int, "hidden_act": str, "layer_norm_eps": float}
+    kinds = {"hidden_size": int, "num_hidden_layers": int, "num_attention_heads": int, "num_register_tokens": int}
+    kinds |= {"hidden_act": str, "layer_norm_eps": float}
     return {key: said(config, key, kind) for key, kind in kinds.items()} | {"image_size": config.get("image_size")}
 
 
@@ -156,14 +157,12 @@ def _model(
     width, channels, patch, across = names.shape("embeddings.patch_embeddings.projection.weight", 4)
     if patch != across:
         raise UserError(f"the file has patches of {patch}x{across}: only square ones can be had")
-    if config.get("hidden_size") not in (None, width):
-        raise UserError(f"config.json is of another model: it says hidden_size {config['hidden_size']}, not {width}")
     first = {"dense": "intermediate.dense", "fc": "mlp.fc1", "packed": "mlp.weights_in", "apart": "mlp.gate_proj"}
     hidden = names.shape(f"{spelling.block.format(0)}{first[spelling.mlp]}.weight", 2)[0]
     family = "Hugging Face's " + ("DINOv2" if spelling.dinov2 else "ViT and DeiT")
     convention = "token" if parts.class_token else "mean"
     fields = {
-        "classes": shapes["classifier.weight"][0] if parts.head else None,
+        "classes": Names(shapes, "", LABEL).shape("classifier.weight", 2)[0] if parts.head else None,
         "patch_size": patch,
         "width": width,
         "depth": parts.depth,
@@ -179,6 +178,9 @@ def _model(
             "layer_norm_epsilon", 1e-6 if spelling.dinov2 else 1e-12, config.get("layer_norm_eps"), family=family
         ),
     }
+    own = {"hidden_size": width, "num_hidden_layers": parts.depth}
+    own |= {"num_register_tokens": fields["registers"]} if spelling.registers == "register_tokens" else {}
+    check_config({key: (config.get(key), has) for key, has in own.items()})
     if parts.mlp == "gelu":
         activation = config.get("hidden_act")
         if activation is not None and activation not in GELUS:

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.models.positions import POSITIONS
 from vit_jax.models.vit import VisionTransformer, position_at, token_grid
 from vit_jax.weights import files, fit, google, hub, huggingface, own, timm
 from vit_jax.weights.describe import Description, few, pair
@@ -100,7 +101,7 @@ def load_into(
     Raises:
         UserError: as in `load`, or the file's model has other parameters; what differs is named.
     """
-    given = {"image_size": image_size, "heads_otherwise": model.heads}
+    given = {"image_size": image_size, "heads_otherwise": model.heads, "position": model.position}
     source, description, arrays = _understand(path_or_name, given, None)
     with _as_user_error(source):
         description = _named(description, model)
@@ -216,8 +217,8 @@ def _take(
 ) -> tuple[dict[str, Any], Report]:
     """Every rule's arrays read, fitted and put in their place; heads made that the file has not."""
     grid = None if image_size is None else token_grid(model, image_size)
-    if grid is None and description.grid is not None:
-        raise UserError("image_size is missing")
+    if grid is None and not POSITIONS[model.position].fixed and model.position != "none":
+        raise UserError(f"the file has no positions, and how many {model.position!r} ones there are, image_size tells")
     wanted = parameter_shapes(model, grid, channels)
     flat, rows = {}, []
     for rule in description.rules:

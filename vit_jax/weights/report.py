@@ -9,7 +9,7 @@ from vit_jax.weights.describe import Decision
 # In the order of the table: what needs a look comes last, and is shown even where the table is short.
 ACTIONS = ("taken", "transposed", "reshaped", "fused", "split", "resampled", "adapted", "initialised", "ignored")
 PLAIN = ("taken", "transposed", "reshaped", "fused", "split")
-SHOWN = 12
+SHOWN = 4  # rows of one kind and reason, where the table is short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +82,15 @@ class Report:
         )
 
     def _rows(self, rows: list[Row], verbose: bool) -> list[str]:
-        rows = sorted(rows, key=lambda row: ACTIONS.index(row.action))
+        alike: dict[tuple[str, str], list[Row]] = {}
+        for row in sorted(rows, key=lambda row: ACTIONS.index(row.action)):
+            alike.setdefault((row.action, row.detail), []).append(row)
         lines = []
-        for action in dict.fromkeys(row.action for row in rows):
-            same = [row for row in rows if row.action == action]
+        for (action, detail), same in alike.items():
             shown = same if verbose else same[:SHOWN]
-            lines += [f"  {action:<11}  {_names(row)}{f'  ({row.detail})' if row.detail else ''}" for row in shown]
-            lines += [f"  {action:<11}  ... and {len(same) - len(shown)} more"] if len(same) > len(shown) else []
+            for row in shown:
+                more = f" and {len(same) - SHOWN} more" if row is shown[-1] and len(same) > len(shown) else ""
+                lines.append(f"  {action:<11}  {_names(row)}{more}{f'  ({detail})' if detail else ''}")
         return lines
 
 

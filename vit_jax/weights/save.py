@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.positions import POSITIONS, Place
+from vit_jax.models.vit import VisionTransformer, position_at, token_grid
 from vit_jax.weights import files, google, timm
 
+TABLES = ("sincos_2d", "sinusoidal", "learned_2d")  # positions that are a table in the end
 FORMATS = {"google": ".npz", "timm": ".safetensors"}
 
 
@@ -31,7 +33,7 @@ def save(
         path: of the file.
         model: whose parameters they are; scanned or not.
         parameters: as `model.apply({"params": ...})` takes them.
-        image_size: height and width, pixels; for .safetensors.
+        image_size: height and width, pixels; for .safetensors, and for positions that are no table of their own.
         channels: values a pixel; for .safetensors.
 
     Returns:
@@ -42,18 +44,18 @@ def save(
     """
     path = Path(path).expanduser()
     family = format_of(path)
-    flat = flattened(parameters)
     try:
+        model, flat, told = _with_table(model, flattened(parameters), image_size)
         if family == "google":
             arrays, notes = google.write(model, flat)
             files.write_npz(path, _contiguous(arrays))
-            return notes
-        if image_size is None:
-            raise UserError(f"{path}: timm's models are for one image size: give image_size=(height, width)")
+            return told + notes
         arrays, config, notes = timm.write(model, flat, image_size, channels)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     except KeyError as error:
         raise UserError(f"{path}: the parameters have no {error.args[0]}: they are not those of the model") from None
-    text = json.dumps(config, indent=2)
+    notes, text = told + notes, json.dumps(config, indent=2)
     files.write_safetensors(path, _contiguous(arrays), {"format": "pt", timm.OWN: json.dumps(config)})
     beside = path.with_name(files.CONFIG)
     if beside.is_file() and not _is_ours(beside):
@@ -64,6 +66,24 @@ def save(
     except OSError as error:
         raise UserError(f"{beside} cannot be written: {error.strerror}; the weights are in {path}") from error
     return notes
+
+
+def _with_table(
+    model: VisionTransformer, flat: dict[str, np.ndarray], image_size: tuple[int, int] | None
+) -> tuple[VisionTransformer, dict[str, np.ndarray], tuple[str, ...]]:
+    """The same model with the plain table that its positions amount to, where they are added at the input."""
+    kind = model.position
+    if kind not in TABLES or position_at(model) != "input" or model.position_width:
+        return model, flat, ()
+    if image_size is None:
+        raise UserError(f"position {kind!r} becomes a table of one image size: give image_size=(height, width)")
+    grid = token_grid(model, image_size)
+    place = Place(*grid, int(model.class_token), 0, model.width, model.width // model.heads, model.heads)
+    own = {path.removeprefix("positions/"): array for path, array in flat.items() if path.startswith("positions/")}
+    table = POSITIONS[kind](place).apply({"params": own}).table
+    rest = {path: array for path, array in flat.items() if not path.startswith("positions/")}
+    note = f"position {kind!r} is written as the table that it is for images of {image_size[0]}x{image_size[1]}"
+    return model.clone(position="learned"), {**rest, "positions/table": np.asarray(table)}, (note,)
 
 
 def format_of(path: Path, to: str | None = None) -> str:

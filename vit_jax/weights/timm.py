@@ -16,7 +16,17 @@ import numpy as np
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules as forms
-from vit_jax.weights.describe import Choices, Description, Names, check_names, few, hint, pixels_of_a_patch, said
+from vit_jax.weights.describe import (
+    Choices,
+    Description,
+    Names,
+    check_config,
+    check_names,
+    few,
+    hint,
+    pixels_of_a_patch,
+    said,
+)
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Parts, Rule, dense, norm
 
@@ -91,10 +101,13 @@ def describe(stored: Stored, given: Mapping[str, Any]) -> Description:
             raise UserError(f"{names.prefix}{start}...: the model has {what}; ours cannot have that")
     told, choices = _said(stored), Choices(given)
     pooling = _pooling(names, told, choices)
+    # No table at all is a rare thing, which somebody has to say: it may as well have been lost.
+    none = told.get("positions") is False or "position" in given
     parts, two_heads = _parts(names, pooling), names.any(r"head_dist\.")
     ignored = {
         f"{names.prefix}{name}": why for name in names for pattern, why in IGNORED.items() if re.match(pattern, name)
     }
+    parts = dataclasses.replace(parts, positions=parts.positions or not none)
     if two_heads:
         parts = dataclasses.replace(parts, head=False)
         heads = [name for name in names if re.match(r"head(_dist)?\.", name)]
@@ -146,7 +159,12 @@ def _said(stored: Stored) -> dict[str, Any]:
     heads = next((heads for pattern, heads in HEADS.items() if re.match(pattern, name)), None)
     size = said(said(config, "pretrained_cfg", dict) or {}, "input_size", list) or []
     return {
-        "width": said(config, "num_features", int),
+        "num_features": said(config, "num_features", int),
+        "depth": said(arguments, "depth", int),
+        "class_token": said(arguments, "class_token", bool),
+        # DeiT's distillation token counts as none of timm's.
+        "reg_tokens": None if "dist_token" in stored.shapes else said(arguments, "reg_tokens", int),
+        "positions": False if arguments.get("pos_embed") in ("", "none") else None,
         "heads": said(arguments, "num_heads", int) or heads,
         "activation": said(arguments, "act_layer", str) or ("gelu_tanh" if re.match(TANH, name) else "gelu"),
         "pooling": said(config if "global_pool" in config else arguments, "global_pool", str),
@@ -257,8 +275,6 @@ def _model(
     width, channels, patch, across = names.shape("patch_embed.proj.weight", 4)
     if patch != across:
         raise UserError(f"patch_embed.proj.weight has patches of {patch}x{across}: only square ones can be had")
-    if told.get("width") not in (None, width):
-        raise UserError(f"config.json is of another model: it says num_features {told['width']}, the file {width}")
     first = {"fc1": "fc1", "packed": "fc1", "apart": "fc1_g", "w12": "w12"}[spelling.mlp]
     hidden = names.shape(f"blocks.0.mlp.{first}.weight", 2)[0]
     fields = {
@@ -271,7 +287,7 @@ def _model(
         "class_token": parts.class_token,
         "registers": names.shape(spelling.registers, 3)[1] if parts.registers else 0,
         "pooling": pooling,
-        "position": "learned" if parts.positions else "none",
+        "position": "learned" if parts.positions else choices.decide("position", "none", "none", family=FAMILY),
         "mlp": parts.mlp,
         "qkv_bias": parts.qkv_bias,
         "qk_norm": parts.qk_norm,
@@ -281,6 +297,9 @@ def _model(
             "layer_norm_epsilon", EPSILON, told.get("layer_norm_epsilon"), family=FAMILY
         ),
     }
+    own = {"num_features": width, "depth": parts.depth, "reg_tokens": fields["registers"]}
+    own |= {"class_token": parts.class_token}
+    check_config({key: (told.get(key), has) for key, has in own.items()})
     if parts.stem is not None:
         root, channels, _, _ = names.shape(f"{spelling.stem}conv.weight", 4)
         fields |= {"stem": parts.stem, "stem_width": root}
@@ -379,7 +398,7 @@ def _map_rules(name: str) -> list[Rule]:
 
 
 def write(
-    model: VisionTransformer, parameters: Mapping[str, np.ndarray], image_size: tuple[int, int], channels: int
+    model: VisionTransformer, parameters: Mapping[str, np.ndarray], image_size: tuple[int, int] | None, channels: int
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], tuple[str, ...]]:
     """The arrays of a model in timm's naming, the config.json to stand beside them, and what these do not say.
 
@@ -395,6 +414,8 @@ def write(
     lacking = [what for what, there in _lacking(model).items() if there]
     if lacking:
         raise UserError(f"timm's models have no place for {few(lacking)}")
+    if image_size is None:
+        raise UserError("timm's models are for one image size: give image_size=(height, width)")
     rows = "class"
     if model.position == "learned":
         without = not model.class_token or not parameters["positions/table"][:, :1].any()
