@@ -11,7 +11,16 @@ from vit_jax.errors import UserError
 from vit_jax.training import records
 
 # What changes neither the numbers of a run nor the meaning of its checkpoints may differ when it goes on.
-FREE = ("log.", "checkpoint.", "mesh.", "data.dir", "data.cache_dir", "data.resident", "train.steps_per_dispatch")
+READING = (
+    "data.dir",
+    "data.cache_dir",
+    "data.resident",
+    "data.decoded",
+    "data.workers",
+    "data.ahead",
+    "data.worker_timeout",
+)
+FREE = ("log.", "checkpoint.", "mesh.", "train.steps_per_dispatch", *READING)
 SHOWN = 4
 
 
