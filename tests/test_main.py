@@ -140,6 +140,22 @@ def test_killed_at_random_steps_it_ends_as_if_undisturbed(start, undisturbed, tm
         np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
+def test_streamed_and_resumed_with_other_readers_it_ends_as_if_resident(start, undisturbed, tmp_path):
+    streamed = [*SMALL, "--config.data.resident=never", "--config.data.ahead=1"]
+    process = start(tmp_path, *streamed, "--config.data.workers=1")
+    path = tmp_path / "metrics.jsonl"
+    while process.poll() is None and (not path.exists() or path.read_text().count("\n") < 8):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    output = finish(start(tmp_path, *streamed, "--config.data.workers=3"))
+    assert "going on at step" in output
+    assert metrics(tmp_path) == metrics(undisturbed[0])
+    mine, other = parameters(tmp_path), parameters(undisturbed[0])
+    for name, value in mine.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
 def test_a_finished_run_says_so_and_shows_its_result(undisturbed, capsys, monkeypatch):
     folder, output = undisturbed
     before = (folder / "metrics.jsonl").read_bytes()

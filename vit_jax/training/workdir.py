@@ -21,6 +21,10 @@ FREE = (
     "data.dir",
     "data.cache_dir",
     "data.resident",
+    "data.decoded",
+    "data.workers",
+    "data.ahead",
+    "data.worker_timeout",
     "train.steps_per_dispatch",
     "train.max_minutes",
 )
