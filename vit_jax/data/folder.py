@@ -102,7 +102,7 @@ def whole(root: Path, files: list[tuple[str, int]], kept: Path | None) -> list[t
         if kept:
             with contextlib.suppress(OSError):
                 kept.parent.mkdir(parents=True, exist_ok=True)
-            cache.write_text(kept, json.dumps(sorted(broken)))
+            cache.write(kept, json.dumps(sorted(broken)).encode())
     if broken:
         named = ", ".join(sorted(broken)[:3]) + (", ..." if len(broken) > 3 else "")
         print(f"skipping {len(broken):,} of {len(files):,} files that are no whole images: {named}", file=sys.stderr)

@@ -140,4 +140,4 @@ def _keep(folder: Path, known: Known) -> None:
         os.replace(scratch, folder / "labels.npy")
     except OSError:
         return
-    cache.write_text(folder / "mean_std.json", json.dumps({"mean": known.mean, "std": known.std}))
+    cache.write(folder / "mean_std.json", json.dumps({"mean": known.mean, "std": known.std}).encode())
