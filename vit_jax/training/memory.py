@@ -28,15 +28,19 @@ def _advice(config: ConfigDict, model: VisionTransformer, image_shape: tuple[int
     needed = _bytes(model, image_shape, max(here, 1))
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     room = f" of {limit / 2**30:.1f} GiB" if limit else ""
-    parts = train.accumulation * 2
-    while limit and here > 1 and _bytes(model, image_shape, train.batch_size // parts // devices) > 0.8 * limit:
-        if train.batch_size // parts // devices <= 1:
-            break
-        parts *= 2
+    # More parts than there are, that divide the batch; the first of them that fits, with some room to spare.
+    allowed = [
+        parts
+        for parts in range(train.accumulation + 1, train.batch_size + 1)
+        if not train.batch_size % (parts * devices)
+    ]
+    fits = lambda parts: _bytes(model, image_shape, train.batch_size // parts // devices) <= 0.8 * limit  # noqa: E731
+    parts = next((parts for parts in allowed if not limit or fits(parts)), allowed[-1] if allowed else None)
+    split = f"--config.train.accumulation={parts}" if parts else "no way"
     remat = "" if model.remat and model.scan else ", or --config.model.remat=True --config.model.scan=True"
     return (
         f"out of memory: {here} images at a time on each device need about {needed / 2**30:.1f} GiB{room}\n"
-        f"  the same batch of {train.batch_size} in parts: --config.train.accumulation={parts}{remat}\n"
+        f"  the same batch of {train.batch_size} in parts: {split}{remat}\n"
         "  or a smaller config.train.batch_size"
     )
 
