@@ -193,13 +193,14 @@ def test_a_workdir_of_another_config_is_left_alone_and_the_difference_shown(tmp_
     content = json.dumps(other)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(content)
+    (tmp_path / "run" / "metrics.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     assert main.main(["--config=configs/digits.py", "--workdir=run"]) == 2
     error = capsys.readouterr().err
     assert "train.batch_size: 32 -> 64" in error
     assert len(error.splitlines()) <= 3
     assert (tmp_path / "run" / "config.json").read_text() == content
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl"]
 
 
 def test_a_set_that_is_not_prepared_is_said_at_once_without_network(tmp_path, capsys, monkeypatch):

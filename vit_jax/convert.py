@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vit_jax import commands
 from vit_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -24,12 +25,7 @@ or .safetensors (timm's naming; its config.json is written beside it).
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command's flags; --help and mistakes end the process, the latter with status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.convert",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("convert", DESCRIPTION)
     parser.add_argument("source", metavar="IN", help="what to read")
     parser.add_argument("target", metavar="OUT", help="the file to write")
     parser.add_argument("--to", choices=("google", "timm"), help="OUT's naming (default: as its ending says)")
@@ -94,12 +90,7 @@ def convert(flags: argparse.Namespace) -> str:
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
     flags = parse(arguments)
-    try:
-        print(convert(flags))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return commands.finish(lambda: print(convert(flags)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from vit_jax import config as options
 from vit_jax.errors import UserError
 from vit_jax.training import records
+from vit_jax.training.checkpoint import FOLDER
 
 # What changes neither the numbers of a run nor the meaning of its checkpoints may differ when it goes on.
 FREE = (
@@ -75,7 +76,8 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
         reason = f"--workdir={workdir} cannot be written to: {error.strerror}"
         raise UserError(f"{reason}\n  give another --workdir") from error
     old = read_config(workdir)
-    if old is None:
+    # Of a run that never began nothing can be lost: its config may have been mended since.
+    if old is None or not any((workdir / name).exists() for name in (records.METRICS, FOLDER)):
         return []
     rows = [row for row in options.differences(old, config.to_dict()) if not row.startswith(FREE)]
     refused = [row for row in rows if not row.startswith(TAKEN)]

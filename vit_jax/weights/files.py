@@ -315,6 +315,7 @@ def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     path = path.expanduser()
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as file:
             write(file)
             file.flush()
