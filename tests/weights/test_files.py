@@ -611,7 +611,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, write, monkeypatch):
             write(path, {"a": np.zeros(3)})
     with pytest.raises(UserError, match="cannot be written"):
         write(path, {"a": np.array([None])})
-    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+    with pytest.raises(UserError, match="cannot be written: "):
         write(path / "b", {"a": np.zeros(3)})
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
