@@ -55,7 +55,7 @@ def batch(
     from vit_jax.data import pipeline
     from vit_jax.training import run as runs
 
-    run = runs.build(config, runs.check(config), {"train": config.data.train})
+    run = runs.build(config, runs.check_data(config, [config.data.train]), {"train": config.data.train})
     source, train = run.sources["train"], config.train
     repeats = config.augment.repeats
     indices = pipeline.train_indices(train.seed, train.batch_size, step, 1, 1, len(source), repeats)[0]
