@@ -79,6 +79,11 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
     # Of a run that never began nothing can be lost: its config may have been mended since.
     if old is None or not any((workdir / name).exists() for name in (records.METRICS, FOLDER)):
         return []
+    # An option that there was not yet when the run began is at its default.
+    old = {
+        name: {**{key: option.default for key, option in keys.items()}, **old.get(name, {})}
+        for name, keys in options.OPTIONS.items()
+    }
     rows = [row for row in options.differences(old, config.to_dict()) if not row.startswith(FREE)]
     refused = [row for row in rows if not row.startswith(TAKEN)]
     if refused:
