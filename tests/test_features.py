@@ -138,6 +138,7 @@ def test_a_model_whose_head_learned_on_features_is_whole(heads, capsys):
     assert made["test/loss"] == pytest.approx(summary["test/loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_on_features_goes_on_where_it_stopped(backbone, heads, tmp_path):
     """Half of it, then the rest: the same parameters, bit for bit."""
     half = small_config(
@@ -163,6 +164,7 @@ def test_a_run_on_features_goes_on_where_it_stopped(backbone, heads, tmp_path):
         np.testing.assert_array_equal(resumed[name], whole[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_features_of_another_backbone_are_refused(backbone, tmp_path):
     other = tmp_path / "other"
     train.train(small_config(train={"seed": 1, "steps": 1}), other)

@@ -105,6 +105,7 @@ def kill_and_go_on(start, folder, kills, inside, seed):
     return hits
 
 
+@pytest.mark.slow
 def test_killed_inside_a_save_it_ends_as_if_undisturbed(start, undisturbed, tmp_path):
     assert kill_and_go_on(start, tmp_path, 2, 1, seed=0) == 1
     assert outcome(tmp_path) == undisturbed
@@ -133,6 +134,7 @@ def ask_to_stop(start, folder, number, condition, chance):
     return output, time.monotonic() - sent
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_saves_and_goes_on_exactly(start, undisturbed, tmp_path):
     shown, _ = ask_to_stop(start, tmp_path, signal.SIGTERM, lambda: reached(tmp_path) >= 7, 0.0)
     assert "SIGTERM: saving, then stopping" in shown and "the same command goes on from here" in shown
@@ -188,6 +190,7 @@ def test_fresh_processes_end_with_the_same_bits(start, undisturbed, tmp_path):
     assert outcome(tmp_path / "busy") == outcome(tmp_path / "hash") == undisturbed
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused(start, tmp_path):
     process = start(tmp_path, "--config.train.steps=100000")
     wait_for(process, lambda: reached(tmp_path) >= 1)

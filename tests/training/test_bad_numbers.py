@@ -113,6 +113,7 @@ def test_a_burst_goes_back_to_the_checkpoint_and_on_behind_it(backbone, tmp_path
     assert not any(integrity.not_finite(state) for state in kept.values())
 
 
+@pytest.mark.slow
 def test_how_a_run_is_cut_changes_nothing_about_a_burst(backbone, tmp_path):
     ends = []
     for rows in (1, 50):
@@ -135,6 +136,7 @@ def test_bad_numbers_for_ever_end_with_a_report(backbone, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists() or not states(tmp_path / "run", config)
 
 
+@pytest.mark.slow
 def test_the_report_names_the_module_where_numbers_go_bad_first(tmp_path):
     config = small_config(optimizer={"learning_rate": 1e38}, train={"steps": 10})
     with pytest.raises(UserError, match=r"first in (embedding|encoder|head)"):

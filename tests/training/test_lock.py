@@ -36,10 +36,11 @@ def start(folder, at=0.0):
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
 
 
+@pytest.mark.parametrize("turns", [1, pytest.param(9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("left_behind", [False, True])
-def test_of_two_writers_one_is_refused(tmp_path, left_behind):
+def test_of_two_writers_one_is_refused(tmp_path, left_behind, turns):
     """Both try at the same moment, ten times; with a dead process's lock in the way, too."""
-    for turn in range(10):
+    for turn in range(turns):
         folder = tmp_path / str(turn)
         folder.mkdir()
         if left_behind:

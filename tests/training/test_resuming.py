@@ -150,6 +150,7 @@ def test_another_length_and_rate_are_taken_told_of_and_recorded(whole, tmp_path,
     assert [line["step"] for line in lines(tmp_path / "run")][-1] == 30
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_lengthened_but_not_shortened(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     with pytest.raises(UserError, match=r"has made 24 steps, and config\.train asks for 20"):
@@ -178,7 +179,8 @@ def test_another_model_is_refused_with_what_differs(whole, sections, row):
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("first, count", [(2, 3), *(pytest.param(n, 5, marks=pytest.mark.slow) for n in range(1, 20))])
+@pytest.mark.slow
+@pytest.mark.parametrize("first, count", [(2, 3), *((n, 5) for n in range(1, 20))])
 def test_a_full_disk_costs_no_more_than_the_saves_it_interrupts(whole, tmp_path, capsys, monkeypatch, first, count):
     """Saves number `first` and those behind it fail; later ones work."""
     full_disk(monkeypatch, range(first, first + count))
@@ -205,6 +207,7 @@ def full_disk(monkeypatch, numbers):
     monkeypatch.setattr(ocp, "save_checkpointables", failing)
 
 
+@pytest.mark.slow
 def test_a_last_save_that_never_lands_is_no_success(cached, tmp_path, monkeypatch):
     full_disk(monkeypatch, range(20, 1000))
     monkeypatch.setattr("time.sleep", lambda _: None)
@@ -257,7 +260,8 @@ def test_leftovers_of_a_kill_inside_a_save_are_swept(whole, tmp_path):
     assert sorted(path.name for path in checkpoints.iterdir()) == ["1", "2", "3", "4", "5"]
 
 
-@pytest.mark.parametrize("name", ["ünïcödé 工作", pytest.param("~", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ünïcödé 工作", "~"])
 def test_workdirs_of_any_name(cached, tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.train(everything_on(train={"steps": 1}), type(tmp_path)(name))  # relative
