@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def _open(workdir: str):
     from vit_jax.training.checkpoint import FOLDER, Checkpoints
 
-    folder = Path(workdir).expanduser()
+    folder = commands.folder_of(workdir)
     if not (folder / FOLDER).is_dir():
         raise UserError(f"{workdir} holds no checkpoints\n  give the folder of a run: what --workdir was")
     return Checkpoints(folder, read_only=True)
@@ -65,6 +65,8 @@ def verify(flags: argparse.Namespace) -> int:
     """Prints a line a checkpoint: whole, or what of it is damaged."""
     checkpoints = _open(flags.workdirs[0])
     steps = checkpoints.steps() if flags.step is None else [checkpoints.existing(flags.step)]
+    if not steps:
+        raise UserError(f"{checkpoints.folder} has no checkpoint; set aside were {len(checkpoints.set_aside())}")
     damaged = 0
     for step in steps:
         reason = checkpoints.damage(step)

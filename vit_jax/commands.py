@@ -39,6 +39,9 @@ def finish(action: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +68,7 @@ def open_run(flags: argparse.Namespace) -> Trained:
     from vit_jax.training import run, workdir
     from vit_jax.training.checkpoint import FOLDER, Checkpoints
 
-    folder = Path(flags.workdir).expanduser()
+    folder = folder_of(flags.workdir)
     saved = workdir.read_config(folder)
     if saved is None or not (folder / FOLDER).is_dir():
         raise UserError(
@@ -92,6 +95,18 @@ def open_run(flags: argparse.Namespace) -> Trained:
             )
         state = checkpoints.restore(parts.abstract_state(), best[0] if flags.best else flags.step)
     return Trained(folder, parts, state)
+
+
+def folder_of(text: str) -> Path:
+    """The folder that --workdir names.
+
+    Raises:
+        UserError: it begins with the home of a user that there is not.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"--workdir={text}: {error}") from None
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:

@@ -44,6 +44,7 @@ def compute(flags: argparse.Namespace) -> str:
     from vit_jax.training import run as runs
 
     out = _out(flags)
+    stored.check_place(out)
     trained = commands.open_run(flags)
     run, parameters = trained.run, trained.state.for_evaluation()
     kinds = sources.kinds(run.config.data.name, run.config.data.dir)

@@ -92,7 +92,7 @@ def run(arguments: list[str]) -> None:
     from vit_jax.training import parallel, train
 
     parallel.cache_compilations()
-    train.train(config, Path(flags.workdir).expanduser() if flags.workdir else default_workdir(flags.config))
+    train.train(config, commands.folder_of(flags.workdir) if flags.workdir else default_workdir(flags.config))
 
 
 if __name__ == "__main__":

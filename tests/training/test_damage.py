@@ -136,6 +136,11 @@ def test_where_all_are_damaged_nothing_is_started_anew(saved, tmp_path):
     ):
         checkpoints.restore_newest(like)
     assert sorted(path.name for path in (tmp_path / "run" / DAMAGED).iterdir()) == ["1", "2", "3"]
+    with (  # nor at the second attempt, as a scheduler makes it
+        Checkpoints(tmp_path / "run", say=lambda _: None) as checkpoints,
+        pytest.raises(UserError, match="is whole; the damaged ones are in"),
+    ):
+        checkpoints.restore_newest(like)
 
 
 def test_metadata_are_sealed():

@@ -253,11 +253,10 @@ def test_leftovers_of_a_kill_inside_a_save_are_swept(whole, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / "6.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     (checkpoints / "removing-4").mkdir()
-    shutil.copytree(checkpoints / "5", checkpoints / "7")
-    (checkpoints / "7" / "_CHECKPOINT_METADATA").unlink()
+    (checkpoints / "my notes").mkdir()
     with Checkpoints(tmp_path / "run") as opened:
         assert opened.steps() == [1, 2, 3, 4, 5]
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["1", "2", "3", "4", "5"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["1", "2", "3", "4", "5", "my notes"]
 
 
 @pytest.mark.slow

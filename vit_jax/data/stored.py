@@ -86,12 +86,15 @@ def write(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray], sour
     Raises:
         UserError: the place cannot be written to, or its disk has no room.
     """
+    check_place(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _check_room(path, shape)
         scratch.mkdir()
         features = np.lib.format.open_memmap(scratch / "features.npy", mode="w+", dtype=np.float32, shape=shape)
+        with open(scratch / "features.npy", "r+b") as file:  # a disk that fills under a mapped file kills the process
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(scratch / "features.npy"))
         start = 0
         for block in blocks:
             features[start : start + len(block)] = block
@@ -102,6 +105,25 @@ def write(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray], sour
         raise UserError(f"{path} cannot be written: {error.strerror}\n  give another --out") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_place(path: Path) -> None:
+    """Raises UserError where what is at `path` are no features, and must not be replaced by them."""
+    if not path.name or path.name == "..":
+        raise UserError(f"--out={path} is no name\n  give FILE.npz, or a folder that is to be made")
+    strange = []
+    if path.suffix == SUFFIX:
+        strange = [path] if path.is_dir() else []
+    elif path.is_dir():
+        ours = ("features", "labels", "ids", "about")
+        strange = [entry for entry in path.iterdir() if entry.suffix != ".npy" or not entry.name.startswith(ours)]
+    elif path.exists():
+        strange = [path]
+    if strange:
+        raise UserError(
+            f"--out={path} is there already, and holds what are no features: {strange[0].name}\n"
+            "  give the name of a file ending in .npz, or of a folder that is to be made"
+        )
 
 
 def _check_room(path: Path, shape: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ nothing but itself; the newest and the best are kept, whatever is measured in be
 brought to the disk.
 """
 
+import contextlib
 import math
 import os
 import shutil
@@ -24,7 +25,7 @@ from vit_jax.training.state import TrainState
 FOLDER = "checkpoints"
 DAMAGED = "checkpoints-damaged"
 METRIC = "validation/accuracy"
-_WRITTEN = "_CHECKPOINT_METADATA"  # Orbax's, by which a checkpoint is known to be complete
+_REMOVING = "removing-"
 _SHOWN = 3
 
 
@@ -73,14 +74,18 @@ class Checkpoints:
 
     def _clean(self) -> None:
         """Removes what a process that was killed in the middle of a save, or of a removal, left behind."""
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.is_dir() and not (path.name.isdigit() and (path / _WRITTEN).exists()):
+        for pattern in ("*.orbax-checkpoint-tmp*", f"{_REMOVING}*"):
+            for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """The steps that there are checkpoints of, oldest first."""
         entries = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(int(path.name) for path in entries if path.name.isdigit() and (path / _WRITTEN).exists())
+        return sorted(int(path.name) for path in entries if path.name.isdigit() and path.is_dir())
+
+    def set_aside(self) -> list[Path]:
+        """The damaged ones that were moved out of the way."""
+        return sorted(self._aside.iterdir()) if self._aside.is_dir() else []
 
     def existing(self, step: int | None) -> int:
         """The step, or the newest where None is given.
@@ -189,13 +194,37 @@ class Checkpoints:
             content = integrity.seal({"metadata": metadata, "metrics": metrics, "digests": digests})
             path = self.folder / str(int(arrays["step"]))
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (path / _WRITTEN).exists():  # else: saved before, as where a stop meets a save that was due
+            if self._differs(path, content):
                 ocp.save_checkpointables(path, {"state": arrays}, custom_metadata=content)
             if jax.process_index() == 0:
                 integrity.to_disk(path)
                 self._drop_old()
         except BaseException as error:
             self._error = error
+            # Half of a checkpoint takes the room that the next attempt will need.
+            for path in self.folder.glob(f"{int(arrays['step'])}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _differs(self, path: Path, content: dict[str, Any]) -> bool:
+        """Whether a checkpoint is to be written; one whose step was evaluated only later makes room for it."""
+        if not path.exists():
+            return True
+        with contextlib.suppress(Damaged):
+            there = self._read_beside(int(path.name))
+            settled = there["metadata"].get("settled", True) or not content["metadata"].get("settled", True)
+            if settled and (there["metrics"] or not content["metrics"]):
+                return False
+        self._known.pop(int(path.name), None)
+        if jax.process_index() == 0:
+            self._remove(path)
+        return True
+
+    def _remove(self, path: Path) -> None:
+        # First out of sight, in one move: a kill in the middle must not leave half of one to be found.
+        doomed = self.folder / f"{_REMOVING}{path.name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def _drop_old(self) -> None:
         """Keeps the newest and the best."""
@@ -203,10 +232,7 @@ class Checkpoints:
         ranked = sorted((step for step in steps if self._score(step) > -math.inf), key=lambda s: (self._score(s), s))
         kept = {*steps[-self._keep :], *ranked[max(0, len(ranked) - self._keep_best) :]}
         for step in set(steps) - kept:
-            # First out of sight, in one move: a kill in the middle must not leave half of one to be found.
-            doomed = self.folder / f"removing-{step}"
-            os.rename(self.folder / str(step), doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            self._remove(self.folder / str(step))
 
     def is_saving(self) -> bool:
         """Whether a save is under way."""
@@ -249,7 +275,8 @@ class Checkpoints:
         Raises:
             UserError: there is none, or none is whole, or it is that of another model.
         """
-        self.existing(None)
+        if not self.set_aside():
+            self.existing(None)
         for step in reversed(self.steps()):
             try:
                 return self._load(like, step)
@@ -325,6 +352,8 @@ def _few(names: list[str]) -> str:
 
 
 def _one_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # what the outer ones only wrap
+        error = error.__cause__
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

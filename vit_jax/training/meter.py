@@ -40,10 +40,17 @@ class Meter:
     def speed(self, step: int, mark: bool) -> dict[str, float]:
         """`images_per_second` and, where the peak is known, `mfu`, since the last call with `mark`."""
         here = self._here()
+        if step == self._mark_step:
+            return {}
         rate = (step - self._mark_step) * self._images / max(here - self._mark_seconds, 1e-9)
         if mark:
             self._mark_step, self._mark_seconds = step, here
         return {"images_per_second": rate} | ({"mfu": rate * self._flops / self._peak} if self._peak else {})
+
+    def go_back(self, step: int) -> None:
+        """Training goes on from an earlier step; what it took to get here stays counted as time."""
+        self._mark_step, self._mark_seconds = step, self._here()
+        self._first_step = min(self._first_step, step)
 
     def left(self, step: int, steps: int) -> float:
         """Seconds that training will still take, at this process's speed so far."""

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import platform
 import subprocess
@@ -91,11 +92,9 @@ class Records:
         self._file = open(self._path, "a")  # noqa: SIM115
         self._whole = self._file.seek(0, os.SEEK_END)
         if self._tensorboard:
-            from tensorboardX import SummaryWriter
-
             for path in self._path.parent.glob("events.out.tfevents.*"):
                 events.cut_back(path, step)
-            self._writer = SummaryWriter(str(self._path.parent), flush_secs=10)
+            self._writer = events.EventFile(self._path.parent)
 
     def __enter__(self) -> "Records":
         return self
@@ -112,8 +111,8 @@ class Records:
             return None
         self._backlog.append(json.dumps({"step": step, **metrics}) + "\n")
         if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
+            with contextlib.suppress(OSError):  # the line, which meets the same disk, will tell
+                self._writer.add(step, metrics)
         return self._write_backlog()
 
     def _write_backlog(self) -> str | None:
@@ -153,15 +152,19 @@ class Records:
             with contextlib.suppress(OSError):  # the checkpoint that follows will tell
                 os.fsync(self._file.fileno())
         if self._writer is not None:
-            self._writer.flush()
+            with contextlib.suppress(OSError):
+                self._writer.flush()
 
     def close(self) -> None:
         """Flushes and closes both."""
         if self._file is not None:
             if self._backlog:
                 self._write_backlog()
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
         if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.flush()
             self._writer.close()
 
 
@@ -170,12 +173,12 @@ def cut_back(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
-            record = json.loads(line)
-        except ValueError:
+            beyond = json.loads(line)["step"] > step
+        except (ValueError, TypeError, KeyError):
             break
-        if not line.endswith("\n") or record["step"] > step:
+        if beyond or not line.endswith("\n"):
             break
         kept.append(line)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -198,16 +201,20 @@ class Progress:
             return
         width = _terminal_width() if self._live else None
         text = progress_line(step, self._steps, step / self._steps_an_epoch, metrics, seconds_left, width)
-        self._stream.write(f"\r\x1b[K{text}" if self._live else text + "\n")
+        self._print(f"\r\x1b[K{text}" if self._live else text + "\n")
         self._open = self._live
-        self._stream.flush()
 
     def say(self, text: str) -> None:
         """Prints a line of its own, below the live one."""
         if self._enabled:
-            self._stream.write(("\n" if self._open else "") + text + "\n")
-            self._stream.flush()
+            self._print(("\n" if self._open else "") + text + "\n")
         self._open = False
+
+    def _print(self, text: str) -> None:
+        # A terminal that was closed, or a pipe that nobody reads any more, is no reason to stop training.
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def _terminal_width() -> int:
@@ -227,10 +234,10 @@ def progress_line(
     parts = {
         "step": f"step {step:>{len(str(steps))}}/{steps}",
         "epoch": f"epoch {epoch:.1f}",
-        "loss": f"loss {metrics['train/loss']:.4f}",
-        "accuracy": f"accuracy {100 * metrics['train/accuracy']:.1f} %",
+        "loss": f"loss {metrics.get('train/loss', math.nan):.4f}",
+        "accuracy": f"accuracy {100 * metrics.get('train/accuracy', math.nan):.1f} %",
         "rate": f"rate {metrics['train/learning_rate']:.2e}",
-        "speed": f"{metrics['images_per_second']:,.0f} images/s",
+        "speed": f"{metrics.get('images_per_second', math.nan):,.0f} images/s",
     }
     if "mfu" in metrics:
         parts["mfu"] = f"MFU {100 * metrics['mfu']:.1f} %"

@@ -185,6 +185,13 @@ def _stored(config: ConfigDict, roles: Iterable[str]) -> tuple[dict[str, Source]
     """The stored features of each role, and the shape of the images that they are of."""
     folder, kinds = Path(config.data.features).expanduser(), losses.label_kinds(config.data)
     read = {role: stored.read(stored.find(folder, role)) for role in roles}
+    for role, features in read.items():
+        theirs, ours = (features.about["name"], features.about["split"]), (config.data.name, config.data[role])
+        if theirs != ours:
+            raise UserError(
+                f"config.data.features: {features.path} is of {theirs[0]} {theirs[1]}, not of {ours[0]} {ours[1]}\n"
+                f"  make it anew: python -m vit_jax.features --help; or say so: --config.data.{role}='{theirs[1]}'"
+            )
     return {role: features.source(kinds) for role, features in read.items()}, read["train"].image_shape
 
 

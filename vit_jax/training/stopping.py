@@ -1,5 +1,6 @@
 """Stopping on request: by a signal, or after a given time; the first signal saves, the second does not wait."""
 
+import contextlib
 import os
 import select
 import signal
@@ -9,7 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ECHO = 1.0  # seconds within which the same signal is the first one, passed on twice
 
 
 class Stop:
@@ -26,6 +28,7 @@ class Stop:
         self._end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._max_minutes, self._leave = max_minutes, leave
         self._reason: str | None = None
+        self._heard: tuple[signal.Signals, float] | None = None
         self._free = threading.Event()
 
     @property
@@ -71,15 +74,19 @@ class Stop:
                     self._hear(signal.Signals(byte))
 
     def _hear(self, number: signal.Signals) -> None:
-        if self._reason is not None:
+        now, heard = time.monotonic(), self._heard
+        if heard is not None and (number != heard[0] or now > heard[1] + ECHO):
             self._end_now(f"{number.name} again: stopped at once, without saving", 128 + number)
-        self._reason = number.name
+        if heard is not None:
+            return
+        self._heard, self._reason = (number, now), self._reason or number.name
         if self._free.is_set():
             self._end_now(f"{number.name}: stopped; nothing has been done since the last save", 0)
-        print(f"{number.name}: saving, then stopping; once more to stop at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{number.name}: saving, then stopping; once more to stop at once", file=sys.stderr, flush=True)
 
     def _end_now(self, words: str, status: int) -> None:
-        print(f"\n{words}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"\n{words}", file=sys.stderr, flush=True)
         self._leave()
-        sys.stdout.flush()
         os._exit(status)

@@ -114,14 +114,20 @@ class Trainer:
         """
         self.run, self.config, self.folder, self.checkpoints, self.stop = run, run.config, folder, checkpoints, stop
         self.progress = records.Progress(run.steps, run.steps_an_epoch, enabled=parallel.is_main())
-        resumed = bool(checkpoints.steps())
+        # Where all there were were damaged, nothing is begun anew without a word.
+        resumed = bool(checkpoints.steps() or checkpoints.set_aside())
         self.state: TrainState = checkpoints.restore_newest(run.abstract_state()) if resumed else self._start()
         self.step, self.shift = int(self.state.step), int(self.state.shift)
         metadata = checkpoints.metadata(self.step) if resumed else {}
         # Whether the line of metrics of this step has been written: not where a stop came in between.
         self.settled = metadata.get("settled", True)
         self.rollbacks, self.rolled_back_from = 0, metadata.get("rolled_back_from")
+        if resumed and self.config.data.features:
+            runs.check_features(self.config, self.state.for_evaluation(), run.sources)
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.scores: dict[str, float] = {}
         self.retry_at: float | None = None
+        self.given_up = False
         self.tested: dict[str, float | int] = {}
         self.schedule = optimizer.schedule(self.config.optimizer, run.steps)
         self.feeds = {role: run.feeds(role) for role in run.sources}
@@ -167,6 +173,9 @@ class Trainer:
             except (Asked, evaluate.Interrupted):
                 self._stop()
                 return None
+            except (UserError, OSError):
+                self._rescue()
+                raise
             self._land()
         summary |= {"steps": self.run.steps, "seconds": self.meter.seconds(), "parameters": self.parameters}
         if parallel.is_main():
@@ -234,7 +243,6 @@ class Trainer:
 
     def _loop(self, update: jax.stages.Compiled) -> None:
         self.stop.nothing_to_save(False)
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.meter.run(self.step)
         if not self.settled:
             self._settle((self.step, {**self.state.metrics, "step": self.state.step, "streak": self.state.streak}))
@@ -297,7 +305,7 @@ class Trainer:
         if sums["skipped"]:
             metrics["train/skipped"] = sums["skipped"]
         if due and self.rolled_back_from is not None:
-            metrics["train/rolled_back_from"], self.rolled_back_from = self.rolled_back_from, None
+            metrics["train/rolled_back_from"] = self.rolled_back_from
         metrics |= self.meter.speed(step, mark=due)
         self.progress.show(step, metrics, self.meter.left(step, self.run.steps), due)
         return metrics if due else {}
@@ -311,6 +319,8 @@ class Trainer:
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         reason = self.records.write(step, metrics)
+        if "train/rolled_back_from" in metrics:
+            self.rolled_back_from = None
         if reason is not None:
             self.progress.say(f"warning: {records.METRICS} cannot be written ({reason}); it is tried again")
 
@@ -364,12 +374,13 @@ class Trainer:
             "settled": self.settled,
             "rolled_back_from": self.rolled_back_from,
         }
-        scores = {METRIC: metrics[METRIC]} if METRIC in metrics else None
+        self.scores = {METRIC: metrics[METRIC]} if METRIC in metrics else {}
         try:
-            self.checkpoints.save(self.state, metadata, scores)
+            self.checkpoints.save(self.state, metadata, self.scores)
         except SaveFailed as error:
             self._tell(error)
-        self.rollbacks = 0
+        if not int(self.state.streak):  # good steps lie behind the return
+            self.rollbacks = 0
 
     def _tell(self, error: SaveFailed) -> None:
         self.progress.say(f"warning: a save did not land: {error}; training goes on, and it is tried again")
@@ -405,14 +416,15 @@ class Trainer:
                 reason = str(error)
             if attempt:
                 time.sleep(2**attempt)
-            self._save({})
+            self._save(self.scores)
         with contextlib.suppress(SaveFailed):
             self.checkpoints.wait()
         if self.step not in self.checkpoints.steps():
             steps = self.checkpoints.steps()
+            newest = f"there is one of step {steps[-1]:,}" if steps else "there is none before it"
             raise UserError(
                 f"the last save, of step {self.step:,}, did not land: {reason}\n"
-                f"  there is one of step {steps[-1]:,}" * bool(steps) + "\n  make room, and give the same command again"
+                f"  {newest}; mend it (is the disk full?), and give the same command again"
             )
 
     def _stop(self) -> None:
@@ -429,6 +441,17 @@ class Trainer:
             f"stopped at step {self.step:,} of {self.run.steps:,} ({self.stop.reason}); saved in {self.folder}: "
             "the same command goes on from here"
         )
+
+    def _rescue(self) -> None:
+        """Saves what there is before an error ends the run: the state has no part in it."""
+        if self.given_up or self.step in self.checkpoints.steps() or not self.step:
+            return
+        with contextlib.suppress(Exception):
+            self.pending = None
+            self.step = int(self.state.step)
+            self._save({})
+            self.checkpoints.wait()
+            self.progress.say(f"step {self.step:,} is saved")
 
     def _roll_back(self) -> None:
         """Goes back to the newest checkpoint, and on behind the batches on which numbers were bad.
@@ -450,6 +473,7 @@ class Trainer:
         counts = jax.device_put((jnp.int32(self.shift), jnp.int32(0)), everywhere)
         self.state = back.replace(shift=counts[0], streak=counts[1])
         self.records.cut_back(self.step)
+        self.meter.go_back(self.step)
         self.rolled_back_from = bad
         self.progress.say(
             f"warning: {BURST} steps in a row with numbers that are not finite, up to step {bad:,}; back to step "
@@ -457,6 +481,7 @@ class Trainer:
         )
 
     def _give_up(self, bad: int) -> None:
+        self.given_up = True
         report = trouble.report(self.run, self.state, float(self.schedule(bad - 1)))
         if parallel.is_main():
             records.write_json(self.folder / trouble.REPORT, report)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from vit_jax import config as options
 from vit_jax.errors import UserError
 from vit_jax.training import records
-from vit_jax.training.checkpoint import FOLDER
+from vit_jax.training.checkpoint import DAMAGED, FOLDER
 
 # What changes neither the numbers of a run nor the meaning of its checkpoints may differ when it goes on.
 FREE = (
@@ -71,13 +71,13 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe.{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         reason = f"--workdir={workdir} cannot be written to: {error.strerror}"
         raise UserError(f"{reason}\n  give another --workdir") from error
     old = read_config(workdir)
     # Of a run that never began nothing can be lost: its config may have been mended since.
-    if old is None or not any((workdir / name).exists() for name in (records.METRICS, FOLDER)):
+    if old is None or not _has_begun(workdir):
         return []
     # An option that there was not yet when the run began is at its default.
     old = {
@@ -93,6 +93,13 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
             f"  differs: {'; '.join(refused[:SHOWN])}{more}\n  give another --workdir, or the same config"
         )
     return rows
+
+
+def _has_begun(workdir: Path) -> bool:
+    metrics = workdir / records.METRICS
+    return (metrics.exists() and metrics.stat().st_size > 0) or any(
+        (workdir / name).is_dir() and any((workdir / name).iterdir()) for name in (FOLDER, DAMAGED)
+    )
 
 
 def check_length(changes: list[str], steps: int, saved: list[int]) -> None:
@@ -129,7 +136,10 @@ def read_config(workdir: Path) -> dict | None:
         UserError: its config.json cannot be read.
     """
     try:
-        return json.loads((workdir / records.CONFIG).read_text())
+        config = json.loads((workdir / records.CONFIG).read_text())
+        if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
+            raise ValueError("it is no config")
+        return config
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
