@@ -207,6 +207,31 @@ def test_features_that_are_not_there_or_not_whole_are_named(backbone, tmp_path):
         stored.read(backbone / "features" / "train.npz").source(("colour",))
 
 
+def test_nothing_but_features_is_replaced(backbone, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("dear")
+    for out in (tmp_path / "mine", backbone, backbone / "features", tmp_path / "mine" / "notes.txt"):
+        before = sorted(out.rglob("*"))
+        assert features.main([f"--workdir={backbone}", "--split=test", f"--out={out}"]) == 2
+        assert "holds what are no features" in capsys.readouterr().err
+        assert sorted(out.rglob("*")) == before
+    out = tmp_path / "new"
+    for _ in range(2):
+        assert features.main([f"--workdir={backbone}", "--split=test[:9]", f"--out={out}"]) == 0
+    assert len(stored.read(out).ids) == 9 and not list(tmp_path.glob(".*"))
+
+
+def test_features_of_other_examples_are_refused(backbone, tmp_path):
+    for data in ({"train": "train[:10%]"}, {"name": "cifar10"}):
+        config = small_config(
+            data={"features": str(backbone / "features"), **data},
+            optimizer={"trained": "head/*"},
+            checkpoint={"init_from": str(backbone)},
+        )
+        with pytest.raises(UserError, match="is of digits train, not of"):
+            train.train(config, tmp_path)
+
+
 def test_a_split_without_a_name_needs_one_for_its_file(backbone, capsys):
     assert features.main([f"--workdir={backbone}", "--split=train[:9]"]) == 2
     assert "give --out=" in capsys.readouterr().err

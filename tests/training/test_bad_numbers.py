@@ -145,6 +145,14 @@ def test_the_report_names_the_module_where_numbers_go_bad_first(tmp_path):
     assert report["learning_rate"] > 1e37 and len(report["batch"]) == BATCH
 
 
+@pytest.mark.slow
+def test_bad_from_the_first_step_on_with_frequent_saves_it_gives_up_all_the_same(tmp_path):
+    """Saves that fall into bursts must not count as good ones, and a record without a good step has no loss."""
+    config = small_config(optimizer={"learning_rate": 1e38}, log={"every": 1}, checkpoint={"every": 3})
+    with pytest.raises(UserError, match="numbers are not finite at step"):
+        train.train(config, tmp_path)
+
+
 def test_what_is_not_finite_is_not_saved(toy, make_config, tmp_path):
     run = toy(make_config())
     state = run.start()

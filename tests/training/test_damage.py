@@ -90,10 +90,8 @@ def damage_and_restore(saved, folder, kind, seed):
         shutil.rmtree(folder, ignore_errors=True)
     step = int(state.step)
     chex.assert_trees_all_equal(state, states[step])
-    if step == 3:
-        assert not told
-        return "same"
-    return "older"
+    assert bool(told) == (step < 3)
+    return "older" if told else "same"
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

@@ -131,6 +131,9 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(whole, tmp_path):
     train.train(everything_on(), tmp_path)
     assert lines(tmp_path) == lines(whole)
     chex.assert_trees_all_equal(state(tmp_path), state(whole))
+    with Checkpoints(tmp_path, read_only=True) as mine, Checkpoints(whole, read_only=True) as theirs:
+        assert mine.score(8) == theirs.score(8) is not None
+        assert mine.best() == theirs.best()
 
 
 def test_a_run_stops_after_the_minutes_it_was_given(cached, tmp_path, capsys):
@@ -229,14 +232,29 @@ def test_lines_that_met_a_full_disk_are_written_later(tmp_path):
     assert [(line["step"], line["a"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
-def test_tensorboard_events_are_cut_back_with_the_lines(tmp_path):
+def test_events_that_met_a_full_disk_are_written_later(tmp_path):
+    log = events.EventFile(tmp_path)
+    log.add(1, {"a": 1.0})
+    good, log._file = log._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    for step in range(2, 30):
+        with pytest.raises(OSError, match="No space left"):
+            log.add(step, {"a": 1.0 * step})
+    log._file.close()
+    log._file = good
+    log.add(30, {"a": 30.0})
+    log.close()
+    assert shown_steps(tmp_path) == list(range(1, 31))
+
+
+def shown_steps(folder):
     from tensorboardX.proto.event_pb2 import Event
 
-    def steps():
-        content = b"".join(path.read_bytes() for path in sorted(tmp_path.glob("events.out.tfevents.*")))
-        found = [Event.FromString(record[12:-4]) for record in events.records(content)]
-        return [event.step for event in found if event.HasField("summary")]
+    content = b"".join(path.read_bytes() for path in sorted(folder.glob("events.out.tfevents.*")))
+    found = [Event.FromString(record[12:-4]) for record in events.records(content)]
+    return [event.step for event in found if event.HasField("summary")]
 
+
+def test_tensorboard_events_are_cut_back_with_the_lines(tmp_path):
     with records.Records(tmp_path, 0, tensorboard=True) as log:
         for step in (10, 20, 30):
             log.write(step, {"train/loss": 1 / step})
@@ -245,7 +263,7 @@ def test_tensorboard_events_are_cut_back_with_the_lines(tmp_path):
     os.rename(path, path.with_name("events.out.tfevents.1.host"))
     with records.Records(tmp_path, 10, tensorboard=True) as log:
         log.write(20, {"train/loss": 0.5})
-    assert steps() == [10, 20]
+    assert shown_steps(tmp_path) == [10, 20]
 
 
 def test_leftovers_of_a_kill_inside_a_save_are_swept(whole, tmp_path):
