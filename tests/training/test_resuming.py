@@ -232,14 +232,25 @@ def test_lines_that_met_a_full_disk_are_written_later(tmp_path):
     assert [(line["step"], line["a"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
+class FullFile:
+    """A file on a disk that is full."""
+
+    def truncate(self, size):
+        pass
+
+    seek = truncate
+
+    def write(self, content):
+        raise FULL
+
+
 def test_events_that_met_a_full_disk_are_written_later(tmp_path):
     log = events.EventFile(tmp_path)
     log.add(1, {"a": 1.0})
-    good, log._file = log._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    good, log._file = log._file, FullFile()
     for step in range(2, 30):
         with pytest.raises(OSError, match="No space left"):
             log.add(step, {"a": 1.0 * step})
-    log._file.close()
     log._file = good
     log.add(30, {"a": 30.0})
     log.close()
