@@ -107,6 +107,7 @@ def test_turning_by_nothing_changes_nothing():
 # --- what is composed of many parts ---
 
 FULL = {"crop_padding": 2, "flip": True, "policy": "rand_augment", "erasing": 0.5, "mixup": 0.8, "cutmix": 1.0}
+SLOW = [pytest.mark.slow]  # it compiles for long
 RECIPES = {
     "full": FULL,
     "resized": {"resized_crop": True, "flip": True, "policy": "trivial_augment", "erasing": 0.5}
@@ -137,7 +138,7 @@ def augmented(photos):
     return lambda name, key=0: compiled[name](jax.random.key(key), photos, targets)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "resized" else SLOW) for name in RECIPES])
 def test_a_recipe_is_a_function_of_its_key_and_targets_keep_their_sum(name, augmented):
     first, again, other = (augmented(name, key) for key in (0, 0, 1))
     chex.assert_trees_all_equal(first, again)
@@ -157,6 +158,7 @@ def test_crop_and_flip_are_the_same_whether_composed_with_a_policy_or_not(photos
     np.testing.assert_array_equal(pixels_of(plain), pixels_of(composed))
 
 
+@pytest.mark.slow
 def test_a_turn_is_nearly_the_same_whether_composed_with_a_policy_or_not(photos):
     options = {"rotation": 20.0, "scaling": 0.1, "fill": "black"}
     idle = {"policy": "rand_augment", "policy_probability": 0.0}
@@ -227,6 +229,7 @@ def test_inputs_may_be_arranged_as_patches(photos):
     np.testing.assert_array_equal(patches, patchify(inputs, 4))
 
 
+@pytest.mark.slow
 def test_every_number_of_devices_makes_the_same_batch_without_an_exchange(photos):
     """But for mixing, which fetches the other example, each device works on its own examples."""
     images = np.tile(photos, (2, 1, 1, 1))[:32]

@@ -3,9 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "weights_load.py"
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_every_way():
     command = [sys.executable, BENCHMARK, "--variant=Ti/32", "--turns=1"]
     done = subprocess.run(command, capture_output=True, text=True)
