@@ -39,7 +39,10 @@ def start(tmp_path_factory):
     def run(folder, *more, **variables):
         command = [sys.executable, "-m", "vit_jax.main", *RUN, *more, f"--workdir={folder}"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, cwd=ROOT, env={**environment, **variables}, **pipes)
+        mine = {**environment, **variables}
+        if "XDG_CACHE_HOME" in variables:  # the command's own cache, then, and not that of the tests
+            mine.pop("JAX_COMPILATION_CACHE_DIR", None)
+        return subprocess.Popen(command, cwd=ROOT, env=mine, **pipes)
 
     return run
 

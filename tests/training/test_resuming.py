@@ -6,7 +6,6 @@ import os
 import shutil
 
 import chex
-import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
@@ -48,21 +47,7 @@ def state(folder, step=STEPS):
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory):
-    """Compiled programs are kept for this file's tests, which compile the same ones again and again."""
-    old = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    yield
-    jax.config.update("jax_compilation_cache_dir", old)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    from jax.experimental.compilation_cache import compilation_cache
-
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def whole(cached, tmp_path_factory):
+def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     train.train(everything_on(), folder)
     return folder
@@ -97,7 +82,7 @@ def test_it_goes_on_exactly_from_every_step(whole, tmp_path, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_goes_on_with_other_numbers_of_devices(cached, tmp_path, dtype):
+def test_it_goes_on_with_other_numbers_of_devices(tmp_path, dtype):
     """1 -> 2 -> 4 -> 1, eight steps each, beside one device all the way."""
     # No mixup, which takes its partner from the other end of each device's own order of work.
     common = {"model": {"dtype": dtype}, "optimizer": {"average_decay": 0.0}, "checkpoint": {"every": 6}}
@@ -136,7 +121,7 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(whole, tmp_path):
         assert mine.best() == theirs.best()
 
 
-def test_a_run_stops_after_the_minutes_it_was_given(cached, tmp_path, capsys):
+def test_a_run_stops_after_the_minutes_it_was_given(tmp_path, capsys):
     assert train.train(everything_on(train={"max_minutes": 0.0}), tmp_path) is None
     assert "stopped at step 0 of 24 (train.max_minutes is 0); saved in" in capsys.readouterr().out
     assert train.train(everything_on(), tmp_path)["steps"] == STEPS
@@ -211,7 +196,7 @@ def full_disk(monkeypatch, numbers):
 
 
 @pytest.mark.slow
-def test_a_last_save_that_never_lands_is_no_success(cached, tmp_path, monkeypatch):
+def test_a_last_save_that_never_lands_is_no_success(tmp_path, monkeypatch):
     full_disk(monkeypatch, range(20, 1000))
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(UserError, match=r"the last save, of step 24, did not land: .*No space left on device"):
@@ -290,7 +275,7 @@ def test_leftovers_of_a_kill_inside_a_save_are_swept(whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ünïcödé 工作", "~"])
-def test_workdirs_of_any_name(cached, tmp_path, name, monkeypatch):
+def test_workdirs_of_any_name(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.train(everything_on(train={"steps": 1}), type(tmp_path)(name))  # relative
     assert (tmp_path / name / records.SUMMARY).exists()
