@@ -193,7 +193,7 @@ def test_a_workdir_of_another_config_is_left_alone_and_the_difference_shown(tmp_
     content = json.dumps(other)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(content)
-    (tmp_path / "run" / "metrics.jsonl").touch()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     monkeypatch.chdir(tmp_path)
     assert main.main(["--config=configs/digits.py", "--workdir=run"]) == 2
     error = capsys.readouterr().err
