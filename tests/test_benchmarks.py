@@ -9,6 +9,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_the_train_step_benchmark_measures_both_sides():
     small = ["--variant=Ti/8", "--image_size=16", "--batch_size=2", "--turns=2", "--steps=1"]
     command = [sys.executable, ROOT / "benchmarks" / "train_step.py", *small]

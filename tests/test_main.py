@@ -237,6 +237,7 @@ def test_default_workdirs():
     assert workdir.read_summary(Path("/nowhere")) is None
 
 
+@pytest.mark.slow
 def test_nothing_imports_tensorflow_or_torch(tmp_path):
     """Every module of the package, and a whole run, where both are forbidden."""
     script = """

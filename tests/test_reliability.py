@@ -167,6 +167,7 @@ def test_it_may_be_asked_at_any_moment(start, undisturbed, tmp_path, number):
     assert outcome(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(start, tmp_path):
     process = start(tmp_path, "--config.train.steps=100000")
     wait_for(process, lambda: reached(tmp_path) >= 1)

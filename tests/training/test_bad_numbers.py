@@ -72,6 +72,7 @@ def states(folder, run_config):
     return {int(path.name): ocp.load_checkpointables(path)["state"] for path in paths}
 
 
+@pytest.mark.slow
 def test_a_bad_step_is_left_out_and_counted(backbone, tmp_path):
     config = poisoned(backbone, tmp_path / "data", [example_of(12)])
     config.train.steps = 20
@@ -124,6 +125,7 @@ def test_how_a_run_is_cut_changes_nothing_about_a_burst(backbone, tmp_path):
     chex.assert_trees_all_equal(*ends)
 
 
+@pytest.mark.slow
 def test_bad_numbers_for_ever_end_with_a_report(backbone, tmp_path):
     config = poisoned(backbone, tmp_path / "data", slice(None))
     with pytest.raises(UserError) as caught:

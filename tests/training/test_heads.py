@@ -74,6 +74,7 @@ def test_training_one_head_leaves_the_backbone_and_the_other_bitwise_untouched(t
     assert untouched(kept.averaged, after.averaged) == names - trained
 
 
+@pytest.mark.slow
 def test_frozen_parts_stay_and_the_rest_is_trained(toy, make_config):
     run = toy(make_config(data=TWO, optimizer={"frozen": "embedding/*,encoder/block_0/mlp/*"}))
     before = shaken(run)

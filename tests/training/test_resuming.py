@@ -121,12 +121,14 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(whole, tmp_path):
         assert mine.best() == theirs.best()
 
 
+@pytest.mark.slow
 def test_a_run_stops_after_the_minutes_it_was_given(tmp_path, capsys):
     assert train.train(everything_on(train={"max_minutes": 0.0}), tmp_path) is None
     assert "stopped at step 0 of 24 (train.max_minutes is 0); saved in" in capsys.readouterr().out
     assert train.train(everything_on(), tmp_path)["steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_another_length_and_rate_are_taken_told_of_and_recorded(whole, tmp_path, capsys):
     as_if_killed_behind(whole, tmp_path / "run", 10)
     train.train(everything_on(optimizer={"learning_rate": 5e-3}, train={"steps": 30}), tmp_path / "run")
