@@ -206,7 +206,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "max_minutes": Option(None, float, "save and stop after so many minutes; the same command goes on", least=0),
     },
     "checkpoint": {
-        "every": Option(0, int, "steps between checkpoints; 0: at the end alone", least=0),
+        "every": Option(0, int, "steps between checkpoints; 0: at the end, and at each new best validation", least=0),
         "init_from": Option(
             None, str, "parameters to start from: a run's folder, or any file that docs/weights.md lists; None: random"
         ),
