@@ -23,7 +23,7 @@ def explained(config: ConfigDict, model: VisionTransformer, image_shape: tuple[i
 
 
 def _advice(config: ConfigDict, model: VisionTransformer, image_shape: tuple[int, int, int]) -> str:
-    train, devices = config.train, jax.device_count()
+    train, devices = config.train, config.mesh.devices or jax.device_count()
     here = train.batch_size // train.accumulation // devices
     needed = _bytes(model, image_shape, max(here, 1))
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

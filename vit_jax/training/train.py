@@ -79,6 +79,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     say(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}, {devices}", flush=True)
     with contextlib.ExitStack() as stack:
         leave = stack.enter_context(Lock(folder)).release if parallel.is_main() else lambda: None
+        changes = workdir.claim(folder, config)  # again: another run may have come to its end in between
         stop = stack.enter_context(Stop(config.train.max_minutes, leave))
         stop.nothing_to_save(True)
         run = runs.build(config, mesh)
@@ -87,7 +88,8 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
         workdir.check_length(changes, run.steps, checkpoints.steps())
         if parallel.is_main():
             workdir.record(folder, config, changes, say)
-        return Trainer(run, folder, checkpoints, stop).train()
+        with memory.explained(config, run.model, run.image_shape):
+            return Trainer(run, folder, checkpoints, stop).train()
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -208,8 +210,7 @@ class Trainer:
         self.progress.say("compiling the training step ...")
         update = make_update(run.applied, run.optimizer, run.augment, self.config, run.mesh, run.mask)
         feed = self.feeds["train"].abstract_feed(self.rows, self.config.train.batch_size)
-        with memory.explained(self.config, run.model, run.image_shape):
-            compiled = update.lower(self.state, feed, np.int32(0)).compile()
+        compiled = update.lower(self.state, feed, np.int32(0)).compile()
         self.progress.say(f"compiled in {time.monotonic() - began:.1f} s")
         return compiled
 
@@ -258,15 +259,14 @@ class Trainer:
         if self._asked_to_stop():
             raise Asked
         began = time.monotonic()
-        with memory.explained(self.config, self.run.model, self.run.image_shape):
-            self.state, sums = update(self.state, feed, np.int32(end - self.step))
-            count, self.step = end - self.step, end
-            # The dispatch before is read while this one computes: the device never waits for the host.
+        self.state, sums = update(self.state, feed, np.int32(end - self.step))
+        count, self.step = end - self.step, end
+        # The dispatch before is read while this one computes: the device never waits for the host.
+        self._record()
+        self.pending = (end, sums)
+        due = self._is_due(self.config.train.evaluate_every) or self._is_due(self.config.checkpoint.every)
+        if not due and not self.overlaps:
             self._record()
-            self.pending = (end, sums)
-            due = self._is_due(self.config.train.evaluate_every) or self._is_due(self.config.checkpoint.every)
-            if not due and not self.overlaps:
-                self._record()
         if jax.process_count() == 1:
             fitting = int(DISPATCH * count / max(time.monotonic() - began, 1e-6))
             self.pace = max(1, min(2 * self.pace, fitting))
@@ -465,6 +465,7 @@ class Trainer:
         if self.rollbacks > ROLLBACKS:
             self._give_up(bad)
         self._wait()
+        self.state = None  # two of them need not fit
         known = bool(self.checkpoints.steps())
         back = self.checkpoints.restore_newest(self.run.abstract_state()) if known else self._start()
         self.step = int(back.step)
