@@ -29,6 +29,7 @@ def lines(script, *arguments):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_augmentation_benchmark_sets_its_sides_beside_each_other():
     ours, pillow = lines(
         "augment.py", "--turns=2", "--batches=2", "--batch_size=8", "--workers=1", "--only=ours,pillow"
@@ -55,6 +56,7 @@ def test_the_streaming_benchmark_trains_both_ways(small):
     assert streamed["least"] <= streamed["ratio"] <= streamed["most"]
 
 
+@pytest.mark.slow
 def test_the_streaming_benchmark_decodes_and_weighs(small):
     ours, pillow = lines("streaming.py", "decode", *small)
     assert min(ours["images_per_second"], pillow["images_per_second"], ours["ratio_to_pillow"]) > 0

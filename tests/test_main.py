@@ -140,6 +140,7 @@ def test_killed_at_random_steps_it_ends_as_if_undisturbed(start, undisturbed, tm
         np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_streamed_and_resumed_with_other_readers_it_ends_as_if_resident(start, undisturbed, tmp_path):
     streamed = [*SMALL, "--config.data.resident=never", "--config.data.ahead=1"]
     process = start(tmp_path, *streamed, "--config.data.workers=1")

@@ -153,6 +153,7 @@ def test_loss_weights_that_cannot_be_meant_are_refused(make_config, text):
         options.check(config)
 
 
+@pytest.mark.slow
 def test_adam_with_a_mask_is_adam_on_the_part_alone(toy, make_config):
     """Against optax on the head's parameters by themselves."""
     run = toy(make_config(optimizer={"trained": "head/*", "gradient_clip": 0.05}, train={"steps_per_dispatch": 1}))

@@ -107,6 +107,7 @@ def stop_behind(patch, step):
     patch.setattr(Trainer, "_asked_to_stop", lambda self: self.step >= step < self.run.steps)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_interrupted_is_made_up_for(whole, tmp_path):
     """Asked to stop at step 8 in the middle of its evaluation: the line of step 8 is written when the run goes on."""
     with pytest.MonkeyPatch.context() as patch:

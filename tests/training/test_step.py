@@ -58,6 +58,7 @@ def test_microbatches_sum_to_the_whole_batchs_gradient(toy, make_config):
         assert metrics["accuracy"] == results[0][1]["accuracy"]
 
 
+@pytest.mark.slow
 def test_every_microbatch_has_a_dropout_key_of_its_own(toy, make_config):
     """With the same examples in each microbatch, one key would drop the same units in all and add nothing new."""
     run = toy(make_config(model={"dropout": 0.5}))
@@ -70,7 +71,7 @@ def test_every_microbatch_has_a_dropout_key_of_its_own(toy, make_config):
     assert difference > 1e-3
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_how_a_run_is_cut_into_dispatches_changes_no_bit(toy, make_config, accumulation):
     run = toy(make_config(train={"accumulation": accumulation}, log={"every": 7}, **RANDOM))
     whole, metrics = run.run(run.start(), 12)
@@ -82,6 +83,7 @@ def test_how_a_run_is_cut_into_dispatches_changes_no_bit(toy, make_config, accum
     assert metrics["count"] == 5  # since step 7
 
 
+@pytest.mark.slow
 def test_a_streamed_set_trains_to_the_same_bits_as_a_resident_one(toy, make_config):
     ends = [run.run(run.start(), 6)[0] for run in (toy(make_config(**RANDOM), 1, how) for how in ("always", "never"))]
     chex.assert_trees_all_equal(*ends)

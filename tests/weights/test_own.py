@@ -77,10 +77,10 @@ def test_steps_that_there_are_not(workdir, tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"scan": True, "mlp": "swiglu", "layer_scale": 0.1},
-        {"position": "relative", "pooling": "mean", "norm_after_pooling": True},
         {"position": "learned_2d", "position_at": "layers"},
-        {"position": "rotary", "pooling": "map"},
+        pytest.param({"scan": True, "mlp": "swiglu", "layer_scale": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"position": "relative", "pooling": "mean", "norm_after_pooling": True}, marks=pytest.mark.slow),
+        pytest.param({"position": "rotary", "pooling": "map"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -49,6 +49,7 @@ def test_the_libraries_numbers(references, helpers, name):
     helpers.covers(report, files.open_file(references / name).shapes, flattened(parameters))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm_map", "timm_registers"])
 def test_without_compilation_too(references, name):
     model, parameters, _ = weights.load(references / name)
