@@ -78,7 +78,15 @@ def _increasing(level: Strength, sign: Strength, height: int, width: int) -> dic
     }
 
 
-INCREASING = tuple(_increasing(jnp.zeros(()), jnp.ones(()), 1, 1))
+def _names(arguments: Callable[[Strength, Strength], dict[str, Strength]]) -> tuple[str, ...]:
+    """The operations of a set, in its order; found without a device, which at import must not be touched yet."""
+    names: list[str] = []
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    jax.eval_shape(lambda *numbers: names.extend(arguments(*numbers)), number, number)
+    return tuple(names)
+
+
+INCREASING = _names(lambda level, sign: _increasing(level, sign, 1, 1))
 
 
 def rand_augment(key: PRNGKeyArray, batch: int, height: int, width: int, settings: Settings) -> Chain:
@@ -117,7 +125,7 @@ def _wide(step: Strength, sign: Strength) -> dict[str, Strength]:
     }
 
 
-WIDE = tuple(_wide(jnp.zeros(()), jnp.ones(())))
+WIDE = _names(_wide)
 
 
 def trivial_augment(key: PRNGKeyArray, batch: int, height: int, width: int, settings: Settings) -> Chain:
@@ -181,7 +189,7 @@ def _searched(magnitude: Strength, sign: Strength, height: int, width: int) -> d
     }
 
 
-SEARCHED = tuple(_searched(jnp.zeros(()), jnp.ones(()), 1, 1))
+SEARCHED = _names(lambda level, sign: _searched(level, sign, 1, 1))
 
 
 def auto_augment(key: PRNGKeyArray, batch: int, height: int, width: int, settings: Settings) -> Chain:
