@@ -178,8 +178,12 @@ class Checkpoints:
         # A copy: the arrays are donated to the next step while this is written.
         arrays = jax.tree.map(lambda leaf: np.array(jax.device_get(leaf)), _without_none(state))
         metrics = {name: value for name, value in (metrics or {}).items() if not math.isnan(value)}
-        self._thread = threading.Thread(target=self._write, args=(arrays, metadata, metrics), name="save")
-        self._thread.start()
+        if jax.process_count() > 1:
+            # Processes that save meet each other on the devices, where nothing of training may come in between.
+            self._write(arrays, metadata, metrics)
+        else:
+            self._thread = threading.Thread(target=self._write, args=(arrays, metadata, metrics), name="save")
+            self._thread.start()
         if before is not None:
             raise SaveFailed(_one_line(before))
 
