@@ -153,7 +153,7 @@ def test_asked_to_stop_it_saves_and_goes_on_exactly(start, undisturbed, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_may_be_asked_at_any_moment(start, undisturbed, tmp_path, number):
-    """Four moments, ten if thorough: while it starts and compiles, at the first steps, while it saves and evaluates, and in between."""
+    """Four moments, ten if thorough: while it starts and compiles, at first steps, while it saves, and in between."""
     chance = random.Random(number)
     few = 1 if THOROUGH else 0
     moments = [lambda: (tmp_path / "lock.json").exists()] * (1 + few) + [lambda: saving(tmp_path)] * (1 + few)
