@@ -83,6 +83,13 @@ class Checkpoints:
         entries = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(int(path.name) for path in entries if path.name.isdigit() and path.is_dir())
 
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of a step, whole as far as can be seen without reading its arrays."""
+        try:
+            return step in self.steps() and bool(self._read_beside(step))
+        except Damaged:
+            return False
+
     def set_aside(self) -> list[Path]:
         """The damaged ones that were moved out of the way."""
         return sorted(self._aside.iterdir()) if self._aside.is_dir() else []

@@ -409,7 +409,7 @@ class Trainer:
         for attempt in range(ATTEMPTS):
             try:
                 self.checkpoints.wait()
-                if self.step in self.checkpoints.steps():
+                if self.checkpoints.has(self.step):
                     return
                 reason = "it is not there"
             except SaveFailed as error:
@@ -419,8 +419,8 @@ class Trainer:
             self._save(self.scores)
         with contextlib.suppress(SaveFailed):
             self.checkpoints.wait()
-        if self.step not in self.checkpoints.steps():
-            steps = self.checkpoints.steps()
+        if not self.checkpoints.has(self.step):
+            steps = [step for step in self.checkpoints.steps() if self.checkpoints.has(step)]
             newest = f"there is one of step {steps[-1]:,}" if steps else "there is none before it"
             raise UserError(
                 f"the last save, of step {self.step:,}, did not land: {reason}\n"
@@ -434,7 +434,7 @@ class Trainer:
         with contextlib.suppress(Burst):
             self._record()
         self.step = int(self.state.step)
-        if self.step not in self.checkpoints.steps():
+        if not self.checkpoints.has(self.step):
             self._save({})
         self._land()
         self.progress.say(
@@ -444,7 +444,7 @@ class Trainer:
 
     def _rescue(self) -> None:
         """Saves what there is before an error ends the run: the state has no part in it."""
-        if self.given_up or self.step in self.checkpoints.steps() or not self.step:
+        if self.given_up or self.checkpoints.has(self.step) or not self.step:
             return
         with contextlib.suppress(Exception):
             self.pending = None
