@@ -20,13 +20,16 @@ class Stop:
     A thread hears the signals, so that they are heard also while the main thread compiles or waits for a device.
     """
 
-    def __init__(self, max_minutes: float | None = None, leave: Callable[[], None] = lambda: None):
-        """Args:
-        max_minutes: the time after which it is to stop by itself.
-        leave: what is to be done, whatever happens, before the process ends at once.
+    def __init__(self, max_minutes: float | None = None):
+        """Begins to count.
+
+        Args:
+            max_minutes: the time after which it is to stop by itself.
         """
         self._end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self._max_minutes, self._leave = max_minutes, leave
+        self._max_minutes = max_minutes
+        # What is to be done, whatever happens, before the process ends at once.
+        self.leave: Callable[[], None] = lambda: None
         self._reason: str | None = None
         self._heard: tuple[signal.Signals, float] | None = None
         self._free = threading.Event()
@@ -88,5 +91,5 @@ class Stop:
     def _end_now(self, words: str, status: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             print(f"\n{words}", file=sys.stderr, flush=True)
-        self._leave()
+        self.leave()
         os._exit(status)

@@ -78,10 +78,11 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"
     say(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}, {devices}", flush=True)
     with contextlib.ExitStack() as stack:
-        leave = stack.enter_context(Lock(folder)).release if parallel.is_main() else lambda: None
-        changes = workdir.claim(folder, config)  # again: another run may have come to its end in between
-        stop = stack.enter_context(Stop(config.train.max_minutes, leave))
+        stop = stack.enter_context(Stop(config.train.max_minutes))
         stop.nothing_to_save(True)
+        if parallel.is_main():
+            stop.leave = stack.enter_context(Lock(folder)).release
+        changes = workdir.claim(folder, config)  # again: another run may have come to its end in between
         run = runs.build(config, mesh)
         keep = config.checkpoint.keep, config.checkpoint.keep_best
         checkpoints = stack.enter_context(Checkpoints(folder, *keep, say=say))
