@@ -52,7 +52,9 @@ class Stop:
         self._theirs = theirs
         theirs.setblocking(False)
         self._old_wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        self._old = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        # What is ignored stays so: nohup, and shells for what runs in the background, ask for it.
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._old = {number: signal.signal(number, lambda *_: None) for number in heard}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
