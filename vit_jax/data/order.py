@@ -1,9 +1,16 @@
-"""Which example stands at which place: a pure function of (seed, epoch), the same on every machine and version."""
+"""Which example stands at which place, and what is random there: pure functions of the seed and the place alone."""
 
 import functools
 
+import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int, PRNGKeyArray
+
+
+def keys(seed: int, place: int | Int[Array, ""]) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+    """The keys of the batch at a place of the run: of its augmentation, and of the dropout in the model."""
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), place))
+    return augment_key, dropout_key
 
 
 @functools.lru_cache(maxsize=4)

@@ -52,15 +52,14 @@ def batch(
     import jax
     import optax
 
-    from vit_jax.data import pipeline
+    from vit_jax.data import order, pipeline
     from vit_jax.training import run as runs
 
     run = runs.build(config, runs.check_data(config, [config.data.train]), {"train": config.data.train})
     source, train = run.sources["train"], config.train
     repeats = config.augment.repeats
     indices = pipeline.train_indices(train.seed, train.batch_size, step, 1, 1, len(source), repeats)[0]
-    # As in training.step: of the step's two keys the first is the augmentation's.
-    key, _ = jax.random.split(jax.random.fold_in(jax.random.key(train.seed), step))
+    key, _ = order.keys(train.seed, step)
     augment = dataclasses.replace(run.augment, arrange=None, dtype="float32")
     targets = optax.smooth_labels(
         jax.nn.one_hot(source.labels[indices], len(source.class_names)), train.label_smoothing

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from vit_jax.data import pipeline
+from vit_jax.data import order, pipeline
 from vit_jax.data.augment import AsTheyAre, Augment
 from vit_jax.data.sources import LABEL
 from vit_jax.models.pooling import HeadAlone
@@ -41,10 +41,10 @@ def make_update(
     A step whose loss or gradient is not finite changes nothing but the counts. Behind a burst of such steps the
     program ends, and does nothing when it is called again.
     """
-    run_key, weights = jax.random.key(config.train.seed), losses.loss_weights(config)
+    weights = losses.loss_weights(config)
 
     def step(state: TrainState, inputs: jax.Array, labels: Any) -> TrainState:
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(run_key, state.step + state.shift))
+        augment_key, dropout_key = order.keys(config.train.seed, state.step + state.shift)
         batch = augment(augment_key, inputs, make_targets(labels, model.classes, config.train.label_smoothing))
         chosen = freezing.select(state.parameters, mask)
         gradients, metrics = accumulate(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import integrity
-from vit_jax.data import pipeline
+from vit_jax.data import order, pipeline
 from vit_jax.training import freezing, losses, step
 from vit_jax.training.run import Run
 from vit_jax.training.state import TrainState
@@ -27,7 +27,7 @@ def report(run: Run, state: TrainState, learning_rate: float) -> dict[str, Any]:
     (batch,) = pipeline.train_indices(train.seed, train.batch_size, place, 1, 1, examples, run.config.augment.repeats)
     source = run.sources["train"]
     labels = jax.tree.map(lambda kind: kind[batch], source.targets())
-    augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(train.seed), place))
+    augment_key, dropout_key = order.keys(train.seed, place)
     targets = step.make_targets(labels, run.applied.classes, train.label_smoothing)
     inputs, targets = run.augment(augment_key, jnp.asarray(source.read(batch)), targets)
     weights = losses.loss_weights(run.config)
