@@ -22,6 +22,7 @@ Images = Shaped[np.ndarray, "rows columns *example"]
 
 _CHUNK = 16  # examples that a thread takes at a time
 _POLL = 0.05  # seconds between two looks at the threads' clocks
+_GRACE = 5.0  # seconds that a thread found late has to show that it was its process that slept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,7 @@ class _Worker:
     number: int
     place: int | None = None  # of the example in hand
     since: float = 0.0
+    late: tuple[float, float] | None = None  # which `since` was found to be long ago, and when
 
 
 class Reader:
@@ -136,7 +138,12 @@ class Reader:
         now = time.monotonic()
         for worker in self._workers:
             since, place = worker.since, worker.place
-            if place is not None and now - since > self._reading.timeout:
+            if place is None or now - since <= self._reading.timeout:
+                continue
+            if worker.late is None or worker.late[0] != since:
+                # Looked at twice: a process that was suspended finds all clocks late, and its threads well.
+                worker.late = since, now
+            elif now - worker.late[1] > min(self._reading.timeout, _GRACE):
                 raise UserError(
                     f"reader {worker.number} of {len(self._workers)} has waited {now - since:.0f} s for "
                     f"{self._source.describe(place)}\n"
