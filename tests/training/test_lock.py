@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
@@ -36,6 +37,11 @@ def start(folder, at=0.0):
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
 
 
+def dead(process):
+    """What a process of this very place left behind."""
+    return {"process": process, "started": "x", "since": 1.0, **lock._here()}
+
+
 @pytest.mark.parametrize("turns", [1, pytest.param(9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("left_behind", [False, True])
 def test_of_two_writers_one_is_refused(tmp_path, left_behind, turns):
@@ -44,8 +50,7 @@ def test_of_two_writers_one_is_refused(tmp_path, left_behind, turns):
         folder = tmp_path / str(turn)
         folder.mkdir()
         if left_behind:
-            held = json.dumps({"process": 2**22 + 1, "host": lock.socket.gethostname(), "started": "x", "since": 1.0})
-            (folder / lock.NAME).write_text(held)
+            (folder / lock.NAME).write_text(json.dumps(dead(2**22 + 1)))
         both = [start(folder, time.time() + 0.7) for _ in range(2)]
         words = sorted(process.stdout.readline().strip() for process in both)
         for process in both:
@@ -74,19 +79,42 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
 
 
 def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
-    held = {"process": os.getpid(), "host": lock.socket.gethostname(), "started": "x", "since": 5.0}
-    (tmp_path / lock.NAME).write_text(json.dumps(held))
+    (tmp_path / lock.NAME).write_text(json.dumps(dead(os.getpid())))
     lock.Lock(tmp_path).release()
 
 
-def test_another_hosts_lock_is_taken_over_once_it_is_silent(tmp_path):
+@pytest.mark.parametrize("name", lock.PLACE)
+def test_a_lock_from_elsewhere_is_taken_over_once_it_is_silent(tmp_path, name):
+    """Of another host, of another container of that name, and from before the host's last start."""
     path = tmp_path / lock.NAME
-    path.write_text(json.dumps({"process": 1, "host": "elsewhere", "started": "x", "since": 5.0}))
-    with pytest.raises(UserError, match="process 1 on elsewhere"):
+    path.write_text(json.dumps({**dead(1), name: "elsewhere"}))
+    with pytest.raises(UserError, match=r"(?s)process 1 on .*taken over after 10 minutes"):
         lock.Lock(tmp_path)
     silent = time.time() - lock.STALE - 1
     os.utime(path, (silent, silent))
     lock.Lock(tmp_path).release()
+
+
+def test_a_holder_that_was_taken_for_dead_hears_of_it_and_lets_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "LOOK", 0.01)
+    heard = queue.Queue()
+    first = lock.Lock(tmp_path, heard.put)
+    other = {**dead(77), "host": "elsewhere"}
+    (tmp_path / lock.NAME).write_text(json.dumps(other))
+    assert "taken over by process 77 on elsewhere" in heard.get(timeout=30)
+    first.release()
+    assert json.loads((tmp_path / lock.NAME).read_text()) == other
+
+
+def test_a_lock_that_was_removed_is_taken_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "LOOK", 0.01)
+    path = tmp_path / lock.NAME
+    with lock.Lock(tmp_path):
+        path.unlink()
+        deadline = time.monotonic() + 30
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert json.loads(path.read_text())["process"] == os.getpid()
 
 
 def test_a_lock_that_cannot_be_read_names_its_file(tmp_path):
