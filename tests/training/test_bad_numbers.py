@@ -72,6 +72,11 @@ def states(folder, run_config):
     return {int(path.name): ocp.load_checkpointables(path)["state"] for path in paths}
 
 
+def rate_at(config):
+    """Cosine decay without warm-up, written out."""
+    return lambda updates: config.optimizer.learning_rate * (1 + math.cos(math.pi * updates / config.train.steps)) / 2
+
+
 @pytest.mark.slow
 def test_a_bad_step_is_left_out_and_counted(backbone, tmp_path):
     config = poisoned(backbone, tmp_path / "data", [example_of(12)])
@@ -79,6 +84,9 @@ def test_a_bad_step_is_left_out_and_counted(backbone, tmp_path):
     train.train(config, tmp_path / "run")
     skipped = {line["step"]: line.get("train/skipped", 0) for line in lines(tmp_path / "run")}
     assert skipped == {5: 0, 10: 0, 15: 1, 20: 0}
+    # The rate of the last update that was made, by the updates before it: one fewer behind the step that was left out.
+    rates, schedule = {line["step"]: line["train/learning_rate"] for line in lines(tmp_path / "run")}, rate_at(config)
+    assert rates == pytest.approx({5: schedule(4), 10: schedule(9), 15: schedule(13), 20: schedule(18)}, rel=1e-6)
     assert all(math.isfinite(value) for line in lines(tmp_path / "run") for value in line.values())
     assert not any(integrity.not_finite(state) for state in states(tmp_path / "run", config).values())
 
@@ -98,6 +106,7 @@ def test_a_left_out_step_changes_nothing_but_the_counts(toy, make_config, monkey
     chex.assert_trees_all_equal(after.averaged, before.averaged)
     chex.assert_trees_all_equal(after.parameters["head"], before.parameters["head"])
     assert (int(after.step), int(after.streak), float(sums["skipped"])) == (2, 1, 1.0)
+    assert int(sums["updates"]) == 1
     assert float(sums["count"]) == 1.0 and np.isfinite(float(sums["loss"]))  # of step 1 alone
 
 

@@ -7,6 +7,7 @@ brought to the disk.
 """
 
 import contextlib
+import errno
 import math
 import os
 import shutil
@@ -20,17 +21,14 @@ import numpy as np
 
 from vit_jax import integrity
 from vit_jax.errors import UserError
+from vit_jax.training import parallel, storage, verify
 from vit_jax.training.state import TrainState
+from vit_jax.training.verify import SHOWN, Damaged
 
 FOLDER = "checkpoints"
 DAMAGED = "checkpoints-damaged"
 METRIC = "validation/accuracy"
 _REMOVING = "removing-"
-_SHOWN = 3
-
-
-class Damaged(Exception):
-    """A checkpoint is not what was written; says how."""
 
 
 class SaveFailed(Exception):
@@ -148,13 +146,11 @@ class Checkpoints:
 
     def damage(self, step: int) -> str | None:
         """What is damaged of a checkpoint, in a line; None where it is whole. Reads every array."""
-        from orbax.checkpoint import v1 as ocp
-
         path = self.folder / str(step)
         try:
             digests = self._read_beside(step)["digests"]
-            found = _digests(path, lambda: ocp.load_checkpointables(path)["state"])
-            _compare(path, digests, found)
+            found = verify.digests(path, lambda: storage.read(path))
+            verify.compare(path, digests, found)
         except Damaged as error:
             return str(error)
         return None
@@ -162,13 +158,11 @@ class Checkpoints:
     def _read_beside(self, step: int) -> dict[str, Any]:
         """Metadata, metrics and digests of a checkpoint, as they were sealed."""
         if step not in self._known:
-            from orbax.checkpoint import v1 as ocp
-
             path = self.folder / str(step)
             try:
-                content = ocp.checkpointables_metadata(path).custom_metadata
+                content = storage.read_beside(path)
             except Exception as error:  # Orbax raises many kinds for files that it cannot understand
-                raise Damaged(f"{path} is damaged: its metadata cannot be read ({_one_line(error)})") from error
+                raise Damaged(f"{path} is damaged: its metadata cannot be read ({verify.one_line(error)})") from error
             if not integrity.is_sealed(content):
                 raise Damaged(f"{path} is damaged: its metadata are not those that were written")
             self._known[step] = content
@@ -186,38 +180,74 @@ class Checkpoints:
         arrays = jax.tree.map(lambda leaf: np.array(jax.device_get(leaf)), _without_none(state))
         metrics = {name: value for name, value in (metrics or {}).items() if not math.isnan(value)}
         if jax.process_count() > 1:
-            # Processes that save meet each other on the devices, where nothing of training may come in between.
-            self._write(arrays, metadata, metrics)
+            self._save_together(arrays, metadata, metrics)
         else:
-            self._thread = threading.Thread(target=self._write, args=(arrays, metadata, metrics), name="save")
+            self._thread = threading.Thread(target=self._save_alone, args=(arrays, metadata, metrics), name="save")
             self._thread.start()
         if before is not None:
-            raise SaveFailed(_one_line(before))
+            raise SaveFailed(verify.one_line(before))
 
-    def _write(self, arrays: dict[str, Any], metadata: dict, metrics: dict[str, float]) -> None:
-        from orbax.checkpoint import v1 as ocp
-
+    def _save_alone(self, arrays: dict[str, Any], metadata: dict, metrics: dict[str, float]) -> None:
         try:
-            broken = integrity.not_finite(arrays)
-            if broken:
-                raise ValueError(f"not saved, since not finite: {', '.join(broken[:_SHOWN])}")
-            digests = integrity.digests(arrays)
-            content = integrity.seal({"metadata": metadata, "metrics": metrics, "digests": digests})
-            path = self.folder / str(int(arrays["step"]))
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self._differs(path, content):
-                ocp.save_checkpointables(path, {"state": arrays}, custom_metadata=content)
-            if jax.process_index() == 0:
-                integrity.to_disk(path)
-                self._drop_old()
+            path, content = self._content(arrays, metadata, metrics)
+            if self._makes_room(path, content):
+                storage.write(path, arrays, content)
+            self._written(path)
         except BaseException as error:
-            self._error = error
-            # Half of a checkpoint takes the room that the next attempt will need.
-            for path in self.folder.glob(f"{int(arrays['step'])}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+            self._failed(int(arrays["step"]), error)
 
-    def _differs(self, path: Path, content: dict[str, Any]) -> bool:
+    def _save_together(self, arrays: dict[str, Any], metadata: dict, metrics: dict[str, float]) -> None:
+        """In a cluster: not behind training, so that all hear what becomes of it at the same step.
+
+        Who cannot write would leave the others waiting inside Orbax: the main process looks before they go there.
+        """
+        try:
+            path, content = self._content(arrays, metadata, metrics)
+            write, reason = parallel.by_main(lambda: self._prepare(path, arrays, content))
+            if reason is not None:
+                raise SaveFailed(reason)
+            if write:
+                storage.write(path, arrays, content)
+            if parallel.is_main():
+                self._written(path)
+        except BaseException as error:
+            self._failed(int(arrays["step"]), error)
+        if parallel.any_of(self._error is not None) and self._error is None:
+            self._error = SaveFailed("it has failed in another process")
+
+    def _prepare(self, path: Path, arrays: dict[str, Any], content: dict[str, Any]) -> tuple[bool, str | None]:
+        """Whether a checkpoint is to be written, and what stands in the way."""
+        try:
+            write = self._makes_room(path, content)
+            size, free = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), shutil.disk_usage(self.folder).free
+            if free < size:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free:,} bytes for {size:,}")
+        except OSError as error:
+            return False, verify.one_line(error)
+        return write, None
+
+    def _content(self, arrays: dict[str, Any], metadata: dict, metrics: dict[str, float]) -> tuple[Path, dict]:
+        """Where a state is saved, and what stands beside it; ValueError where it is not finite."""
+        broken = integrity.not_finite(arrays)
+        if broken:
+            raise ValueError(f"not saved, since not finite: {', '.join(broken[:SHOWN])}")
+        digests = integrity.digests(arrays)
+        content = integrity.seal({"metadata": metadata, "metrics": metrics, "digests": digests})
+        return self.folder / str(int(arrays["step"])), content
+
+    def _written(self, path: Path) -> None:
+        integrity.to_disk(path)
+        self._drop_old()
+
+    def _failed(self, step: int, error: BaseException) -> None:
+        self._error = error
+        # Half of a checkpoint takes the room that the next attempt will need.
+        for path in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _makes_room(self, path: Path, content: dict[str, Any]) -> bool:
         """Whether a checkpoint is to be written; one whose step was evaluated only later makes room for it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             return True
         with contextlib.suppress(Damaged):
@@ -225,14 +255,13 @@ class Checkpoints:
             settled = there["metadata"].get("settled", True) or not content["metadata"].get("settled", True)
             if settled and (there["metrics"] or not content["metrics"]):
                 return False
-        self._known.pop(int(path.name), None)
-        if jax.process_index() == 0:
-            self._remove(path)
+        self._remove(path)
         return True
 
     def _remove(self, path: Path) -> None:
         # First out of sight, in one move: a kill in the middle must not leave half of one to be found.
         doomed = self.folder / f"{_REMOVING}{path.name}"
+        self._known.pop(int(path.name), None)
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -263,7 +292,7 @@ class Checkpoints:
         self._join()
         error, self._error = self._error, None
         if error is not None:
-            raise SaveFailed(_one_line(error)) from error
+            raise SaveFailed(verify.one_line(error)) from error
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The state of a step (by default the newest) with the shapes, types and shardings of `like`, verified.
@@ -286,86 +315,47 @@ class Checkpoints:
         Raises:
             UserError: there is none, or none is whole, or it is that of another model.
         """
-        if not self.set_aside():
+        if not parallel.by_main(lambda: bool(self.set_aside())):
             self.existing(None)
-        for step in reversed(self.steps()):
+        # All processes of a cluster read alike, and take the next older one where one of them finds damage.
+        for step in reversed(parallel.by_main(self.steps)):
+            state = damage = None
             try:
-                return self._load(like, step)
+                state = self._load(like, step)
             except Damaged as error:
-                self._set_aside(step, error)
+                damage = str(error)
+            if not parallel.any_of(damage is not None):
+                return state
+            del state  # two of them need not fit
+            self._known.pop(step, None)
+            parallel.by_main(lambda step=step, damage=damage: self._set_aside(step, damage or "damaged"))
         raise UserError(
             f"no checkpoint in {self.folder} is whole; the damaged ones are in {self._aside}\n"
             "  give another --workdir, or remove this one to train anew"
         )
 
-    def _set_aside(self, step: int, error: Damaged) -> None:
+    def _set_aside(self, step: int, damage: str) -> None:
         goal = self._aside / str(step)
         count = 0
         while goal.exists():
             count += 1
             goal = self._aside / f"{step}-{count}"
-        if jax.process_index() == 0:
-            self._aside.mkdir(exist_ok=True)
-            os.rename(self.folder / str(step), goal)
-        self._known.pop(step, None)
-        self._say(f"{error}; set aside in {goal}")
+        self._aside.mkdir(exist_ok=True)
+        os.rename(self.folder / str(step), goal)
+        self._say(f"{damage}; set aside in {goal}")
 
     def _load(self, like: TrainState, step: int) -> TrainState:
-        from orbax.checkpoint import v1 as ocp
-
         path, content = self.folder / str(step), self._read_beside(step)
         wanted = _without_none(like)
-        _check_kinds(path, {name: text.split(" ")[0] for name, text in content["digests"].items()}, wanted)
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), wanted
-        )
+        verify.check_kinds(path, {name: text.split(" ")[0] for name, text in content["digests"].items()}, wanted)
         loaded: dict[str, Any] = {}
 
         def read() -> dict[str, Any]:
-            loaded.update(ocp.load_checkpointables(path, {"state": abstract})["state"])
+            loaded.update(storage.read(path, wanted))
             return loaded
 
-        _compare(path, content["digests"], _digests(path, read))
+        verify.compare(path, content["digests"], verify.digests(path, read))
         return like.replace(**loaded)
-
-
-def _digests(path: Path, read: Callable[[], Any]) -> dict[str, str]:
-    try:
-        return integrity.digests(read())
-    except Exception as error:  # Orbax and TensorStore raise many kinds for files that they cannot understand
-        raise Damaged(f"{path} is damaged: it cannot be read ({_one_line(error)})") from error
-
-
-def _compare(path: Path, written: dict[str, str], found: dict[str, str]) -> None:
-    changed = [name for name, text in written.items() if found.get(name) != text]
-    if changed:
-        raise Damaged(f"{path} is damaged: {_few(changed)} {'is' if len(changed) == 1 else 'are'} not as written")
-
-
-def _check_kinds(path: Path, stored: dict[str, str], wanted: dict[str, Any]) -> None:
-    """Raises UserError where a whole checkpoint is that of another model, optimiser or version."""
-    wanted = {name: integrity.kind(leaf) for name, leaf in integrity.names_and_leaves(wanted).items()}
-    rows = [
-        f"{name}: {stored.get(name, 'not there')} -> {wanted.get(name, 'not there')}"
-        for name in sorted({*stored, *wanted})
-        if stored.get(name) != wanted.get(name)
-    ]
-    if rows:
-        raise UserError(
-            f"{path} is the state of another model or optimiser\n  saved -> wanted: {_few(rows)}\n"
-            "  give the config that it was saved with, or another --workdir"
-        )
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def _one_line(error: BaseException) -> str:
-    while error.__cause__ is not None:  # what the outer ones only wrap
-        error = error.__cause__
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _without_none(state: TrainState) -> dict[str, Any]:

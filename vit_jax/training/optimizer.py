@@ -25,6 +25,16 @@ def schedule(section: ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), course], [warmup])
 
 
+def update_count(state: Any) -> jax.Array:
+    """How many updates an optimiser's state has seen, which is where its schedule stands; int32."""
+    (count,) = [
+        leaf.count
+        for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, optax.ScaleByScheduleState))
+        if isinstance(leaf, optax.ScaleByScheduleState)
+    ]
+    return count
+
+
 def matrices(parameters: Any) -> Any:
     """True where weight decay applies: kernels; not biases, norms, class token or position embeddings."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", parameters)

@@ -1,11 +1,15 @@
 """The mesh of devices, how arrays lie on it, and the processes that share it."""
 
 import hashlib
+import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.errors import UserError
@@ -60,6 +64,53 @@ def spread(mesh: Mesh) -> NamedSharding:
 def is_main() -> bool:
     """Whether this process writes the records; of several, one does."""
     return jax.process_index() == 0
+
+
+def by_main(act: Callable[[], Any]) -> Any:
+    """Lets one process of a cluster decide: what `act` returns there, in all of them; all must call this together.
+
+    What depends on files, clocks or signals may look different from each host, and a process that goes another way
+    than the others leaves them waiting for ever.
+
+    Args:
+        act: is called in the main process alone; what it returns goes through JSON in a cluster.
+
+    Raises:
+        UserError: `act` has raised it; in all processes.
+    """
+    if jax.process_count() == 1:
+        return act()
+    said: dict[str, Any] = {}
+    if is_main():
+        try:
+            said["value"] = act()
+        except UserError as error:
+            said["error"] = str(error)
+    said = json.loads(_broadcast(json.dumps(said)))
+    if "error" in said:
+        raise UserError(said["error"])
+    return said["value"]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so in any process of the cluster; all must call this together."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def _broadcast(text: str) -> str:
+    """The main process's text."""
+    from jax.experimental import multihost_utils
+
+    data = text.encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    room = np.zeros(1 << size.bit_length(), np.uint8)  # few sizes, since each is compiled
+    if is_main():
+        room[:size] = np.frombuffer(data, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(room), np.uint8)[:size]).decode()
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:

@@ -17,6 +17,7 @@ from vit_jax.data.sources import LABEL
 from vit_jax.models.pooling import HeadAlone
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import freezing, losses, parallel
+from vit_jax.training.optimizer import update_count
 from vit_jax.training.state import TrainState, empty_metrics
 
 Gradients = Any
@@ -81,10 +82,16 @@ def make_update(
             return (state.step - first < count) & (state.streak < BURST)
 
         state = jax.lax.while_loop(goes_on, body, state)
-        return state, {**state.metrics, "step": state.step, "streak": state.streak}
+        return state, record(state)
 
     everywhere = parallel.replicated(mesh)
     return jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere))
+
+
+def record(state: TrainState) -> dict[str, jax.Array]:
+    """What the host reads of a state: the metrics' sums, and the counts."""
+    counts = {"step": state.step, "streak": state.streak, "updates": update_count(state.optimizer)}
+    return {**state.metrics, **counts}
 
 
 def make_targets(labels: Any, classes: Any, smoothing: float) -> losses.Logits:

@@ -35,7 +35,7 @@ from vit_jax.training.lock import Lock
 from vit_jax.training.meter import Meter
 from vit_jax.training.run import Run
 from vit_jax.training.state import TrainState
-from vit_jax.training.step import BURST, make_update
+from vit_jax.training.step import BURST, make_update, record
 from vit_jax.training.stopping import Stop
 
 WRITTEN = (records.SUMMARY, records.METRICS, records.CONFIG, records.ENVIRONMENT, "TensorBoard events", "checkpoints/")
@@ -69,8 +69,8 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     """
     parallel.initialize(config.mesh.distributed)
     mesh = runs.check(config)
-    changes = workdir.claim(folder, config)
-    summary = workdir.read_summary(folder)
+    changes = parallel.by_main(lambda: workdir.claim(folder, config))
+    summary = parallel.by_main(lambda: workdir.read_summary(folder))
     say = print if parallel.is_main() else lambda *_, **__: None
     if summary is not None and not changes:
         say(f"{folder} is finished: {describe(summary)}\nto train anew, give another --workdir, or remove this one")
@@ -80,15 +80,17 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(config.train.max_minutes))
         stop.nothing_to_save(True)
-        if parallel.is_main():
-            stop.leave = stack.enter_context(Lock(folder)).release
-        changes = workdir.claim(folder, config)  # again: another run may have come to its end in between
+
+        def lock() -> list[str]:
+            stop.leave = stack.enter_context(Lock(folder, stop.without_saving)).release
+            return workdir.claim(folder, config)  # again: another run may have come to its end in between
+
+        changes = parallel.by_main(lock)
         run = runs.build(config, mesh)
         keep = config.checkpoint.keep, config.checkpoint.keep_best
         checkpoints = stack.enter_context(Checkpoints(folder, *keep, say=say))
-        workdir.check_length(changes, run.steps, checkpoints.steps())
-        if parallel.is_main():
-            workdir.record(folder, config, changes, say)
+        workdir.check_length(changes, run.steps, parallel.by_main(checkpoints.steps))
+        parallel.by_main(lambda: workdir.record(folder, config, changes, say))
         with memory.explained(config, run.model, run.image_shape):
             return Trainer(run, folder, checkpoints, stop).train()
 
@@ -118,10 +120,10 @@ class Trainer:
         self.run, self.config, self.folder, self.checkpoints, self.stop = run, run.config, folder, checkpoints, stop
         self.progress = records.Progress(run.steps, run.steps_an_epoch, enabled=parallel.is_main())
         # Where all there were were damaged, nothing is begun anew without a word.
-        resumed = bool(checkpoints.steps() or checkpoints.set_aside())
+        resumed = parallel.by_main(lambda: bool(checkpoints.steps() or checkpoints.set_aside()))
         self.state: TrainState = checkpoints.restore_newest(run.abstract_state()) if resumed else self._start()
         self.step, self.shift = int(self.state.step), int(self.state.shift)
-        metadata = checkpoints.metadata(self.step) if resumed else {}
+        metadata = parallel.by_main(lambda: checkpoints.metadata(self.step)) if resumed else {}
         # Whether the line of metrics of this step has been written: not where a stop came in between.
         self.settled = metadata.get("settled", True)
         self.rollbacks, self.rolled_back_from = 0, metadata.get("rolled_back_from")
@@ -247,7 +249,7 @@ class Trainer:
         self.stop.nothing_to_save(False)
         self.meter.run(self.step)
         if not self.settled:
-            self._settle((self.step, {**self.state.metrics, "step": self.state.step, "streak": self.state.streak}))
+            self._settle((self.step, record(self.state)))
         while self.step < self.run.steps:
             try:
                 with contextlib.closing(self._dispatches()) as dispatches:
@@ -287,13 +289,7 @@ class Trainer:
         return self.step == self.run.steps or bool(every and self.step % every == 0)
 
     def _asked_to_stop(self) -> bool:
-        asked = self.stop.reason is not None
-        if jax.process_count() == 1:
-            return asked
-        # All processes of a cluster stop at the same step.
-        from jax.experimental import multihost_utils
-
-        return bool(np.any(multihost_utils.process_allgather(np.array(asked))))
+        return parallel.any_of(self.stop.reason is not None)  # all processes of a cluster stop at the same step
 
     def _read(self, step: int, sums: dict[str, jax.Array]) -> dict[str, float]:
         """Waits for a dispatch and shows it; what is to be recorded of it, if anything."""
@@ -302,7 +298,7 @@ class Trainer:
             raise Burst
         due = step == self.run.steps or step % self.config.log.every == 0
         metrics = {f"train/{name}": sums[name] / sums["count"] for name in self.names} if sums["count"] else {}
-        metrics["train/learning_rate"] = float(self.schedule(step - 1))
+        metrics["train/learning_rate"] = float(self.schedule(max(sums["updates"] - 1, 0)))
         if sums["skipped"]:
             metrics["train/skipped"] = sums["skipped"]
         if due and self.rolled_back_from is not None:
@@ -350,7 +346,7 @@ class Trainer:
         if not self.config.checkpoint.keep_best or METRIC not in metrics:
             return False
         self._wait()
-        best = self.checkpoints.best()
+        best = parallel.by_main(self.checkpoints.best)
         return best is None or metrics[METRIC] > best[1]
 
     def _evaluate(self, role: str) -> dict[str, float | int]:
@@ -397,9 +393,12 @@ class Trainer:
         """Hears of a save that has failed since, and tries again once some time has passed."""
         if not self.checkpoints.is_saving():
             self._wait()
-        if self.retry_at is not None and time.monotonic() > self.retry_at:
+        if self.retry_at is not None and parallel.by_main(lambda: time.monotonic() > self.retry_at):
             self._record()
             self._save({})
+
+    def _is_saved(self) -> bool:
+        return parallel.by_main(lambda: self.checkpoints.has(self.step))
 
     def _land(self) -> None:
         """Sees that the last save has reached the disk.
@@ -410,7 +409,7 @@ class Trainer:
         for attempt in range(ATTEMPTS):
             try:
                 self.checkpoints.wait()
-                if self.checkpoints.has(self.step):
+                if self._is_saved():
                     return
                 reason = "it is not there"
             except SaveFailed as error:
@@ -420,7 +419,7 @@ class Trainer:
             self._save(self.scores)
         with contextlib.suppress(SaveFailed):
             self.checkpoints.wait()
-        if not self.checkpoints.has(self.step):
+        if not self._is_saved():
             steps = [step for step in self.checkpoints.steps() if self.checkpoints.has(step)]
             newest = f"there is one of step {steps[-1]:,}" if steps else "there is none before it"
             raise UserError(
@@ -435,17 +434,19 @@ class Trainer:
         with contextlib.suppress(Burst):
             self._record()
         self.step = int(self.state.step)
-        if not self.checkpoints.has(self.step):
+        if not self._is_saved():
             self._save({})
         self._land()
+        reason = self.stop.reason or "another process was asked to"
         self.progress.say(
-            f"stopped at step {self.step:,} of {self.run.steps:,} ({self.stop.reason}); saved in {self.folder}: "
+            f"stopped at step {self.step:,} of {self.run.steps:,} ({reason}); saved in {self.folder}: "
             "the same command goes on from here"
         )
 
     def _rescue(self) -> None:
         """Saves what there is before an error ends the run: the state has no part in it."""
-        if self.given_up or self.checkpoints.has(self.step) or not self.step:
+        # Of a cluster, one process may be alone here.
+        if self.given_up or jax.process_count() > 1 or self._is_saved() or not self.step:
             return
         with contextlib.suppress(Exception):
             self.pending = None
@@ -467,7 +468,7 @@ class Trainer:
             self._give_up(bad)
         self._wait()
         self.state = None  # two of them need not fit
-        known = bool(self.checkpoints.steps())
+        known = parallel.by_main(lambda: bool(self.checkpoints.steps()))
         back = self.checkpoints.restore_newest(self.run.abstract_state()) if known else self._start()
         self.step = int(back.step)
         self.shift = place - self.step
@@ -484,7 +485,8 @@ class Trainer:
 
     def _give_up(self, bad: int) -> None:
         self.given_up = True
-        report = trouble.report(self.run, self.state, float(self.schedule(bad - 1)))
+        learning_rate = float(self.schedule(int(optimizer.update_count(self.state.optimizer))))
+        report = trouble.report(self.run, self.state, learning_rate)
         if parallel.is_main():
             records.write_json(self.folder / trouble.REPORT, report)
         raise UserError(
