@@ -81,10 +81,16 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "stochastic_depth_schedule": Option("linear", str, "over the blocks: linear from 0, or constant"),
         "remat": Option(False, bool, "compute blocks again in the backward pass rather than keep what they computed"),
         "scan": Option(False, bool, "compile one block and run it depth times: a faster compile"),
+        "attention_kernel": Option(
+            "auto",
+            str,
+            "what computes attention; auto: the fastest known for the device",
+            choices=("auto", "plain", "heads_first", "cudnn", "pallas"),
+        ),
         "dtype": Option(
             "auto",
             str,
-            "arithmetic; auto: float32 on CPU, bfloat16 on accelerators",
+            "arithmetic; auto: float32 on CPU, bfloat16 on accelerators; on CPU bfloat16 is for the products alone",
             choices=("auto", "float32", "bfloat16"),
         ),
     },

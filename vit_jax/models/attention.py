@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from vit_jax.models.dense import Dense, stacked
 from vit_jax.models.dropout import Dropout
+from vit_jax.models.kernels import KERNELS
 from vit_jax.models.norm import LayerNorm
 from vit_jax.models.positions import Terms, rotate
 
@@ -44,6 +45,8 @@ class Attention(nn.Module):
         qkv_bias: whether queries, keys and values have a bias.
         qk_norm: whether queries and keys pass a LayerNorm over each head's channels (arXiv 2302.05442, section 2).
         layer_norm_epsilon: of that LayerNorm.
+        kernel: of `kernels.KERNELS`; what it does not know is computed step by step whatever it is.
+        product_dtype: of the operands of the dense layers' products, where it is not `dtype` (see `Dense`).
     """
 
     heads: int
@@ -52,6 +55,8 @@ class Attention(nn.Module):
     qkv_bias: bool = True
     qk_norm: bool = False
     layer_norm_epsilon: float = 1e-6
+    kernel: str = "plain"
+    product_dtype: Dtype | None = None
 
     @nn.compact
     def __call__(
@@ -68,11 +73,24 @@ class Attention(nn.Module):
         Raises:
             ValueError: the heads do not divide the width.
         """
-        batch, count, width = tokens.shape
+        width = tokens.shape[-1]
         if width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide a width of {width}")
         kernel_init = stacked(nn.initializers.xavier_uniform(), 3)
-        fused = Dense(3 * width, self.qkv_bias, dtype=self.dtype, kernel_init=kernel_init, name="qkv")(tokens)
+        arithmetic = {"dtype": self.dtype, "product_dtype": self.product_dtype}
+        fused = Dense(3 * width, self.qkv_bias, **arithmetic, kernel_init=kernel_init, name="qkv")(tokens)
+        watched = self.is_mutable_collection("intermediates")
+        rate = self.dropout if train else 0.0
+        if mask is None and positions == Terms() and not (self.qk_norm or watched or rate):
+            mixed = KERNELS[self.kernel](fused, self.heads)
+        else:
+            mixed = self._step_by_step(fused, mask, train, positions)
+        return Dense(width, **arithmetic, name="out")(mixed)
+
+    def _step_by_step(
+        self, fused: Float[Array, "batch tokens fused"], mask: jax.Array | None, train: bool, positions: Terms
+    ) -> Float[Array, "batch tokens width"]:
+        batch, count, width = fused.shape[0], fused.shape[1], fused.shape[2] // 3
         # One transpose brings all three into the layout that the batched products read.
         queries, keys, values = jnp.moveaxis(fused.reshape(batch, count, 3, self.heads, width // self.heads), 2, 0)
         if self.qk_norm:
@@ -83,5 +101,4 @@ class Attention(nn.Module):
         weights = attention_weights(queries, keys, mask, positions.bias)
         self.sow("intermediates", "weights", weights)
         weights = Dropout(self.dropout)(weights, train).astype(self.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values).reshape(batch, count, width)
-        return Dense(width, dtype=self.dtype, name="out")(mixed)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, values).reshape(batch, count, width)

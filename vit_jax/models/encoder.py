@@ -34,6 +34,8 @@ class BlockOptions:
         parallel: attention and MLP side by side, behind one LayerNorm, instead of one after the other.
         layer_norm_epsilon: added to the variance.
         dtype: arithmetic.
+        attention_kernel: of `kernels.KERNELS`.
+        product_dtype: of the operands of the dense layers' products, where it is not `dtype` (see `Dense`).
     """
 
     heads: int
@@ -48,6 +50,8 @@ class BlockOptions:
     parallel: bool = False
     layer_norm_epsilon: float = 1e-6
     dtype: Dtype = jnp.float32
+    attention_kernel: str = "plain"
+    product_dtype: Dtype | None = None
 
 
 class EncoderBlock(nn.Module):
@@ -99,14 +103,16 @@ class EncoderBlock(nn.Module):
     def _attention(
         self, tokens: jax.Array, mask: jax.Array | None, train: bool, positions: Terms
     ) -> Float[Array, "batch tokens width"]:
-        fields = ("heads", "dtype", "qkv_bias", "qk_norm", "layer_norm_epsilon")
+        fields = ("heads", "dtype", "qkv_bias", "qk_norm", "layer_norm_epsilon", "product_dtype")
         given = {name: getattr(self.options, name) for name in fields}
-        attention = Attention(dropout=self.options.attention_dropout, **given, name="attention")
+        given |= {"dropout": self.options.attention_dropout, "kernel": self.options.attention_kernel}
+        attention = Attention(**given, name="attention")
         return Dropout(self.options.dropout)(attention(tokens, mask, train, positions), train)
 
     def _mlp(self) -> MlpBlock | SwigluBlock:
         form = {"gelu": self.options.gelu} if self.options.mlp == "gelu" else {}
         options = self.options
+        form["product_dtype"] = options.product_dtype
         return MLPS[options.mlp](options.mlp_width, options.dropout, options.dtype, **form, name="mlp")
 
     def _finish(self, branch: jax.Array, scale: str, rate: float | jax.Array, train: bool) -> jax.Array:

@@ -59,6 +59,8 @@ class VisionTransformer(nn.Module):
         stem_width: channels of its root.
         remat: compute blocks again in the backward pass instead of keeping what they computed.
         scan: one program for all blocks; their parameters are then stacked (see `stacking`).
+        attention_kernel: what computes attention, of `kernels.KERNELS`.
+        product_dtype: of the operands of the blocks' dense products, where it is not `dtype` (see `dense`).
 
     Raises:
         ValueError: at construction, for fields that contradict each other.
@@ -94,6 +96,8 @@ class VisionTransformer(nn.Module):
     remat: bool = False
     scan: bool = False
     norm_after_pooling: bool = False
+    attention_kernel: str = "plain"
+    product_dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
         # Models are arguments of compiled functions, and so have to be hashable.

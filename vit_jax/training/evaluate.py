@@ -13,7 +13,7 @@ from vit_jax.data import pipeline
 from vit_jax.data.augment import AsTheyAre, Augment
 from vit_jax.models.pooling import HeadAlone
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import parallel
+from vit_jax.training import hardware, parallel
 from vit_jax.training.losses import cross_entropy
 
 TOP = 5
@@ -75,7 +75,8 @@ def make_scorer(
         zeros = _zeros(model.classes)
         return jax.lax.fori_loop(0, real.shape[0], body, jax.tree.map(jnp.asarray, zeros))
 
-    return jax.jit(run, out_shardings=parallel.replicated(mesh))
+    options = hardware.compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(run, out_shardings=parallel.replicated(mesh), compiler_options=options)
 
 
 def extract(
@@ -95,7 +96,8 @@ def extract(
 
     indices, real = pipeline.evaluation_indices(batch_size, len(batches.source))
     rows, tables, present = _tables(batches, indices, real)
-    compiled = jax.jit(run, out_shardings=parallel.replicated(batches.mesh))
+    options = hardware.compiler_options(batches.mesh.devices.flat[0].platform)
+    compiled = jax.jit(run, out_shardings=parallel.replicated(batches.mesh), compiler_options=options)
     for feed, counted in zip(batches.feeds((table, rows) for table in tables), present, strict=True):
         features = np.asarray(compiled(parameters, feed))
         yield features.reshape(-1, *features.shape[2:])[counted.ravel()]

@@ -1,14 +1,16 @@
 """From the model section of a config to a model."""
 
+import math
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from flax.typing import Dtype
 from ml_collections import ConfigDict
 
-from vit_jax.models import variants
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.errors import UserError
+from vit_jax.models import kernels, variants
+from vit_jax.models.vit import VisionTransformer, token_grid
+from vit_jax.training import hardware
 
 
 def build(section: ConfigDict, classes: int | Mapping[str, int], dtype: Dtype | None) -> VisionTransformer:
@@ -22,13 +24,22 @@ def build(section: ConfigDict, classes: int | Mapping[str, int], dtype: Dtype | 
     Raises:
         ValueError: the fields contradict each other, or there is no such variant.
     """
+    product_dtype = None
     if dtype is None:
-        dtype = arithmetic(section.dtype)
-    return VisionTransformer(classes=classes, dtype=dtype, **variants.fields_of_options(section.to_dict()))
+        dtype, product_dtype = hardware.arithmetic(section.dtype)
+    given = variants.fields_of_options(section.to_dict())
+    if given["attention_kernel"] == "auto":
+        size = given["width"] // given["heads"]
+        given["attention_kernel"] = kernels.choose(jax.default_backend(), size, dtype)
+    return VisionTransformer(classes=classes, dtype=dtype, product_dtype=product_dtype, **given)
 
 
-def arithmetic(name: str) -> Dtype:
-    """The dtype that a config's name stands for; 'auto' is float32 on CPU and bfloat16 elsewhere."""
-    if name == "auto":
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return jnp.dtype(name)
+def check_kernel(model: VisionTransformer, image_size: tuple[int, int]) -> None:
+    """Raises UserError where `config.model.attention_kernel` cannot be had here, for images of that size."""
+    tokens = math.prod(token_grid(model, image_size)) + model.class_token + model.registers
+    size = model.width // model.heads
+    reason = kernels.obstacle(model.attention_kernel, jax.default_backend(), tokens, size, model.dtype)
+    if reason is not None:
+        raise UserError(
+            f"config.model.attention_kernel is {model.attention_kernel!r}: {reason}\n  allowed: 'auto', or 'plain'"
+        )

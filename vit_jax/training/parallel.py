@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.errors import UserError
+from vit_jax.training import hardware
 
 
 def initialize(distributed: bool) -> None:
@@ -139,8 +140,5 @@ def cache_compilations() -> None:
 
 
 def _processor() -> str:
-    try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        flags = platform.machine() + platform.processor()
-    return hashlib.sha256(flags.encode()).hexdigest()[:12]
+    known = " ".join(sorted(hardware.cpu_flags())) or platform.machine() + platform.processor()
+    return hashlib.sha256(known.encode()).hexdigest()[:12]

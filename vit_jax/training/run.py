@@ -153,6 +153,7 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) 
         image_shape = loaded["train"].images.shape[1:]
     train = loaded["train"]
     model = models.build(config.model, classes=train.classes(), dtype=None)
+    models.check_kernel(model, image_shape[:2])
     if data.features:
         applied, augment = HeadAlone(model.classes, model.pre_logits), AsTheyAre()
     else:

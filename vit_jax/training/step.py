@@ -16,7 +16,7 @@ from vit_jax.data.augment import AsTheyAre, Augment
 from vit_jax.data.sources import LABEL
 from vit_jax.models.pooling import HeadAlone
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import freezing, losses, parallel
+from vit_jax.training import freezing, hardware, losses, parallel
 from vit_jax.training.optimizer import update_count
 from vit_jax.training.state import TrainState, empty_metrics
 
@@ -84,8 +84,8 @@ def make_update(
         state = jax.lax.while_loop(goes_on, body, state)
         return state, record(state)
 
-    everywhere = parallel.replicated(mesh)
-    return jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    everywhere, options = parallel.replicated(mesh), hardware.compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere), compiler_options=options)
 
 
 def record(state: TrainState) -> dict[str, jax.Array]:

@@ -18,6 +18,7 @@ from vit_jax.data import pipeline
 from vit_jax.errors import UserError
 from vit_jax.models.summary import forward_flops
 from vit_jax.training import (
+    allocator,
     evaluate,
     freezing,
     hardware,
@@ -69,6 +70,8 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     """
     parallel.initialize(config.mesh.distributed)
     mesh = runs.check(config)
+    if mesh.devices.flat[0].platform == "cpu":
+        allocator.keep_memory()
     changes = parallel.by_main(lambda: workdir.claim(folder, config))
     summary = parallel.by_main(lambda: workdir.read_summary(folder))
     say = print if parallel.is_main() else lambda *_, **__: None
@@ -199,6 +202,8 @@ class Trainer:
             f"model: patch {model.patch_size}, width {model.width}, depth {model.depth}, heads {model.heads}, MLP "
             f"{model.mlp_width}; {self.parameters:,} parameters, {self.flops / 1e9:.3g} GFLOP an image forward; "
             f"arithmetic in {model.dtype.name}"
+            + (f", large products in {model.product_dtype.name}" if model.product_dtype else "")
+            + f"; attention: {model.attention_kernel}"
         )
         if run.mask is not None:
             flags = zip(jax.tree.leaves(run.mask), jax.tree.leaves(self.state.parameters), strict=True)

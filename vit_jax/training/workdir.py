@@ -35,6 +35,7 @@ TAKEN = (
     "data.test",
     "data.validation",
     "model.attention_dropout",
+    "model.attention_kernel",
     "model.dropout",
     "model.dtype",
     "model.remat",
