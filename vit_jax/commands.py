@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,12 @@ class Trained:
 def finish(action: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit status; what it cannot do ends in its message and status 2."""
     try:
-        return action() or 0
+        status = action() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads has seen enough; the interpreter shall not try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

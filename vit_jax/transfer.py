@@ -42,7 +42,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def _add_backbone(group: Any) -> None:
     group.add_argument("--step", help="of a run: the checkpoint of this step, or best (default: the newest)")
-    group.add_argument("--pooling", help="token or mean, in place of the model's own")
+    group.add_argument("--pooling", choices=("token", "mean"), help="in place of the model's own")
     group.add_argument("--pre_logits", action="store_true", help="features behind the layer before the logits")
 
 
@@ -63,7 +63,7 @@ def _add_measures(group: Any) -> None:
     group.add_argument("--methods", default="fewshot,knn,probe", help="default: %(default)s")
     group.add_argument("--shots", default="1,5,10", help="examples a class (default: %(default)s)")
     group.add_argument("--draws", type=int, default=5, help="of such examples (default: %(default)s)")
-    group.add_argument("--fewshot_l2", type=float, help="its L2 constant (default: 1024)")
+    group.add_argument("--fewshot_l2", type=float, help="its L2 constant (default: 4/3 of the width)")
     group.add_argument("--neighbours", default="20", help="how many vote; several: 5,20 (default: %(default)s)")
     group.add_argument("--temperature", type=float, help="of their votes (default: 0.07)")
     group.add_argument("--probe_l2", help="L2 constants to choose from (default: 1e-6,1e-5,...,10)")
@@ -171,7 +171,8 @@ def _computed(flags: argparse.Namespace, wanted: "Settings") -> Parts:
     *_, channels = sources.check(name, splits, data_dir=data_dir, image_size=flags.image_size or 1, labels=kinds)
     representation.constants(flags.normalize, channels)
     fitted = {"image_size": flags.image_size, "channels": channels}
-    asked = {"step": commands.step_of(flags.step), "pooling": flags.pooling, "pre_logits": flags.pre_logits}
+    asked = {"step": commands.step_of(flags.step), "pooling": flags.pooling}
+    asked["pre_logits"] = flags.label if flags.pre_logits else None
     backbone = representation.load(flags.init, **asked, **fitted)
     size = flags.image_size or backbone.image_size or trained_size
     loaded = [sources.load(name, split, data_dir=data_dir, image_size=size, labels=kinds) for split in splits]
@@ -203,12 +204,13 @@ def _data(flags: argparse.Namespace) -> tuple[str, str | None, tuple[int, int] |
         UserError: there is no run to take them from.
     """
     from vit_jax.training import inputs, workdir
+    from vit_jax.training.checkpoint import FOLDER
 
     folder = commands.folder_of(flags.init)
     if flags.image_size is not None and flags.image_size < 1:
         raise UserError(f"--image_size is {flags.image_size}\n  allowed: a whole number of at least 1")
-    config = workdir.trained_config(folder) if (folder / "config.json").is_file() and folder.is_dir() else None
-    if config is None or "model" not in config:
+    config = workdir.trained_config(folder) if (folder / FOLDER).is_dir() else None
+    if config is None:
         if flags.data is None:
             raise UserError(f"--data is missing: {flags.init} is no run that would tell\n  e.g. --data=cifar10")
         return flags.data, flags.data_dir, None

@@ -20,19 +20,26 @@ def decode(encoded: bytes | Path, shape: tuple[int, int, int]) -> UInt8[np.ndarr
     Raises:
         OSError, ValueError, SyntaxError: it is no image, or is damaged or truncated.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-        mode = _MODES[shape[2]]
-        if _is_turned(image):
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if mode != "RGBA" and (image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info):
-            layer = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        image = image if image.mode == mode else image.convert(mode)
-        return resize_and_crop(np.asarray(image).reshape(image.height, image.width, shape[2]), shape[:2])
+        return convert(image, shape)
+
+
+def convert(image: Any, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"]:
+    """The same of an image that Pillow has opened."""
+    from PIL import Image, ImageOps
+
+    mode = _MODES[shape[2]]
+    if _is_turned(image):
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if mode != "RGBA" and (image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info):
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    image = image if image.mode == mode else image.convert(mode)
+    return resize_and_crop(np.asarray(image).reshape(image.height, image.width, shape[2]), shape[:2])
 
 
 def _is_turned(image: Any) -> bool:

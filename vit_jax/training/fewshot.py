@@ -7,7 +7,9 @@ from vit_jax.errors import UserError
 from vit_jax.training import linear
 from vit_jax.training.linear import LinearClassifier
 
-L2 = 1024.0  # big_vision's, for standardised features of every width
+# Of the L2 constant, a feature: what standardised features add up to grows with their width. At a width of 768 it is
+# 1024, which big_vision takes for every width.
+L2_A_FEATURE = 4 / 3
 
 
 def draw(
@@ -44,7 +46,7 @@ def fit(
     features: Float[np.ndarray, "examples width"],
     labels: Integer[np.ndarray, " examples"],
     classes: int,
-    l2: float = L2,
+    l2: float | None = None,
 ) -> LinearClassifier:
     """Regularised least squares from standardised features to targets in {-1, 1}^classes, in closed form.
 
@@ -55,8 +57,9 @@ def fit(
         features: of the examples to learn from.
         labels: theirs.
         classes: how many there are.
-        l2: above 0.
+        l2: above 0; None for `L2_A_FEATURE` times the width.
     """
+    l2 = L2_A_FEATURE * features.shape[1] if l2 is None else l2
     mean, std = linear.standardisation(features)
     inputs = (np.asarray(features, np.float64) - mean) / std
     targets = 2.0 * (labels[:, None] == np.arange(classes)) - 1.0

@@ -27,7 +27,6 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = 
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-POOLINGS = ("token", "mean")  # that a backbone without parameters for pooling can be asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,12 @@ class Backbone:
 
 
 def load(
-    init: str, *, step: int | str | None = None, pooling: str | None = None, pre_logits: bool = False, **fitted: Any
+    init: str,
+    *,
+    step: int | str | None = None,
+    pooling: str | None = None,
+    pre_logits: str | None = None,
+    **fitted: Any,
 ) -> Backbone:
     """The backbone of a run of our own or of any file that `weights.load` reads.
 
@@ -73,19 +77,20 @@ def load(
         init: a workdir, file, folder, URL or name.
         step: of a workdir: a step, or 'best'; None for the newest.
         pooling: 'token' or 'mean' in place of the model's own.
-        pre_logits: also the layer before the logits.
+        pre_logits: also the layer before the logits of a head; of several heads, the one for this kind of label.
         **fitted: `image_size` and `channels` that it shall be made for, where they are other than its own.
 
     Raises:
         UserError: as `weights.load`; or it cannot be pooled so, or has no such layer.
     """
     overrides = {name: value for name, value in {"step": step, **fitted}.items() if value is not None}
-    if not pre_logits:
+    if pre_logits is None:
         overrides["classes"] = None
     model, parameters, report = weights.load(init, dtype=models.arithmetic("auto"), **overrides)
     layer = None
-    if pre_logits:
-        found = parameters.get("head", {}).get("pre_logits")
+    if pre_logits is not None:
+        head = parameters.get("head", {})
+        found = head.get(pre_logits, head).get("pre_logits")
         if found is None:
             raise UserError(f"--pre_logits: the model of {init} has no such layer\n  leave it out")
         layer = found["kernel"], found["bias"]

@@ -23,7 +23,7 @@ class Settings:
         methods: of `METHODS`.
         shots: examples a class that few-shot regression learns from.
         draws: of such examples, each its own.
-        fewshot_l2: the constant of its regularisation.
+        fewshot_l2: the constant of its regularisation; None for 4/3 of the width.
         neighbours: how many vote.
         temperature: of their votes.
         probe_l2: constants that the probe chooses from.
@@ -34,7 +34,7 @@ class Settings:
     methods: tuple[str, ...] = METHODS
     shots: tuple[int, ...] = (1, 5, 10)
     draws: int = 5
-    fewshot_l2: float = fewshot.L2
+    fewshot_l2: float | None = None
     neighbours: tuple[int, ...] = (20,)
     temperature: float = knn.TEMPERATURE
     probe_l2: tuple[float, ...] = probe.L2
@@ -96,13 +96,14 @@ def evaluate(train: Examples, test: Examples, classes: int, settings: Settings) 
 
 
 def _few_shots(train: Examples, test: Examples, classes: int, settings: Settings) -> dict[str, object]:
-    measured: dict[str, object] = {"fewshot/l2": settings.fewshot_l2}
+    l2 = settings.fewshot_l2 or fewshot.L2_A_FEATURE * train.features.shape[1]
+    measured: dict[str, object] = {"fewshot/l2": l2}
     for shots in settings.shots:
         accuracies = []
         for number in range(settings.draws):
             places = fewshot.draw(train.labels, classes, shots, settings.seed, number)
             drawn = np.asarray(train.features[places], np.float32), train.labels[places]
-            classifier = fewshot.fit(*drawn, classes, settings.fewshot_l2)
+            classifier = fewshot.fit(*drawn, classes, l2)
             accuracies.append(_accuracy(classifier.predict(test.features), test.labels))
         measured |= {
             f"fewshot/{shots}/accuracy": statistics.fmean(accuracies),
