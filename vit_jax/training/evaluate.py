@@ -52,14 +52,6 @@ def mean_probability(views: Sequence[Float[Array, "batch classes"]]) -> Float[Ar
     return jax.nn.logsumexp(logs, axis=0) - jnp.log(len(views))
 
 
-def logits_of(
-    model: VisionTransformer | HeadAlone, augment: Augment | AsTheyAre, parameters: Any, inputs: jax.Array
-) -> Any:
-    """What is judged, of images as they are stored: the logits, over all the views that evaluation takes of each."""
-    views = [model.apply({"params": parameters}, view) for view in augment.views(inputs)]
-    return views[0] if len(views) == 1 else jax.tree.map(lambda *heads: mean_probability(heads), *views)
-
-
 def make_scorer(
     model: VisionTransformer | HeadAlone, augment: Augment | AsTheyAre, mesh: Mesh
 ) -> Callable[[Any, pipeline.Feed, jax.Array], dict[str, Any]]:
@@ -76,7 +68,8 @@ def make_scorer(
     def run(parameters: Any, feed: pipeline.Feed, real: jax.Array) -> dict[str, Any]:
         def body(position: jax.Array, sums: dict[str, Any]) -> dict[str, Any]:
             inputs, labels = pipeline.take(feed, position, parallel.spread(mesh))
-            logits = logits_of(model, augment, parameters, inputs)
+            views = [model.apply({"params": parameters}, view) for view in augment.views(inputs)]
+            logits = views[0] if len(views) == 1 else jax.tree.map(lambda *heads: mean_probability(heads), *views)
             return jax.tree.map(jnp.add, sums, one(logits, labels, real[position]))
 
         zeros = _zeros(model.classes)

@@ -18,9 +18,10 @@ from vit_jax.data import images as pictures
 from vit_jax.data.augment import Augment
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import evaluate, inputs, losses, parallel, representation, workdir
+from vit_jax.training import inputs, losses, parallel, representation, workdir
 from vit_jax.training import model as models
 from vit_jax.training import run as runs
+from vit_jax.training.evaluate import mean_probability
 from vit_jax.training.inputs import Inputs
 
 BATCH_SIZE = 64
@@ -122,7 +123,8 @@ class Predictor:
         self._parameters = jax.device_put(trained.parameters, parallel.replicated(mesh))
 
         def apply(parameters: Any, images: jax.Array) -> Any:
-            return evaluate.logits_of(trained.model, trained.augment, parameters, images)
+            views = [trained.model.apply({"params": parameters}, view) for view in trained.augment.views(images)]
+            return views[0] if len(views) == 1 else jax.tree.map(lambda *heads: mean_probability(heads), *views)
 
         self._apply = jax.jit(apply, out_shardings=parallel.replicated(mesh))
 
@@ -244,7 +246,8 @@ def of_run(folder: Path, step: int | str | None = None) -> Trained:
     known = inputs.read(folder)
     if known is None:
         known = inputs.of_source(runs.load(config, config.data.train, losses.label_kinds(config.data)))
-    augment = runs.augmentation_of(config, model, known.mean, known.std)
+    views = {name: config.augment[name] for name in ("test_flip", "test_shift")}
+    augment = Augment(known.mean, known.std, dtype=model.dtype, **views)
     return Trained(model, parameters, augment, known)
 
 

@@ -157,20 +157,14 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) 
     if data.features:
         applied, augment = HeadAlone(model.classes, model.pre_logits), AsTheyAre()
     else:
-        applied, augment = model, augmentation_of(config, model, train.mean, train.std)
+        arrange = functools.partial(patchify, patch_size=model.patch_size) if data.patches else None
+        augment = Augment(train.mean, train.std, arrange=arrange, dtype=model.dtype, **config.augment.to_dict())
+        applied = model
     steps = config.train.steps or max(1, round(config.train.epochs * len(train) / config.train.batch_size))
     shapes = jax.eval_shape(lambda: states.initialize(model, image_shape, 0))
     mask = freezing.trained(config.optimizer, shapes)
     optimizer = optimizers.make(config.optimizer, steps)
     return Run(config, mesh, loaded, image_shape, model, applied, augment, steps, optimizer, mask)
-
-
-def augmentation_of(
-    config: ConfigDict, model: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Augment:
-    """What a run does to its images, in training and in evaluation; `mean` and `std` are of each channel."""
-    arrange = functools.partial(patchify, patch_size=model.patch_size) if config.data.patches else None
-    return Augment(mean, std, arrange=arrange, dtype=model.dtype, **config.augment.to_dict())
 
 
 def load(config: ConfigDict, split: str, labels: Sequence[str]) -> Source:
