@@ -212,7 +212,7 @@ def test_a_file_of_weights(tmp_path, digits, capsys):
     Image.fromarray(image).save(tmp_path / "image.png")
     (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
     wanted = model.apply({"params": parameters}, (image[None] / 127.5 - 1).astype(np.float32))[0]
-    found = predict.Predictor.of_file(tmp_path / "model.npz")(image)[0]
+    found = predict.Predictor(predict.of_file(tmp_path / "model.npz"))(image)[0]
     np.testing.assert_allclose(found.logits["label"], wanted, atol=1e-5)
     arguments = [f"--init={tmp_path / 'model.npz'}", str(tmp_path / "image.png"), "--json"]
     assert predict.main([*arguments, f"--classes={tmp_path / 'names.txt'}"]) == 0

@@ -1,6 +1,7 @@
 """Transfer evaluation: what the command reports is what slow, independent arithmetic gives for the same features."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def by_hand(digits_run, sets):
 
     parameters = ocp.load_checkpointables(digits_run / "checkpoints" / "0")["state"]["parameters"]
     config = options.from_dict(json.loads((digits_run / "config.json").read_text()))
-    model = models.build(config.model, classes=None, dtype=np.float32)
+    model = models.build(config.model, classes=10, dtype=np.float32).clone(classes=None)
     pixels = sets["train"].images / 255
     mean, std = pixels.mean(), pixels.std()
     inputs = {role: ((source.images / 255 - mean) / std).astype(np.float32) for role, source in sets.items()}
@@ -103,8 +104,9 @@ def test_neighbours_and_probe_are_scikit_learns(measured, by_hand, sets):
     assert (found["train/examples"], found["test/examples"], found["width"], found["classes"]) == (1437, 360, 16, 10)
 
 
-def test_features_are_computed_once(measured, digits_run, monkeypatch, capsys):
-    before, out = measured
+def test_features_are_computed_once(measured, digits_run, tmp_path, monkeypatch, capsys):
+    before, out = measured[0], tmp_path / "copy"
+    shutil.copytree(measured[1], out)
     compute = evaluate.extract
     monkeypatch.setattr(evaluate, "extract", lambda *_: pytest.fail("computed again"))
     arguments = [f"--init={digits_run}", f"--out={out}", "--draws=3", "--methods=fewshot"]

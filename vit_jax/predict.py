@@ -33,11 +33,11 @@ From Python: vit_jax.predict.Predictor("runs/photos")(["holiday.jpg"]) (docs/pre
 
 
 def __getattr__(name: str) -> Any:
-    """`Predictor`, imported when it is asked for: the command's --help need not wait for JAX."""
-    if name == "Predictor":
-        from vit_jax.training.predictor import Predictor
+    """`Predictor` and `of_file`, imported when they are asked for: the command's --help need not wait for JAX."""
+    if name in ("Predictor", "of_file"):
+        from vit_jax.training import predictor
 
-        return Predictor
+        return getattr(predictor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -108,7 +108,7 @@ def _check(flags: argparse.Namespace) -> None:
 
 def _open(flags: argparse.Namespace) -> "Predictor":
     from vit_jax.training import parallel
-    from vit_jax.training.predictor import Predictor
+    from vit_jax.training.predictor import Predictor, of_file
 
     parallel.cache_compilations()
     if flags.workdir:
@@ -121,7 +121,7 @@ def _open(flags: argparse.Namespace) -> "Predictor":
         except (OSError, ValueError) as error:
             raise UserError(f"--classes={flags.classes} cannot be read: {error}") from error
     how = {"class_names": names, "image_size": flags.image_size, "normalize": flags.normalize or "half"}
-    return Predictor.of_file(flags.init, batch_size=flags.batch_size, **how)
+    return Predictor(of_file(flags.init, **how), batch_size=flags.batch_size)
 
 
 @contextlib.contextmanager

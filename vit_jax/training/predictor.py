@@ -73,8 +73,8 @@ class Unreadable:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """A model, and what it takes to use it on images.
+class Classifier:
+    """A model with a head, and what it takes to use it on images.
 
     Attributes:
         model: it.
@@ -92,29 +92,26 @@ class Trained:
 class Predictor:
     """Applies a trained model to images: files of any format and size that Pillow reads, or arrays."""
 
-    def __init__(self, workdir: str | os.PathLike, *, step: int | str | None = None, batch_size: int = BATCH_SIZE):
+    def __init__(
+        self,
+        source: str | os.PathLike | Classifier,
+        *,
+        step: int | str | None = None,
+        batch_size: int = BATCH_SIZE,
+    ):
         """Reads the parameters of a run; it may be one that is still training.
 
         Args:
-            workdir: its folder.
-            step: a step, or 'best'; None for the newest checkpoint.
+            source: its folder; or what `of_file` makes of any file of weights.
+            step: of a run: a step, or 'best'; None for the newest checkpoint.
             batch_size: images at a time, rounded up so that the devices divide it; changes no result.
 
         Raises:
             UserError: there is no run, or no such checkpoint.
         """
-        self._prepare(of_run(Path(workdir), step), batch_size)
-
-    @classmethod
-    def of_file(cls, file: str | os.PathLike, *, batch_size: int = BATCH_SIZE, **how: Any) -> "Predictor":
-        """One of any file, URL or name that `weights.load` reads; `how` as in the function `of_file`."""
-        predictor = cls.__new__(cls)
-        predictor._prepare(of_file(file, **how), batch_size)
-        return predictor
-
-    def _prepare(self, trained: Trained, batch_size: int) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}\n  allowed: a whole number of at least 1")
+        trained = source if isinstance(source, Classifier) else of_run(Path(source), step)
         mesh = parallel.make_mesh(None)
         self.inputs = trained.inputs
         self._model_classes = trained.model.classes
@@ -231,7 +228,7 @@ def _below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def of_run(folder: Path, step: int | str | None = None) -> Trained:
+def of_run(folder: Path, step: int | str | None = None) -> Classifier:
     """The model of a run, with images and class names as it was trained on: by its data.json, else by its data.
 
     Raises:
@@ -248,7 +245,7 @@ def of_run(folder: Path, step: int | str | None = None) -> Trained:
         known = inputs.of_source(runs.load(config, config.data.train, losses.label_kinds(config.data)))
     views = {name: config.augment[name] for name in ("test_flip", "test_shift")}
     augment = Augment(known.mean, known.std, dtype=model.dtype, **views)
-    return Trained(model, parameters, augment, known)
+    return Classifier(model, parameters, augment, known)
 
 
 def of_file(
@@ -256,7 +253,7 @@ def of_file(
     class_names: Sequence[str] | None = None,
     image_size: int | None = None,
     normalize: str = "half",
-) -> Trained:
+) -> Classifier:
     """The model of a file of weights.
 
     Args:
@@ -282,4 +279,4 @@ def of_file(
         raise UserError(f"normalize is {normalize!r}, and there is no data set\n  allowed: half, imagenet")
     shape = (*report.image_size, report.channels)
     augment = Augment(*statistics, dtype=model.dtype)
-    return Trained(model, parameters, augment, Inputs(str(file), shape, *statistics, {"label": names}))
+    return Classifier(model, parameters, augment, Inputs(str(file), shape, *statistics, {"label": names}))
