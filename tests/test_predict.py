@@ -79,7 +79,7 @@ def test_the_logits_are_those_of_evaluation(digits_run, digits, album):
 def test_all_of_the_test_split_is_as_accurate_as_evaluation_says(digits_run, digits, capsys):
     assert evaluate.main([f"--workdir={digits_run}"]) == 0
     wanted = json.loads(capsys.readouterr().out)
-    found = predict.Predictor(digits_run, batch_size=56)(list(digits.images))  # the last batch is not full
+    found = predict.Predictor(digits_run, batch_size=56)(digits.images)  # the last batch is not full
     assert [one.image for one in found] == list(range(360))
     accuracy = np.mean([int(one.label) == label for one, label in zip(found, digits.labels, strict=True)])
     assert accuracy == pytest.approx(wanted["test/label/accuracy"])

@@ -111,7 +111,7 @@ class Predictor:
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}\n  allowed: a whole number of at least 1")
-        trained = source if isinstance(source, Classifier) else of_run(Path(source), step)
+        trained = source if isinstance(source, Classifier) else of_run(Path(source).expanduser(), step)
         mesh = parallel.make_mesh(None)
         self.inputs = trained.inputs
         self._model_classes = trained.model.classes
@@ -129,14 +129,14 @@ class Predictor:
         """What the model says of each image, in their order.
 
         Args:
-            images: paths of files, of folders (all images below, sorted), or uint8 arrays [height, width],
-                [height, width, channels]; one or many.
+            images: paths of files, of folders (all images below, sorted), or uint8 arrays [height, width] or
+                [height, width, channels]; one, or many of any size.
             top: how many classes of each head.
 
         Raises:
             UserError: one of them cannot be read.
         """
-        alone = isinstance(images, str | os.PathLike | np.ndarray)
+        alone = isinstance(images, str | os.PathLike) or (isinstance(images, np.ndarray) and images.ndim < 4)
         found = []
         for made in self.stream(expand([images] if alone else images), top):
             if isinstance(made, Unreadable):
