@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -76,6 +77,7 @@ def test_the_logits_are_those_of_evaluation(digits_run, digits, album):
         assert [guess.label for guess in one.heads["parity"]][:1] == [("even", "odd")[one.logits["parity"].argmax()]]
 
 
+@pytest.mark.slow
 def test_all_of_the_test_split_is_as_accurate_as_evaluation_says(digits_run, digits, capsys):
     assert evaluate.main([f"--workdir={digits_run}"]) == 0
     wanted = json.loads(capsys.readouterr().out)
@@ -85,6 +87,7 @@ def test_all_of_the_test_split_is_as_accurate_as_evaluation_says(digits_run, dig
     assert accuracy == pytest.approx(wanted["test/label/accuracy"])
 
 
+@pytest.mark.slow
 def test_the_views_of_evaluation_are_taken(make_run, digits):
     folder = make_run(augment={"test_flip": True, "test_shift": 1})
     found = predict.Predictor(folder, batch_size=8)(digits.images[3])
@@ -211,7 +214,7 @@ def test_a_file_of_weights(tmp_path, digits, capsys):
     image = generator.integers(0, 256, (8, 8, 3), np.uint8)
     Image.fromarray(image).save(tmp_path / "image.png")
     (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
-    wanted = model.apply({"params": parameters}, (image[None] / 127.5 - 1).astype(np.float32))[0]
+    wanted = model.apply({"params": parameters}, jnp.asarray(image[None] / 127.5 - 1, jnp.float32))[0]
     found = predict.Predictor(predict.of_file(tmp_path / "model.npz"))(image)[0]
     np.testing.assert_allclose(found.logits["label"], wanted, atol=1e-5)
     arguments = [f"--init={tmp_path / 'model.npz'}", str(tmp_path / "image.png"), "--json"]

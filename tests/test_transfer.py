@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -134,6 +135,7 @@ def test_another_seed_draws_others(measured, digits_run, tmp_path):
     assert found[0]["fewshot/1/std"] is None
 
 
+@pytest.mark.slow
 def test_behind_the_layer_before_the_logits(digits_run, by_hand, sets, tmp_path):
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -147,6 +149,7 @@ def test_behind_the_layer_before_the_logits(digits_run, by_hand, sets, tmp_path)
     assert found["width"] == 8 and found["knn/5/majority_accuracy"] == pytest.approx(wanted, abs=1.01 / 360)
 
 
+@pytest.mark.slow
 def test_stored_features_of_the_other_command(digits_run, measured, tmp_path):
     for role in ("train", "test"):
         assert features_command.main([f"--workdir={digits_run}", f"--split={role}", f"--out={tmp_path / role}"]) == 0
@@ -175,7 +178,7 @@ def test_a_file_of_others_on_images_as_it_knows_them(colour_file, tmp_path):
     arguments = [f"--init={path}", "--data=digits", "--test=test[:50]", "--normalize=half", "--pooling=mean"]
     assert transfer.main([*arguments, "--methods=knn", f"--out={tmp_path}"]) == 0
     images = sources.load("digits", "test[:50]", image_size=12).images.astype(np.float32).repeat(3, axis=3)
-    tokens = model.clone(classes=None, pooling="none").apply({"params": parameters}, images / 127.5 - 1)
+    tokens = model.clone(classes=None, pooling="none").apply({"params": parameters}, jnp.asarray(images / 127.5 - 1))
     made = stored.read(tmp_path / "features" / "test.npz")
     np.testing.assert_allclose(made.features, np.asarray(tokens)[:, 1:].mean(1), atol=1e-4)
     assert json.loads((tmp_path / "transfer.json").read_text())["image_size"] == [12, 12]
@@ -197,7 +200,7 @@ def test_a_file_of_others_on_images_as_it_knows_them(colour_file, tmp_path):
         (["--init=RUN", "--step=3"], "has no checkpoint of step 3; there are: 0"),
         (["--init=RUN", "--step=newest"], "allowed: a whole number, or best"),
         (["--init=RUN", "--normalize=imagenet"], "is of 3 channels, and the images have 1"),
-        (["--init=RUN", "--image_size=10"], "--init"),
+        (["--init=RUN", "--image_size=10"], "a patch of 4 does not divide an image of 10x10"),
         (["--init=FILE"], "--data is missing"),
         (["--init=FILE", "--data=digits", "--pre_logits"], "has no such layer"),
         (["--init=FILE.not", "--data=digits"], "there is no such file"),

@@ -18,7 +18,9 @@ def problem():
     return features[:1100], labels[:1100], features[1100:], labels[1100:]
 
 
-@pytest.mark.parametrize("count", [1, 5, 20])
+@pytest.mark.parametrize(
+    "count", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(20, marks=pytest.mark.slow)]
+)
 def test_the_majority_is_scikit_learns(problem, count):
     from sklearn.neighbors import KNeighborsClassifier
 
