@@ -19,7 +19,6 @@ from vit_jax.data.augment import Augment
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import inputs, losses, parallel, representation, workdir
-from vit_jax.training import model as models
 from vit_jax.training import run as runs
 from vit_jax.training.evaluate import mean_probability
 from vit_jax.training.inputs import Inputs
@@ -235,9 +234,9 @@ def of_run(folder: Path, step: int | str | None = None) -> Classifier:
         UserError: there is no run or no such checkpoint, it has no head, or its data cannot be had where needed.
     """
     config = workdir.trained_config(folder)
-    dtype = models.arithmetic(config.model.dtype)
     asked = {} if step is None else {"step": step}
-    model, parameters, _ = weights.load(folder, dtype=dtype, **asked)
+    model, parameters, _ = weights.load(folder, **asked)
+    model = representation.computing(model, config.model.dtype)
     if model.classes is None:
         raise UserError(f"{folder}: the model has no head, and so no classes\n  give a run that learned some")
     known = inputs.read(folder)
@@ -266,7 +265,8 @@ def of_file(
         UserError: it cannot be read, has no head, or does not go with the rest.
     """
     size = {} if image_size is None else {"image_size": image_size}
-    model, parameters, report = weights.load(file, dtype=models.arithmetic("auto"), **size)
+    model, parameters, report = weights.load(file, **size)
+    model = representation.computing(model, "auto")
     if not isinstance(model.classes, int):
         raise UserError(f"{file}: the model has no head of its own\n  give a file that was trained to classify")
     names = tuple(map(str, range(model.classes))) if class_names is None else tuple(class_names)

@@ -18,8 +18,7 @@ from vit_jax.data.sources import Source
 from vit_jax.data.stored import Stored
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer, token_grid
-from vit_jax.training import evaluate, freezing
-from vit_jax.training import model as models
+from vit_jax.training import evaluate, freezing, hardware
 
 # Mean and std, a channel, that published models normalise images by; 'data' is the set's own, as training here has it.
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = {
@@ -86,7 +85,8 @@ def load(
     overrides = {name: value for name, value in {"step": step, **fitted}.items() if value is not None}
     if pre_logits is None:
         overrides["classes"] = None
-    model, parameters, report = weights.load(init, dtype=models.arithmetic("auto"), **overrides)
+    model, parameters, report = weights.load(init, **overrides)
+    model = computing(model, "auto")
     layer = None
     if pre_logits is not None:
         head = parameters.get("head", {})
@@ -108,6 +108,12 @@ def load(
     note = "; ".join(report.notes)
     about = f"{report.label}{f' ({note})' if note else ''}"
     return Backbone(bare, parameters, layer, report.image_size, report.channels, about)
+
+
+def computing(model: VisionTransformer, name: str) -> VisionTransformer:
+    """The model with the arithmetic that a config's `model.dtype` stands for, as training and evaluation have it."""
+    dtype, product_dtype = hardware.arithmetic(name)
+    return model.clone(dtype=dtype, product_dtype=product_dtype)
 
 
 def normalization(name: str, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
