@@ -17,6 +17,7 @@ from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.data.stored import Stored
 from vit_jax.errors import UserError
+from vit_jax.models import kernels
 from vit_jax.models.vit import VisionTransformer, token_grid
 from vit_jax.training import evaluate, freezing, hardware
 
@@ -113,7 +114,10 @@ def load(
 def computing(model: VisionTransformer, name: str) -> VisionTransformer:
     """The model with the arithmetic that a config's `model.dtype` stands for, as training and evaluation have it."""
     dtype, product_dtype = hardware.arithmetic(name)
-    return model.clone(dtype=dtype, product_dtype=product_dtype)
+    kernel = model.attention_kernel
+    if kernel not in kernels.KERNELS:  # 'auto', as a run's config may say
+        kernel = kernels.choose(jax.default_backend(), model.width // model.heads, dtype)
+    return model.clone(dtype=dtype, product_dtype=product_dtype, attention_kernel=kernel)
 
 
 def normalization(name: str, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
