@@ -51,3 +51,38 @@ def goldens() -> Path:
     if not (folder / "params_token.npz").is_file():
         pytest.skip(f"no reference numbers in {folder}: name their folder in {GOLDENS}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory):
+    """A function that makes the workdir of a run of a small model on the digits, its parameters drawn, not trained."""
+
+    def make(**sections) -> Path:
+        import jax
+        import numpy as np
+
+        from vit_jax import config as options
+        from vit_jax.training import inputs, parallel, records, run
+        from vit_jax.training.checkpoint import Checkpoints
+
+        config = options.default()
+        config.model.update(variant="Ti/4", width=16, depth=1, heads=2, mlp_width=16)
+        config.train.update(steps=10, batch_size=64)
+        for section, values in sections.items():
+            config[section].update(values)
+        built, folder = run.build(config, parallel.make_mesh(1)), tmp_path_factory.mktemp("run")
+        shapes, generator = built.abstract_state().parameters, np.random.default_rng(0)
+        drawn = jax.tree.map(lambda leaf: generator.normal(0, 0.4, leaf.shape).astype(np.float32), shapes)
+        records.write_json(folder / records.CONFIG, config.to_dict())
+        inputs.write(folder, built.sources["train"])
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(built.initial_state(drawn), {"config": config.to_dict(), "seconds": 0.0})
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def digits_run(make_run) -> Path:
+    """Such a workdir, with a head of its own for each kind of label the digits have, and a layer before the logits."""
+    return make_run(data={"labels": "label,parity"}, model={"pre_logits": 8})

@@ -89,7 +89,7 @@ def undisturbed(start, tmp_path_factory):
 
 def test_a_run_leaves_what_it_should(undisturbed):
     folder, output = undisturbed
-    assert {"config.json", "environment.json", "metrics.jsonl", "summary.json", "checkpoints"} <= {
+    assert {"config.json", "data.json", "environment.json", "metrics.jsonl", "summary.json", "checkpoints"} <= {
         path.name for path in folder.iterdir()
     }
     assert list(folder.glob("events.out.tfevents.*"))

@@ -2,12 +2,12 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vit_jax import config as options
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,12 @@ class Trained:
 def finish(action: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit status; what it cannot do ends in its message and status 2."""
     try:
-        return action() or 0
+        status = action() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads has seen enough; the interpreter shall not try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,15 +71,10 @@ def open_run(flags: argparse.Namespace) -> Trained:
         UserError: no run in the folder, no such checkpoint or split, or data that cannot be had.
     """
     from vit_jax.training import run, workdir
-    from vit_jax.training.checkpoint import FOLDER, Checkpoints
+    from vit_jax.training.checkpoint import Checkpoints
 
     folder = folder_of(flags.workdir)
-    saved = workdir.read_config(folder)
-    if saved is None or not (folder / FOLDER).is_dir():
-        raise UserError(
-            f"--workdir={flags.workdir} holds no run\n  train one: python -m vit_jax.main --workdir=DIR ..."
-        )
-    config = options.from_dict(saved)
+    config = workdir.trained_config(folder)
     config.mesh.devices = config.data.features = None  # all devices, and images also where features were trained on
     config.data.dir = flags.data_dir or config.data.dir
     if flags.batch_size is not None:
@@ -107,6 +107,19 @@ def folder_of(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise UserError(f"--workdir={text}: {error}") from None
+
+
+def step_of(text: str | None) -> int | str | None:
+    """The checkpoint that --step names: a step, 'best', or None for the newest.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if text in (None, "best"):
+        return text
+    if not text.isdecimal():
+        raise UserError(f"--step={text}\n  allowed: a whole number, or best")
+    return int(text)
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:

@@ -64,9 +64,7 @@ def overrides(flags: argparse.Namespace) -> dict[str, Any]:
             )
         asked["image_size"] = int(size[1]), int(size[2] or size[1])
     if flags.step is not None:
-        if flags.step != "best" and not flags.step.isdecimal():
-            raise UserError(f"--step={flags.step}\n  allowed: a whole number, or best")
-        asked["step"] = flags.step if flags.step == "best" else int(flags.step)
+        asked["step"] = commands.step_of(flags.step)
     return asked
 
 

@@ -22,6 +22,7 @@ from vit_jax.training import (
     evaluate,
     freezing,
     hardware,
+    inputs,
     losses,
     memory,
     optimizer,
@@ -94,6 +95,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
         checkpoints = stack.enter_context(Checkpoints(folder, *keep, say=say))
         workdir.check_length(changes, run.steps, parallel.by_main(checkpoints.steps))
         parallel.by_main(lambda: workdir.record(folder, config, changes, say))
+        parallel.by_main(lambda: inputs.write(folder, run.sources["train"]))
         with memory.explained(config, run.model, run.image_shape):
             return Trainer(run, folder, checkpoints, stop).train()
 

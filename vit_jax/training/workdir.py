@@ -147,6 +147,18 @@ def read_config(workdir: Path) -> dict | None:
         raise UserError(f"{workdir / records.CONFIG} cannot be read: {error}\n  give another --workdir") from error
 
 
+def trained_config(workdir: Path) -> ConfigDict:
+    """The config of a workdir that holds checkpoints.
+
+    Raises:
+        UserError: there is no run in it, or its config cannot be read.
+    """
+    saved = read_config(workdir)
+    if saved is None or not (workdir / FOLDER).is_dir():
+        raise UserError(f"{workdir} holds no run\n  train one: python -m vit_jax.main --workdir=DIR ...")
+    return options.from_dict(saved)
+
+
 def read_summary(workdir: Path) -> dict | None:
     """The summary of a finished run, or None."""
     try:

@@ -1,0 +1,223 @@
+"""A frozen backbone of any origin, and what it makes of every image of a split, computed once."""
+
+import dataclasses
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_jax import weights
+from vit_jax.data import pipeline, stored
+from vit_jax.data.augment import Augment
+from vit_jax.data.sources import Source
+from vit_jax.data.stored import Stored
+from vit_jax.errors import UserError
+from vit_jax.models import kernels
+from vit_jax.models.vit import VisionTransformer, token_grid
+from vit_jax.training import evaluate, freezing, hardware
+
+# Mean and std, a channel, that published models normalise images by; 'data' is the set's own, as training here has it.
+NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = {
+    "data": None,
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A model without a head.
+
+    Attributes:
+        model: it; its `classes` is None.
+        parameters: its own.
+        pre_logits: kernel and bias of the Dense + tanh layer before its head's logits, where they are asked for.
+        image_size: height and width that its positions are for; None where any will do.
+        channels: of its images.
+        about: where it comes from, in words.
+    """
+
+    model: VisionTransformer
+    parameters: dict[str, Any]
+    pre_logits: tuple[np.ndarray, np.ndarray] | None
+    image_size: tuple[int, int] | None
+    channels: int
+    about: str
+
+    def shape_of(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """The shape of one image's features.
+
+        Raises:
+            UserError: the patch does not divide such images.
+        """
+        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        try:
+            token_grid(self.model, image_shape[:2])
+        except ValueError as error:
+            raise UserError(f"--image_size: {error}\n  give one that suits the patch") from None
+        return jax.eval_shape(self.model.apply, {"params": self.parameters}, images).shape[1:]
+
+
+def load(
+    init: str,
+    *,
+    step: int | str | None = None,
+    pooling: str | None = None,
+    pre_logits: str | None = None,
+    **fitted: Any,
+) -> Backbone:
+    """The backbone of a run of our own or of any file that `weights.load` reads.
+
+    Args:
+        init: a workdir, file, folder, URL or name.
+        step: of a workdir: a step, or 'best'; None for the newest.
+        pooling: 'token' or 'mean' in place of the model's own.
+        pre_logits: also the layer before the logits of a head; of several heads, the one for this kind of label.
+        **fitted: `image_size` and `channels` that it shall be made for, where they are other than its own.
+
+    Raises:
+        UserError: as `weights.load`; or it cannot be pooled so, or has no such layer.
+    """
+    overrides = {name: value for name, value in {"step": step, **fitted}.items() if value is not None}
+    if pre_logits is None:
+        overrides["classes"] = None
+    model, parameters, report = weights.load(init, **overrides)
+    model = computing(model, "auto")
+    layer = None
+    if pre_logits is not None:
+        head = parameters.get("head", {})
+        found = head.get(pre_logits, head).get("pre_logits")
+        if found is None:
+            raise UserError(f"--pre_logits: the model of {init} has no such layer\n  leave it out")
+        layer = found["kernel"], found["bias"]
+    bare = model.clone(classes=None)
+    if pooling is not None and pooling != model.pooling:
+        if model.pooling == "map" or model.norm_after_pooling or (pooling == "token" and not model.class_token):
+            raise UserError(
+                f"--pooling={pooling}: the model of {init} has pooling {model.pooling!r}, and cannot have another\n"
+                "  leave it out"
+            )
+        bare = bare.clone(pooling=pooling)
+    if bare.pooling == "none":
+        raise UserError(f"the model of {init} does not pool its tokens\n  give --pooling=mean (or token)")
+    parameters = {name: part for name, part in parameters.items() if name != "head"}
+    note = "; ".join(report.notes)
+    about = f"{report.label}{f' ({note})' if note else ''}"
+    return Backbone(bare, parameters, layer, report.image_size, report.channels, about)
+
+
+def computing(model: VisionTransformer, name: str) -> VisionTransformer:
+    """The model with the arithmetic that a config's `model.dtype` stands for, as training and evaluation have it."""
+    dtype, product_dtype = hardware.arithmetic(name)
+    kernel = model.attention_kernel
+    if kernel not in kernels.KERNELS:  # 'auto', as a run's config may say
+        kernel = kernels.choose(jax.default_backend(), model.width // model.heads, dtype)
+    return model.clone(dtype=dtype, product_dtype=product_dtype, attention_kernel=kernel)
+
+
+def normalization(name: str, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of each channel of a source's images, by a name of `NORMALIZATIONS`.
+
+    Raises:
+        UserError: there is no such name, or it is of three channels and the images have others.
+    """
+    return constants(name, source.images.shape[3]) or (source.mean, source.std)
+
+
+def constants(name: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The same where it needs no source; None for 'data', which does.
+
+    Raises:
+        UserError: as `normalization`.
+    """
+    if name not in NORMALIZATIONS:
+        raise UserError(f"--normalize={name}\n  allowed: {', '.join(NORMALIZATIONS)}")
+    found = NORMALIZATIONS[name]
+    if found is None or len(found[0]) == channels:
+        return found
+    if len(set(found[0])) == len(set(found[1])) == 1:
+        return found[0][:1] * channels, found[1][:1] * channels
+    raise UserError(
+        f"--normalize={name} is of 3 channels, and the images have {channels}\n  allowed: --normalize=data, or half"
+    )
+
+
+def store(
+    path: Path,
+    backbone: Backbone,
+    source: Source,
+    mesh: Mesh,
+    *,
+    normalize: str = "data",
+    batch_size: int = 256,
+    reading: pipeline.Reading | None = None,
+) -> Stored:
+    """The features of every example of a source, from a file if it holds those very ones, else computed into it.
+
+    Args:
+        path: a file ending in .npz, or a folder.
+        backbone: what computes them.
+        source: whose they are; no augmentation is applied.
+        mesh: the devices.
+        normalize: one of `NORMALIZATIONS`.
+        batch_size: images at a time, rounded up so that the devices divide it.
+        reading: how images are read that are not resident.
+
+    Raises:
+        UserError: the file cannot be written, or something else lies there.
+    """
+    mean, std = normalization(normalize, source)
+    image_shape = tuple(source.images.shape[1:])
+    about = {
+        "image_shape": list(image_shape),
+        "backbone": freezing.backbone_digest(backbone.parameters),
+        "model": repr(backbone.model),
+        "normalized_by": [list(mean), list(std)],
+        "fingerprint": _fingerprint(source),
+    }
+    known = _known(path, source, about)
+    if known is not None:
+        print(f"features of {source.name} {source.split}: those in {path}", file=sys.stderr, flush=True)
+        return known
+    print(f"features of {source.name} {source.split}: {len(source):,} images ...", file=sys.stderr, flush=True)
+    stored.check_place(path)
+    shape = (len(source), *backbone.shape_of(image_shape))
+    augment = Augment(mean, std, dtype=backbone.model.dtype)
+    size = -(-batch_size // mesh.size) * mesh.size
+    feed = pipeline.make(source, mesh, reading=reading)
+    blocks = evaluate.extract(backbone.model, augment, backbone.parameters, feed, size)
+    stored.write(path, shape, blocks, source, about)
+    return stored.read(path)
+
+
+def _fingerprint(source: Source) -> str:
+    """What tells two sets of one name apart without reading every image: labels, statistics, pieces."""
+    digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
+    digest.update(repr((source.pieces, source.mean, source.std, source.class_names)).encode())
+    return digest.hexdigest()
+
+
+def _known(path: Path, source: Source, about: dict[str, Any]) -> Stored | None:
+    """What lies there, where it is what would be computed."""
+    if not path.exists():
+        return None
+    try:
+        found = stored.read(path)
+    except UserError:
+        return None
+    wanted = {**about, "name": source.name, "split": source.split}
+    same = all(found.about.get(name) == value for name, value in wanted.items())
+    return found if same and len(found.labels) else None
+
+
+def after_pre_logits(backbone: Backbone, features: np.ndarray) -> np.ndarray:
+    """Features behind the Dense + tanh layer, where the backbone has been asked for it; else as they are."""
+    if backbone.pre_logits is None:
+        return features
+    kernel, bias = backbone.pre_logits
+    return np.tanh(np.asarray(features, np.float32) @ kernel + bias)
