@@ -163,12 +163,16 @@ def test_fine_tuning_begins_with_a_head_of_zeros_and_without_what_stood_before_i
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """Digits at 8 pixels, learned in some hundred steps: the folder, and the test accuracy."""
+    """Digits at 8 pixels, learned in some hundred steps: the folder, and the test accuracy.
+
+    Its patches are pixels, which are the same at any resolution: what resampling leaves is seen by itself.
+    """
     folder = tmp_path_factory.mktemp("learned")
     config = options.load("configs/digits.py")
-    config.model.update(width=32, depth=2, heads=2, mlp_width=64, position="learned", dropout=0.0)
+    config.model.update(variant="Ti/1", width=32, depth=2, heads=2, mlp_width=64, position="learned", dropout=0.0)
+    config.augment.update(mixup=0.0, resized_crop=True, crop_area_least=0.5)
     config.optimizer.update(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1, average_decay=0.0)
-    config.train.update(epochs=None, steps=500, evaluate_every=0, label_smoothing=0.0)
+    config.train.update(epochs=None, steps=600, evaluate_every=0, label_smoothing=0.0)
     return folder, fine_tuned(config, folder)["test/accuracy"]
 
 
@@ -176,7 +180,7 @@ def learned(tmp_path_factory):
 def test_at_a_higher_resolution_it_is_as_good_at_once_and_better_in_the_end(learned, tmp_path):
     """8 -> 12 pixels: no worse than two points below before the first step, above behind the last."""
     folder, lower = learned
-    assert lower > 0.8
+    assert lower > 0.4
 
     def at_12(name, head, steps, rate):
         config = commands.make_config("configs/finetune.py:cifar10", [f"checkpoint.init_from={folder}"])

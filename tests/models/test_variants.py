@@ -63,11 +63,12 @@ def test_what_is_no_variant_is_refused_with_what_would_be(name):
 
 OTHERS = [
     {},
-    {"width": 64, "depth": 3},
+    {"width": 96, "heads": 8, "depth": 3},
     {"pooling": "mean", "class_token": False, "position": "sincos_2d", "norm_after_pooling": True},
     {"pooling": "mean"},
     {"pooling": "map", "class_token": False, "registers": 4, "layer_scale": 0.1, "qkv_bias": False},
-    {"mlp": "swiglu", "gelu": "exact", "layer_norm_epsilon": 1e-5, "position": "relative", "position_at": "shared"},
+    {"mlp": "swiglu", "layer_norm_epsilon": 1e-5, "position": "relative", "position_at": "shared"},
+    {"gelu": "exact", "qk_norm": True, "parallel": True},
 ]
 
 

@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -100,29 +102,29 @@ def test_averaged_parameters_of_any_model_for_any_images(tmp_path, make_config, 
     assert any(row.detail == "grid 4x4 -> 8x4" for row in report.rows) == (fields.get("position") != "rotary")
 
 
-@pytest.fixture(params=[{}, {"scan": True, "optimizer": {"average_decay": 0.9}}], ids=str)
-def several(request, tmp_path, make_config):
+@pytest.fixture(scope="module", params=[{}, {"scan": True, "optimizer": {"average_decay": 0.9}}], ids=str)
+def several(request, tmp_path_factory, make_config):
     """A workdir of four checkpoints, and the parameters of each that evaluation takes."""
-    given = dict(request.param)
+    folder, given = tmp_path_factory.mktemp("several"), dict(request.param)
     sections = {"optimizer": given.pop("optimizer", {}), "model": {"pooling": "mean", **given}}
     found = {}
-    with checkpoint.Checkpoints(tmp_path, keep=9) as checkpoints:
+    with checkpoint.Checkpoints(folder, keep=9) as checkpoints:
         for step in (10, 20, 30, 40):
             config, made, one = start(make_config, step, **sections)
             if one.averaged is not None:
                 one = one.replace(averaged=jax.tree.map(lambda leaf: leaf + 1, one.averaged))
             checkpoints.save(one.replace(step=np.int32(step) + one.step), {"config": config.to_dict()})
             found[step] = jax.tree.map(np.asarray, one.for_evaluation())
-    return tmp_path, made, found
+    return folder, made, found
 
 
 ASKED = {"--last=3": (20, 30, 40), "--steps=10,40": (10, 40), "--steps=30": (30,), "": (10, 20, 30, 40)}
 
 
 @pytest.mark.parametrize("asked", ASKED)
-def test_the_average_of_checkpoints_is_numpys(several, helpers, capsys, asked):
+def test_the_average_of_checkpoints_is_numpys(several, helpers, capsys, tmp_path, asked):
     folder, made, states = several
-    file = folder / "mean.safetensors"
+    file = tmp_path / "mean.safetensors"
     assert checkpoints_command.main(["average", str(folder), f"--out={file}", *asked.split()]) == 0
     assert f"{len(ASKED[asked])} checkpoints" in capsys.readouterr().out
     model, parameters, report = weights.load(file, scan=made.scan)
@@ -133,23 +135,22 @@ def test_the_average_of_checkpoints_is_numpys(several, helpers, capsys, asked):
     helpers.same(parameters, wanted)
 
 
-def test_an_average_is_converted_and_starts_a_model(several, helpers):
+def test_an_average_is_converted_and_starts_a_model(several, helpers, tmp_path):
     folder, made, _ = several
-    own.average(folder, [10, 20], folder / "mean.safetensors")
-    converted = folder / "out" / "model.safetensors"
-    assert convert.main([str(folder / "mean.safetensors"), str(converted), "--image_size=8"]) == 0
+    file, converted = tmp_path / "mean.safetensors", tmp_path / "out" / "model.safetensors"
+    own.average(folder, [10, 20], file)
+    assert convert.main([str(file), str(converted), "--image_size=8"]) == 0
     _, through, _ = weights.load(converted)
-    _, direct, _ = weights.load(folder / "mean.safetensors")
+    _, direct, _ = weights.load(file)
     helpers.same(through, direct)
-    loaded, report = weights.load_into(folder / "mean.safetensors", made, 8, 1)
+    loaded, report = weights.load_into(file, made, 8, 1)
     helpers.same(loaded, direct)
     assert report.counts().get("initialised", 0) == 0
 
 
-def test_a_damaged_average_is_refused(several):
-    folder, _, _ = several
-    file = folder / "mean.safetensors"
-    own.average(folder, [10, 20], file)
+def test_a_damaged_average_is_refused(several, tmp_path):
+    file = tmp_path / "mean.safetensors"
+    own.average(several[0], [10, 20], file)
     whole = file.read_bytes()
     for place, message in ((len(whole) - 5, "is damaged: parameters/"), (whole.index(b"steps") + 10, "its header")):
         changed = bytearray(whole)
@@ -159,8 +160,8 @@ def test_a_damaged_average_is_refused(several):
             weights.load(file)
 
 
-def test_a_damaged_checkpoint_is_no_part_of_an_average(several, capsys):
-    folder, _, _ = several
+def test_a_damaged_checkpoint_is_no_part_of_an_average(several, capsys, tmp_path):
+    folder = shutil.copytree(several[0], tmp_path / "copy")
     files = [path for path in (folder / "checkpoints" / "20" / "state").rglob("*") if path.is_file()]
     data = max((path for path in files if not path.name.startswith("_")), key=lambda path: path.stat().st_size)
     data.write_bytes(b"x" * data.stat().st_size)

@@ -15,8 +15,10 @@ def take_model(config: ConfigDict) -> None:
     Raises:
         UserError: the file cannot be read, or no config describes its model.
     """
-    source = config.checkpoint.init_from
-    if source is None or options.INIT_FROM not in (config.model.variant, config.data.normalization):
+    # The config is not checked yet, and may lack whole sections.
+    value = lambda section, key: config.get(section, {}).get(key)  # noqa: E731
+    source = value("checkpoint", "init_from")
+    if source is None or options.INIT_FROM not in (value("model", "variant"), value("data", "normalization")):
         return
     from vit_jax import weights
     from vit_jax.models import variants
