@@ -98,7 +98,7 @@ def sweep(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, Any
         UserError: the folder holds something else, every rate ended with numbers that are not finite, or as
             `train.train`.
     """
-    _claim(plan, folder)
+    parallel.by_main(lambda: _claim(plan, folder))
     content = {"config": plan.config.to_dict(), "splits": _splits(plan), "trials": [], "best": None, "final": None}
     end = None if plan.config.train.max_minutes is None else time.monotonic() + 60 * plan.config.train.max_minutes
     with Stop() as stop:  # of what comes in between two runs; each hears for itself
@@ -153,20 +153,21 @@ def _splits(plan: Plan) -> dict[str, str]:
 
 
 def _been(run: Path) -> str:
-    return ": has been trained" if workdir.read_summary(run) is not None else ""
+    return ": has been trained" if (run / records.SUMMARY).exists() else ""
 
 
 def _try(config: ConfigDict, folder: Path, end: float | None) -> dict[str, Any] | None:
     """The summary of a run, which is trained, or trained on, where it is not finished; None where asked to stop."""
     named = {"folder": folder.name}
-    summary = workdir.read_summary(folder)
-    if summary is None and not (folder / trouble.REPORT).exists():
+    has_failed = lambda: parallel.by_main((folder / trouble.REPORT).exists)  # noqa: E731
+    summary = parallel.by_main(lambda: workdir.read_summary(folder))
+    if summary is None and not has_failed():
         if end is not None:
             config.train.max_minutes = max(0.0, end - time.monotonic()) / 60
         try:
             summary = train.train(config, folder)
         except UserError:
-            if not (folder / trouble.REPORT).exists():
+            if not has_failed():
                 raise
         else:
             if summary is None:
