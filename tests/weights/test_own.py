@@ -15,7 +15,7 @@ from vit_jax.weights.save import flattened
 def start(make_config, seed, **sections):
     """A run's config, model and first state."""
     config = make_config(**sections)
-    made = model.build(config.model, classes=4, dtype=None)
+    made = model.build(config.model, classes=4, dtype=None).clone(attention_kernel="plain")
     rule = optimizer.make(config.optimizer, 10)
     average = config.optimizer.average_decay > 0
     return config, made, state.create(state.initialize(made, (8, 8, 1), seed), rule, average, ("loss",))

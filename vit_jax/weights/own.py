@@ -197,7 +197,9 @@ def _description(
 ) -> Description:
     shapes = {name[len(kind) + 1 :]: array.shape for name, array in parameters.items()}
     try:
-        fields = variants.fields_of_options(config["model"])
+        # What computes attention is a matter of the machine, and not of the parameters.
+        section = {key: value for key, value in config["model"].items() if key != "attention_kernel"}
+        fields = variants.fields_of_options(section)
         model = VisionTransformer(classes=_classes(shapes), **{**fields, "scan": False})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"its config describes no model of this version: {error}") from None
