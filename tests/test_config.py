@@ -16,7 +16,16 @@ from vit_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__"}
-ARGUMENTS = {"digits": [None], "cifar10": [None, "full", "cpu"]}
+SIZES = [None, "full", "lite", "Ti", "S", "short", "long", "cpu", "S,long", "cpu,Ti"]
+ARGUMENTS = {
+    "digits": [None],
+    "cifar10": SIZES,
+    "cifar100": SIZES,
+    "finetune": [
+        *("cifar10", "cifar100", "oxford_iiit_pet", "oxford_flowers102", "imagenet2012", "folder"),
+        *("cifar10,short", "cifar100,cpu", "folder,probe", "imagenet2012,adamw"),
+    ],
+}
 
 
 def checked(*overrides, config="configs/digits.py"):
@@ -29,8 +38,10 @@ def checked(*overrides, config="configs/digits.py"):
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_every_config_passes_its_check(name):
+    # What starts from a file takes its model from there.
+    given = ["model.variant=B/16", "data.normalization=half"] if name == "finetune" else []
     for argument in ARGUMENTS[name]:
-        checked(config=f"configs/{name}.py" + (f":{argument}" if argument else ""))
+        checked(*given, config=f"configs/{name}.py" + (f":{argument}" if argument else ""))
 
 
 def test_every_option_is_read_somewhere():
@@ -49,6 +60,7 @@ def test_every_option_is_read_somewhere():
     [
         ("train.steps=1e3", "train", "steps", 1000),
         ("train.epochs=None", "train", "epochs", None),
+        ("data.test=None", "data", "test", None),
         ("train.epochs=7", "train", "epochs", 7.0),
         ("augment.flip=true", "augment", "flip", True),
         ("data.validation=train[98%:]", "data", "validation", "train[98%:]"),
@@ -111,6 +123,12 @@ BAD = {
     "data.name=cifar11": ["cifar11", "cifar10"],
     "data.train=training": ["training", "train"],
     "data.test=test[100%:]": ["test[100%:]"],
+    "data.test=None": ["config.data.test", "config.data.validation"],
+    "data.normalization=imagenet": ["imagenet", "1 channels", "set, half"],
+    "data.normalization=grey": ["config.data.normalization", "'set' or 'half'"],
+    "optimizer.layer_decay=1.5": ["config.optimizer.layer_decay", "1.5", "at least 0"],
+    "checkpoint.init_head=old": ["config.checkpoint.init_head", "'keep' or 'new'"],
+    "model.variant=init_from": ["config.checkpoint.init_from"],
 }
 
 
@@ -143,7 +161,10 @@ def test_a_bad_option_is_named_with_the_way_out(typed, tmp_path, capsys, monkeyp
         ([], ["--config"]),
         (["--config=configs/none.py"], ["configs/none.py", "configs/digits.py"]),
         (["--config=configs/digits.py:big"], ["argument", "big"]),
-        (["--config=configs/cifar10.py:huge"], ["huge", "full, cpu"]),
+        (["--config=configs/cifar10.py:huge"], ["huge", "full, lite, Ti, S", "short, long, cpu"]),
+        (["--config=configs/cifar100.py:S,Ti"], ["configs/cifar100.py:S,Ti", "full, lite, Ti, S"]),
+        (["--config=configs/finetune.py"], ["configs/finetune.py", "cifar10, cifar100"]),
+        (["--config=configs/finetune.py:cifar10"], ["config.checkpoint.init_from", "docs/weights.md"]),
         (["--config=configs/digits.py", "--wrkdir=x"], ["--wrkdir"]),
         (["--config=configs/digits.py", "stray"], ["stray"]),
         (["--config"], ["--config"]),

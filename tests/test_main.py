@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vit_jax import main
+from vit_jax import commands, main
 from vit_jax.training import workdir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,9 +232,9 @@ def free_port():
 
 
 def test_default_workdirs():
-    assert main.default_workdir("configs/digits.py") == Path("runs/digits")
-    assert main.default_workdir("/some/where/cifar10.py:cpu") == Path("runs/cifar10-cpu")
-    assert main.default_workdir("configs/finetune.py:S/16") == Path("runs/finetune-S_16")
+    assert commands.default_workdir("configs/digits.py") == Path("runs/digits")
+    assert commands.default_workdir("/some/where/cifar10.py:cpu") == Path("runs/cifar10-cpu")
+    assert commands.default_workdir("configs/finetune.py:S/16") == Path("runs/finetune-S_16")
     assert workdir.read_summary(Path("/nowhere")) is None
 
 
@@ -257,7 +257,7 @@ for module in pkgutil.walk_packages(vit_jax.__path__, 'vit_jax.'):
     importlib.import_module(module.name)
 import tensorflow_datasets as tfds
 tfds.builder_cls('cifar10')
-from vit_jax import main
+from vit_jax import commands, main
 assert main.main(sys.argv[1:]) == 0
 loaded = {name.split('.')[0] for name in sys.modules}
 assert not loaded & {'tensorflow', 'torch', 'keras'}, loaded

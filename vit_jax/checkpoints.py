@@ -1,4 +1,4 @@
-"""The command: python -m vit_jax.checkpoints list|verify|diff|restore-config DIR."""
+"""The command: python -m vit_jax.checkpoints list|verify|diff|average|restore-config DIR."""
 
 import argparse
 import sys
@@ -16,19 +16,24 @@ Looks after the checkpoints of a run.
   python -m vit_jax.checkpoints verify runs/cifar10          reads every array and compares it with its digest
   python -m vit_jax.checkpoints diff runs/a runs/b           what differs: config, and arrays by name
   python -m vit_jax.checkpoints diff runs/a runs/a --steps=1000,2000
+  python -m vit_jax.checkpoints average runs/cifar10 --last=5 --out=mean.safetensors  the mean of parameters
   python -m vit_jax.checkpoints restore-config runs/cifar10  writes config.json anew from the newest checkpoint
 
-Nothing but `restore-config` writes. The exit status is 1 where `verify` finds damage, or `diff` a difference.
+Nothing but `average` and `restore-config` writes. What `average` writes is read wherever weights are: by
+--config.checkpoint.init_from, vit_jax.evaluate --weights and vit_jax.convert.
+The exit status is 1 where `verify` finds damage, or `diff` a difference.
 """
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command's flags; --help and mistakes end the process, the latter with status 2."""
     parser = commands.parser("checkpoints", DESCRIPTION)
-    parser.add_argument("action", choices=("list", "verify", "diff", "restore-config"))
+    parser.add_argument("action", choices=tuple(ACTIONS))
     parser.add_argument("workdirs", metavar="DIR", nargs="+", help="the folder of a run (two of them for diff)")
     parser.add_argument("--step", type=int, help="verify: this one alone (default: all); restore-config: its config")
-    parser.add_argument("--steps", metavar="N,N", help="diff: of these steps (default: the newest of each)")
+    parser.add_argument("--steps", metavar="N,N", help="diff: of these steps (default: the newest of each); average")
+    parser.add_argument("--last", type=int, metavar="N", help="average: of the newest so many (default: all there are)")
+    parser.add_argument("--out", metavar="FILE", help="average: the file to write, .safetensors")
     flags = parser.parse_args(arguments)
     if len(flags.workdirs) != (2 if flags.action == "diff" else 1):
         parser.error(f"{flags.action} takes {'two folders' if flags.action == 'diff' else 'one folder'}")
@@ -116,7 +121,37 @@ def restore_config(flags: argparse.Namespace) -> int:
     return 0
 
 
-ACTIONS = {"list": list_all, "verify": verify, "diff": diff, "restore-config": restore_config}
+def average(flags: argparse.Namespace) -> int:
+    """Writes the mean of the parameters of several checkpoints."""
+    from vit_jax.weights import own
+
+    out = Path(flags.out or "").expanduser()
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out={flags.out}\n  allowed: a name that ends in .safetensors")
+    if flags.steps is not None and flags.last is not None:
+        raise UserError(f"--steps={flags.steps} and --last={flags.last}\n  give one of them")
+    checkpoints = _open(flags.workdirs[0])
+    there, folder = checkpoints.steps(), checkpoints.folder.parent
+    if flags.last is not None and not 1 <= flags.last <= len(there):
+        raise UserError(f"--last={flags.last}\n  allowed: 1 to {len(there)}, as many checkpoints as there are")
+    if flags.steps is None:
+        wanted = there[-(flags.last or len(there)) :]
+    elif all(step.strip().isdecimal() for step in flags.steps.split(",")):
+        wanted = sorted({checkpoints.existing(int(step)) for step in flags.steps.split(",")})
+    else:
+        raise UserError(f"--steps={flags.steps}\n  allowed: steps with commas between them: {_few(there)}")
+    if not wanted:
+        raise UserError(f"{checkpoints.folder} has no checkpoint")
+    own.average(folder, wanted, out)
+    print(f"{out}: the mean of the parameters of {len(wanted)} checkpoints, steps {_few(wanted)}")
+    return 0
+
+
+def _few(steps: list[int]) -> str:
+    return ", ".join(f"{step}" for step in steps[:8]) + (f" and {len(steps) - 8} more" if len(steps) > 8 else "")
+
+
+ACTIONS = {"list": list_all, "verify": verify, "diff": diff, "average": average, "restore-config": restore_config}
 
 
 def main(arguments: list[str]) -> int:

@@ -6,9 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
+from vit_jax.training import starting
 
 if TYPE_CHECKING:
     from vit_jax.training.run import Run
@@ -49,6 +52,39 @@ def finish(action: Callable[[], int | None]) -> int:
         return 130
 
 
+def take_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The overrides among a command's arguments, as 'section.key=value', and the other arguments."""
+    overrides, rest = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument.startswith("--config."):
+            name = argument.removeprefix("--config.")
+            overrides.append(name if "=" in name else f"{name}={next(remaining, '')}")
+        else:
+            rest.append(argument)
+    return overrides, rest
+
+
+def make_config(spec: str, overrides: list[str]) -> ConfigDict:
+    """The config of 'FILE' or 'FILE:ARG' with overrides, complete and checked.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    config = options.load(spec)
+    for assignment in overrides:
+        options.override(config, assignment)
+    starting.take_model(config)
+    options.check(config)
+    return config
+
+
+def default_workdir(spec: str) -> Path:
+    """runs/cifar10-cpu for configs/cifar10.py:cpu, below the current folder."""
+    path, _, argument = spec.partition(":")
+    return Path("runs") / "-".join([Path(path).stem, *([argument.replace("/", "_")] if argument else [])])
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which run, which of its checkpoints, and which data."""
     parser.add_argument("--workdir", metavar="DIR", required=True, help="the folder of a run")
@@ -68,7 +104,7 @@ def open_run(flags: argparse.Namespace) -> Trained:
     """The run of a workdir, its data for the split that is asked for, and the state of its checkpoint.
 
     Raises:
-        UserError: no run in the folder, no such checkpoint or split, or data that cannot be had.
+        UserError: no run in the folder, no such checkpoint or split, data that cannot be had, or other weights.
     """
     from vit_jax.training import run, workdir
     from vit_jax.training.checkpoint import Checkpoints
@@ -83,8 +119,9 @@ def open_run(flags: argparse.Namespace) -> Trained:
         config.train.evaluation_batch_size = flags.batch_size
     split = config.data.get(flags.split) if flags.split in SPLITS else flags.split
     if split is None:
+        known = ", ".join(name for name in SPLITS if config.data.get(name) is not None)
         raise UserError(
-            f"--split={flags.split}: this run has no {flags.split} split\n  allowed: train, test, or an expression"
+            f"--split={flags.split}: this run has no {flags.split} split\n  allowed: {known}, or an expression"
         )
     parts = run.build(config, run.check_data(config, [split]), {"train": config.data.train, flags.split: split})
     with Checkpoints(folder, read_only=True) as checkpoints:
@@ -94,7 +131,21 @@ def open_run(flags: argparse.Namespace) -> Trained:
                 f"--best: {folder} has no checkpoint with a validation accuracy\n  leave --best out: the newest"
             )
         state = checkpoints.restore(parts.abstract_state(), best[0] if flags.best else flags.step)
+    path = getattr(flags, "weights", None)  # not every command takes it
+    if path is not None:
+        state = state.replace(parameters=_weights(path, parts), averaged=None)
     return Trained(folder, parts, state)
+
+
+def _weights(path: str, run: "Run") -> Any:
+    """The parameters of a run's model from a file that has all of them, its heads included."""
+    from vit_jax import weights
+
+    parameters, report = weights.load_into(path, run.model, run.image_shape[:2], run.image_shape[2])
+    missing = [row.paths[0] for row in report.rows if row.action == "initialised"]
+    if missing:
+        raise UserError(f"--weights={path} has no {missing[0]} for this run: the classes differ")
+    return parameters
 
 
 def folder_of(text: str) -> Path:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_dict
 from vit_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+INIT_FROM = "init_from"  # of options that are as the parameters to start from have them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Option:
     """One option of a config.
 
     Attributes:
-        default: its value where a config says nothing. None means "not set", and is allowed only there.
+        default: its value where a config says nothing. None means "not set", and is allowed there, and where
+            `optional` says so.
         kind: bool, int, float or str.
         meaning: one line, with the unit.
         least: the smallest number allowed.
         below: numbers must stay under this.
         choices: the values allowed, where they are few.
+        optional: None is allowed although it is not the default.
     """
 
     default: Any
@@ -34,6 +37,11 @@ class Option:
     least: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
+    optional: bool = False
+
+    def may_be_none(self) -> bool:
+        """Whether None is allowed."""
+        return self.optional or self.default is None
 
     def allowed(self) -> str:
         """What may be given, in words."""
@@ -44,13 +52,16 @@ class Option:
             words += f" of at least {self.least:g}"
         if self.below is not None:
             words += f" below {self.below:g}"
-        return words + (", or None" if self.default is None else "")
+        return words + (", or None" if self.may_be_none() else "")
 
 
 OPTIONS: dict[str, dict[str, Option]] = {
     "model": {
         "variant": Option(
-            "Ti/4", str, "size and patch size (pixels): Ti, S, B, L, H or a hybrid, a slash, any patch size"
+            "Ti/4",
+            str,
+            "size and patch size (pixels): Ti, S, B, L, H or a hybrid, a slash, any patch size; "
+            "or init_from: the model that checkpoint.init_from holds",
         ),
         "width": Option(None, int, "size of a token; None: the variant's", least=1),
         "depth": Option(None, int, "encoder blocks; None: the variant's", least=1),
@@ -104,7 +115,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "train": Option("train", str, "training split, in TFDS's syntax: 'train', 'train[:98%]', ..."),
         "validation": Option(None, str, "validation split, e.g. 'train[98%:]'; None: no validation"),
-        "test": Option("test", str, "test split"),
+        "test": Option(
+            "test", str, "test split; None: it is left alone, and the validation split is reported", optional=True
+        ),
         "image_size": Option(None, int, "height and width of the images, pixels; None: as they are", least=1),
         "dir": Option(None, str, "of folder and arrays; or of TFDS's, None: TFDS_DATA_DIR or ~/tensorflow_datasets"),
         "skip_broken": Option(False, bool, "of a folder: leave out files that cannot be decoded, and count them"),
@@ -113,6 +126,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "workers": Option(4, int, "threads that read what is not resident; 0: nothing is read ahead of use", least=0),
         "ahead": Option(2, int, "dispatches that they read ahead", least=1),
         "worker_timeout": Option(120.0, float, "seconds that reading one image may take", least=0.001),
+        "normalization": Option(
+            "set",
+            str,
+            "mean and std of the pixels: of the set's train split, 0.5 and 0.5, ImageNet's, or as init_from's were",
+            choices=("set", "half", "imagenet", "init_from"),
+        ),
         "patches": Option(False, bool, "deliver normalised flattened patches in place of images"),
         "resident": Option(
             "auto",
@@ -185,6 +204,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "beta2": Option(0.999, float, "Adam's decay of the square", least=0, below=1),
         "epsilon": Option(1e-8, float, "Adam's epsilon", least=0),
         "momentum": Option(0.9, float, "SGD's momentum", least=0, below=1),
+        "layer_decay": Option(
+            1.0, float, "factor of the rate from each block to the one below it; 1: all alike", least=0, below=1.0001
+        ),
         "gradient_clip": Option(None, float, "largest global norm of the gradient; None: not clipped", least=0),
         "trained": Option(
             None, str, "patterns of the parameters' names that are trained, the rest frozen: 'head/*'; None: all"
@@ -215,6 +237,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "every": Option(0, int, "steps between checkpoints; 0: at the end, and at each new best validation", least=0),
         "init_from": Option(
             None, str, "parameters to start from: a run's folder, or any file that docs/weights.md lists; None: random"
+        ),
+        "init_head": Option(
+            "keep",
+            str,
+            "head of init_from: kept where its classes agree; or new: a layer of zeros in place of the whole head",
+            choices=("keep", "new"),
         ),
         "keep": Option(2, int, "how many of the newest are kept", least=1),
         "keep_best": Option(1, int, "how many of the best (by validation accuracy) are kept besides", least=0),
@@ -329,7 +357,7 @@ def _option(name: str, given: Any) -> Option:
 
 
 def _parse(name: str, option: Option, text: str) -> Any:
-    if text == "None" and option.default is None:
+    if text == "None" and option.may_be_none():
         return None
     try:
         if option.kind is bool:
@@ -366,7 +394,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_value(name: str, option: Option, value: Any) -> None:
-    if value is None and option.default is None:
+    if value is None and option.may_be_none():
         return
     kinds = (int, float) if option.kind is float else (option.kind,)
     right = isinstance(value, kinds) and (option.kind is bool or not isinstance(value, bool))
@@ -391,6 +419,16 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"config.train.batch_size is {train.batch_size}, which {train.accumulation} microbatches do not divide\n"
             f"  allowed: a multiple of config.train.accumulation"
+        )
+    if INIT_FROM in (config.model.variant, config.data.normalization):
+        raise UserError(
+            "config.checkpoint.init_from is None, and the config starts from parameters that there are\n"
+            "  give a run's folder or a file (docs/weights.md): --config.checkpoint.init_from=PATH"
+        )
+    if config.data.test is None and config.data.validation is None:
+        raise UserError(
+            "config.data.test and config.data.validation are None: nothing would say how good the model is\n"
+            "  give one of them, e.g. --config.data.validation='train[98%:]'"
         )
     losses.loss_weights(config)
     _check_features(config)

@@ -1,4 +1,4 @@
-"""The command: python -m vit_jax.evaluate --workdir=DIR [--split=test] [--step=N | --best]."""
+"""The command: python -m vit_jax.evaluate --workdir=DIR [--split=test] [--step=N | --best | --weights=FILE]."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ Scores a trained model on every example of a split, once each, and prints one JS
   python -m vit_jax.evaluate --workdir=runs/digits
   python -m vit_jax.evaluate --workdir=runs/cifar10 --split=validation --best
   python -m vit_jax.evaluate --workdir=runs/cifar10 --split='train[:1000]'
+  python -m vit_jax.evaluate --workdir=runs/cifar10 --weights=mean.safetensors
 """
 
 
@@ -20,11 +21,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command's flags; --help and mistakes end the process, the latter with status 2."""
     parser = commands.parser("evaluate", DESCRIPTION)
     commands.add_flags(parser)
-    return parser.parse_args(arguments)
+    parser.add_argument("--weights", metavar="FILE", help="score these parameters of the run's model, not a checkpoint")
+    flags = parser.parse_args(arguments)
+    if flags.weights is not None and (flags.best or flags.step is not None):
+        parser.error("--weights goes with neither --step nor --best")
+    return flags
 
 
 def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
-    """The metrics of a checkpoint on a split, with the step they are of.
+    """The metrics of a checkpoint or a file on a split, with the step or the file they are of.
 
     Raises:
         UserError: as `commands.open_run`.
@@ -36,7 +41,8 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
     scorer = evaluate.make_scorer(run.model, run.augment, run.mesh)
     size = run.evaluation_batch_size()
     metrics = evaluate.evaluate(scorer, state.for_evaluation(), run.feeds(flags.split), size, flags.split)
-    return {"step": int(state.step), **metrics}
+    which = {"step": int(state.step)} if flags.weights is None else {"weights": flags.weights}
+    return {**which, **metrics}
 
 
 def main(arguments: list[str]) -> int:

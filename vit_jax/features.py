@@ -57,6 +57,7 @@ def compute(flags: argparse.Namespace) -> str:
         "step": int(trained.state.step),
         "image_shape": list(run.image_shape),
         "backbone": freezing.backbone_digest(parameters),
+        "normalization": run.config.data.normalization,
     }
     stored.write(out, (len(source), *example), blocks, source, about)
     shape = " x ".join(map(str, (len(source), *example)))

@@ -3,7 +3,6 @@
 import argparse
 import sys
 import textwrap
-from pathlib import Path
 
 from vit_jax import commands
 from vit_jax import config as options
@@ -24,14 +23,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: an argument that is neither.
     """
-    overrides, rest = [], []
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument.startswith("--config."):
-            name = argument.removeprefix("--config.")
-            overrides.append(name if "=" in name else f"{name}={next(remaining, '')}")
-        else:
-            rest.append(argument)
+    overrides, rest = commands.take_overrides(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m vit_jax.main",
         description=DESCRIPTION,
@@ -66,12 +58,6 @@ def _describe_options() -> str:
     return "\n".join(lines)
 
 
-def default_workdir(spec: str) -> Path:
-    """runs/cifar10-cpu for configs/cifar10.py:cpu, below the current folder."""
-    path, _, argument = spec.partition(":")
-    return Path("runs") / "-".join([Path(path).stem, *([argument.replace("/", "_")] if argument else [])])
-
-
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
     return commands.finish(lambda: run(arguments))
@@ -84,15 +70,13 @@ def run(arguments: list[str]) -> None:
         UserError: what is wrong, and the way out.
     """
     flags, overrides = parse(arguments)
-    config = options.load(flags.config)
-    for assignment in overrides:
-        options.override(config, assignment)
-    options.check(config)
+    config = commands.make_config(flags.config, overrides)
     # Imported only now: what is wrong with the line typed is said at once.
     from vit_jax.training import parallel, train
 
     parallel.cache_compilations()
-    train.train(config, commands.folder_of(flags.workdir) if flags.workdir else default_workdir(flags.config))
+    folder = commands.folder_of(flags.workdir) if flags.workdir else commands.default_workdir(flags.config)
+    train.train(config, folder)
 
 
 if __name__ == "__main__":

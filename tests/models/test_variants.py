@@ -59,3 +59,31 @@ def test_every_hybrid_is_counted():
 def test_what_is_no_variant_is_refused_with_what_would_be(name):
     with pytest.raises(ValueError, match=r"is no variant.*Ti, S, B, L, H"):
         variants.fields(name)
+
+
+OTHERS = [
+    {},
+    {"width": 96, "heads": 8, "depth": 3},
+    {"pooling": "mean", "class_token": False, "position": "sincos_2d", "norm_after_pooling": True},
+    {"pooling": "mean"},
+    {"pooling": "map", "class_token": False, "registers": 4, "layer_scale": 0.1, "qkv_bias": False},
+    {"mlp": "swiglu", "layer_norm_epsilon": 1e-5, "position": "relative", "position_at": "shared"},
+    {"gelu": "exact", "qk_norm": True, "parallel": True},
+]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("fields", OTHERS, ids=str)
+def test_options_say_what_a_model_is(name, fields):
+    model = VisionTransformer(classes=3, **{**variants.fields(name), **fields})
+    options = variants.options_of(model)
+    assert VisionTransformer(classes=3, **variants.fields_of_options(options)) == model
+    if not fields:  # the plain variant is its name
+        assert options["variant"] == name
+        assert {options[key] for key in ("width", "depth", "heads", "mlp_width", "class_token")} == {None}
+
+
+def test_a_stem_that_no_variant_has_is_refused():
+    model = VisionTransformer(classes=3, **{**variants.fields("R50+L/32"), "stem": (1, 1)})
+    with pytest.raises(ValueError, match=r"no variant has a stem of \(1, 1\) units"):
+        variants.options_of(model)

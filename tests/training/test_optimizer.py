@@ -109,3 +109,50 @@ def test_matrices_alone_decay():
         "head/logits/kernel",
     }
     chex.assert_trees_all_equal_structs(optimizer.matrices(parameters), parameters)
+
+
+def fine_tuning():
+    return options.load("configs/finetune.py:cifar10").optimizer
+
+
+@pytest.mark.skipif(not (GOLDENS / "schedule.npz").exists(), reason="no reference values; set VIT_JAX_TEST_GOLDENS")
+def test_fine_tuning_has_the_published_codes_schedule():
+    golden, section = np.load(GOLDENS / "schedule.npz"), fine_tuning()
+    section.update(learning_rate=float(golden["base"]), warmup_steps=int(golden["warmup"]))
+    rate = optimizer.schedule(section, int(golden["total"]))
+    made = np.array([float(rate(int(step))) for step in golden["steps"]])
+    np.testing.assert_allclose(made, golden["cosine"], atol=1e-6)
+
+
+def test_fine_tunings_schedule_is_that_of_table_4():
+    """10,000 steps, of which 500 warm up, then a cosine to 0 (arXiv 2010.11929), in float64."""
+    config = options.load("configs/finetune.py:cifar100")
+    steps, warmup, peak = config.train.steps, 500, config.optimizer.learning_rate
+    assert (steps, config.train.batch_size, config.data.image_size) == (10_000, 512, 384)
+    rate = optimizer.schedule(config.optimizer, steps)
+    for step in (0, 1, 250, 499, 500, 501, 5250, 9999, 10_000):
+        course = 0.5 * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup)))
+        assert float(rate(step)) == pytest.approx(peak * min(step / warmup, course), abs=1e-6), step
+
+
+def test_fine_tunings_steps_are_numpys():
+    """SGD with momentum, gradients clipped to a norm of 1, no weight decay: six steps, some of them not clipped."""
+    steps, section = 6, fine_tuning()
+    section.warmup_steps = 2
+    chain, generator = optimizer.make(section, steps), np.random.default_rng(0)
+    value = jax.tree.map(lambda leaf: leaf.astype(np.float64), PARAMETERS)
+    velocity, made = jax.tree.map(np.zeros_like, value), jax.tree.map(jnp.asarray, PARAMETERS)
+    state, clipped = chain.init(made), 0
+    for step in range(steps):
+        size = 10.0 ** generator.uniform(-1, 1)
+        gradient = jax.tree.map(lambda leaf, size=size: size * generator.normal(size=leaf.shape) / 3, PARAMETERS)
+        norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient)))
+        clipped += norm > 1
+        rate = 0.01 * min(step / 2, 0.5 * (1 + np.cos(np.pi * (step - 2) / (steps - 2))))
+        velocity = jax.tree.map(lambda v, g, norm=norm: 0.9 * v + g / max(norm, 1), velocity, gradient)
+        value = jax.tree.map(lambda p, v, rate=rate: p - rate * v, value, velocity)
+        small = jax.tree.map(lambda leaf: leaf.astype(np.float32), gradient)
+        updates, state = chain.update(small, state, made)
+        made = jax.tree.map(jnp.add, made, updates)
+    assert 0 < clipped < steps
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), made, value)

@@ -152,6 +152,27 @@ def test_into_a_model_without_pre_logits_goes_a_new_head(plain):
     assert "the file has pre_logits 6, the model None" in {row.detail for row in report.rows}
 
 
+def test_a_new_head_is_zero_though_the_old_one_would_agree(plain, helpers):
+    path, model, parameters = plain
+    target = model.clone(pre_logits=None)
+    loaded, report = weights.load_into(path, target, 32, 3, new_head=True)
+    assert list(loaded["head"]) == ["logits"]
+    assert not loaded["head"]["logits"]["kernel"].any() and not loaded["head"]["logits"]["bias"].any()
+    helpers.same({**loaded, "head": {}}, {**parameters, "head": {}})
+    why = {row.names[0]: row.detail for row in report.rows if row.action == "ignored"}
+    assert why == dict.fromkeys(
+        ("head/bias", "head/kernel", "pre_logits/bias", "pre_logits/kernel"), "a new head is asked for"
+    )
+    made = {row.paths[0]: row.detail for row in report.rows if row.action == "initialised"}
+    assert made == dict.fromkeys(("head/logits/bias", "head/logits/kernel"), "zero: a new head is asked for")
+
+
+def test_a_file_is_recognised_without_being_loaded(plain, references):
+    assert weights.recognise(plain[0]).model == plain[1]
+    assert weights.recognise(plain[0]).normalization == "half"
+    assert weights.recognise(references / "timm_registers", heads=3).model.registers > 0
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -1,8 +1,11 @@
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
-from vit_jax import weights
+from vit_jax import checkpoints as checkpoints_command
+from vit_jax import convert, weights
 from vit_jax.errors import UserError
 from vit_jax.training import checkpoint, model, optimizer, state
 from vit_jax.weights import own
@@ -12,7 +15,7 @@ from vit_jax.weights.save import flattened
 def start(make_config, seed, **sections):
     """A run's config, model and first state."""
     config = make_config(**sections)
-    made = model.build(config.model, classes=4, dtype=None)
+    made = model.build(config.model, classes=4, dtype=None).clone(attention_kernel="plain")
     rule = optimizer.make(config.optimizer, 10)
     average = config.optimizer.average_decay > 0
     return config, made, state.create(state.initialize(made, (8, 8, 1), seed), rule, average, ("loss",))
@@ -97,3 +100,91 @@ def test_averaged_parameters_of_any_model_for_any_images(tmp_path, make_config, 
     images = np.ones((1, 16, 8, 1), np.float32)
     assert np.array_equal(helpers.outputs(found, parameters, images), np.zeros((1, 2)))
     assert any(row.detail == "grid 4x4 -> 8x4" for row in report.rows) == (fields.get("position") != "rotary")
+
+
+@pytest.fixture(scope="module", params=[{}, {"scan": True, "optimizer": {"average_decay": 0.9}}], ids=str)
+def several(request, tmp_path_factory, make_config):
+    """A workdir of four checkpoints, and the parameters of each that evaluation takes."""
+    folder, given = tmp_path_factory.mktemp("several"), dict(request.param)
+    sections = {"optimizer": given.pop("optimizer", {}), "model": {"pooling": "mean", **given}}
+    found = {}
+    with checkpoint.Checkpoints(folder, keep=9) as checkpoints:
+        for step in (10, 20, 30, 40):
+            config, made, one = start(make_config, step, **sections)
+            if one.averaged is not None:
+                one = one.replace(averaged=jax.tree.map(lambda leaf: leaf + 1, one.averaged))
+            checkpoints.save(one.replace(step=np.int32(step) + one.step), {"config": config.to_dict()})
+            found[step] = jax.tree.map(np.asarray, one.for_evaluation())
+    return folder, made, found
+
+
+ASKED = {"--last=3": (20, 30, 40), "--steps=10,40": (10, 40), "--steps=30": (30,), "": (10, 20, 30, 40)}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_the_average_of_checkpoints_is_numpys(several, helpers, capsys, tmp_path, asked):
+    folder, made, states = several
+    file = tmp_path / "mean.safetensors"
+    assert checkpoints_command.main(["average", str(folder), f"--out={file}", *asked.split()]) == 0
+    assert f"{len(ASKED[asked])} checkpoints" in capsys.readouterr().out
+    model, parameters, report = weights.load(file, scan=made.scan)
+    assert model == made
+    assert report.notes == (f"the mean of the parameters of steps {', '.join(map(str, ASKED[asked]))}",)
+    taken = [states[step] for step in ASKED[asked]]
+    wanted = jax.tree.map(lambda *leaves: np.mean(np.float64(leaves), axis=0).astype(np.float32), *taken)
+    helpers.same(parameters, wanted)
+
+
+def test_an_average_is_converted_and_starts_a_model(several, helpers, tmp_path):
+    folder, made, _ = several
+    file, converted = tmp_path / "mean.safetensors", tmp_path / "out" / "model.safetensors"
+    own.average(folder, [10, 20], file)
+    assert convert.main([str(file), str(converted), "--image_size=8"]) == 0
+    _, through, _ = weights.load(converted)
+    _, direct, _ = weights.load(file)
+    helpers.same(through, direct)
+    loaded, report = weights.load_into(file, made, 8, 1)
+    helpers.same(loaded, direct)
+    assert report.counts().get("initialised", 0) == 0
+
+
+def test_a_damaged_average_is_refused(several, tmp_path):
+    file = tmp_path / "mean.safetensors"
+    own.average(several[0], [10, 20], file)
+    whole = file.read_bytes()
+    for place, message in ((len(whole) - 5, "is damaged: parameters/"), (whole.index(b"steps") + 10, "its header")):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(UserError, match=message):
+            weights.load(file)
+
+
+def test_a_damaged_checkpoint_is_no_part_of_an_average(several, capsys, tmp_path):
+    folder = shutil.copytree(several[0], tmp_path / "copy")
+    files = [path for path in (folder / "checkpoints" / "20" / "state").rglob("*") if path.is_file()]
+    data = max((path for path in files if not path.name.startswith("_")), key=lambda path: path.stat().st_size)
+    data.write_bytes(b"x" * data.stat().st_size)
+    out = folder / "new.safetensors"
+    assert checkpoints_command.main(["average", str(folder), "--steps=10,20", f"--out={out}"]) == 2
+    error = capsys.readouterr().err
+    assert "step 20 is damaged" in error and len(error.splitlines()) <= 3
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out=mean.npz"], "ends in .safetensors"),
+        ([], "ends in .safetensors"),
+        (["--out=m.safetensors", "--last=4"], "1 to 3"),
+        (["--out=m.safetensors", "--last=0"], "1 to 3"),
+        (["--out=m.safetensors", "--steps=10,15"], "no checkpoint of step 15"),
+        (["--out=m.safetensors", "--steps=ten"], "--steps=ten"),
+        (["--out=m.safetensors", "--steps=10", "--last=1"], "give one of them"),
+    ],
+)
+def test_an_average_of_what_there_is_not(workdir, arguments, message, capsys):
+    assert checkpoints_command.main(["average", str(workdir[0]), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) <= 3

@@ -65,7 +65,7 @@ def batch(
         jax.nn.one_hot(source.labels[indices], len(source.class_names)), train.label_smoothing
     )
     inputs, shares = jax.jit(augment)(key, source.read(indices), targets)
-    pixels = 255 * (np.asarray(inputs) * np.array(source.std, np.float32) + np.array(source.mean, np.float32))
+    pixels = 255 * (np.asarray(inputs) * np.array(augment.std, np.float32) + np.array(augment.mean, np.float32))
     return (
         np.clip(np.round(pixels), 0, 255).astype(np.uint8),
         np.asarray(shares),
@@ -127,9 +127,12 @@ def show(flags: argparse.Namespace, overrides: list[str]) -> None:
     """
     from PIL import Image
 
+    from vit_jax.training import starting
+
     config = options.load(flags.config)
     for assignment in overrides:
         options.override(config, assignment)
+    starting.take_model(config)
     options.check(config)
     if not flags.step >= 0 or not 1 <= flags.count <= config.train.batch_size:
         raise UserError(

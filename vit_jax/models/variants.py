@@ -3,7 +3,10 @@
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vit_jax.models.vit import VisionTransformer
 
 SIZES = {
     "Ti": {"width": 192, "depth": 12, "heads": 3, "mlp_width": 768},
@@ -22,6 +25,13 @@ HYBRIDS = {
     "R50+B/16": {"stem": (3, 4, 9), "patch_size": 1, **SIZES["B"]},
     "R50+L/32": {"stem": (3, 4, 6, 3), "patch_size": 1, **SIZES["L"]},
 }
+
+STEM_WIDTH = 64  # of all of them
+# Options of a config that are fields of the model under the same name, and change its parameters or its function.
+PLAIN = (
+    *("registers", "pooling", "position", "position_at", "position_width", "mlp", "gelu", "qkv_bias", "qk_norm"),
+    *("layer_scale", "parallel", "layer_norm_epsilon", "norm_after_pooling"),
+)
 
 
 def fields(name: str) -> dict[str, Any]:
@@ -52,3 +62,31 @@ def fields_of_options(options: Mapping[str, Any]) -> dict[str, Any]:
     sized = fields(options.pop("variant"))
     # A token that no head reads is a wasted one: there is one where the pooling needs it, unless asked for.
     return {"class_token": options["pooling"] == "token", **sized, **options}
+
+
+def options_of(model: "VisionTransformer") -> dict[str, Any]:
+    """The other way round: what the model section of a config says of a model's parameters and of what they compute.
+
+    Rates, arithmetic and what is laid out otherwise only are left out, and so is the layer before the logits, which
+    goes with the head.
+
+    Raises:
+        ValueError: no variant has its stem.
+    """
+    own = {name: getattr(model, name) for name in ("width", "depth", "heads", "mlp_width")}
+    if model.stem is not None:
+        alike = [name for name, sized in HYBRIDS.items() if (sized["stem"], sized["patch_size"]) == _stem_of(model)]
+        if not alike:
+            raise ValueError(f"no variant has a stem of {model.stem} units, {model.stem_width} wide")
+        variant = min(alike, key=lambda name: abs(HYBRIDS[name]["width"] - model.width))
+    else:
+        size = next((name for name, sized in SIZES.items() if sized == own), "Ti")
+        variant = f"{size}/{model.patch_size}"
+    usual = fields(variant)
+    sizes = {name: None if usual[name] == value else value for name, value in own.items()}
+    class_token = None if model.class_token == (model.pooling == "token") else model.class_token
+    return {"variant": variant, **sizes, "class_token": class_token, **{name: getattr(model, name) for name in PLAIN}}
+
+
+def _stem_of(model: "VisionTransformer") -> tuple[tuple[int, ...] | None, int]:
+    return (model.stem if model.stem_width == STEM_WIDTH else None), model.patch_size

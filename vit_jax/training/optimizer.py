@@ -6,6 +6,8 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from vit_jax.training import layers
+
 
 def schedule(section: ConfigDict, steps: int) -> optax.Schedule:
     """The learning rate at a step: linear warm-up from 0, then cosine, linear or constant until the last step.
@@ -40,11 +42,16 @@ def matrices(parameters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", parameters)
 
 
-def make(section: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """Clipping, the rule, weight decay and the schedule in one optax chain.
+def make(section: ConfigDict, steps: int, factors: Any | None = None) -> optax.GradientTransformation:
+    """Clipping, the rule, weight decay, the schedule and each parameter's factor of it in one optax chain.
 
     `adamw` decays the parameters themselves, at the learning rate (arXiv 1711.05101); `adam` and `sgd` add the decay
     to the gradient, as classical L2 regularisation does.
+
+    Args:
+        section: `config.optimizer`.
+        steps: of the whole run.
+        factors: of `layers.factors`, with None where a parameter is frozen; None for all parameters alike.
     """
     adam = optax.scale_by_adam(section.beta1, section.beta2, section.epsilon)
     decay = optax.add_decayed_weights(section.weight_decay, mask=matrices)
@@ -55,4 +62,6 @@ def make(section: ConfigDict, steps: int) -> optax.GradientTransformation:
     }[section.name]
     # The place of the clipping is taken in any case: a run may go on with or without it.
     clip = optax.identity() if section.gradient_clip is None else optax.clip_by_global_norm(section.gradient_clip)
-    return optax.chain(clip, *rules, optax.scale_by_learning_rate(schedule(section, steps)))
+    # Last, and without a state: a run goes on with or without it, and with checkpoints from before there was one.
+    layerwise = optax.identity() if factors is None else layers.scale(factors)
+    return optax.chain(clip, *rules, optax.scale_by_learning_rate(schedule(section, steps)), layerwise)

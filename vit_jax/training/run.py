@@ -19,11 +19,14 @@ from vit_jax.errors import UserError
 from vit_jax.models.patches import patchify
 from vit_jax.models.pooling import HeadAlone
 from vit_jax.models.vit import VisionTransformer, token_grid
-from vit_jax.training import freezing, losses, parallel
+from vit_jax.training import freezing, layers, losses, parallel
 from vit_jax.training import model as models
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training import state as states
 from vit_jax.training.state import TrainState
+
+# Mean and standard deviation of ImageNet's red, green and blue, as most of its published models have them.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Run:
     Attributes:
         config: what it was built from.
         mesh: the devices.
-        sources: by role: 'train', 'validation' (where there is one), 'test'.
+        sources: by role: 'train', and 'validation' and 'test' where there are such.
         image_shape: height, width and channels.
         model: for the set's classes.
         applied: what steps and evaluation apply: the model, or its head alone where features are stored.
@@ -58,6 +61,14 @@ class Run:
     def steps_an_epoch(self) -> float:
         """Updates that make up one pass over the training split."""
         return len(self.sources["train"]) / self.config.train.batch_size
+
+    def describe_classes(self) -> str:
+        """'10 classes', or '10 classes of label, 2 of parity'."""
+        source = self.sources["train"]
+        if not source.others:
+            return f"{source.classes()} classes"
+        first, *rest = source.classes().items()
+        return ", ".join([f"{first[1]} classes of {first[0]}", *(f"{count} of {name}" for name, count in rest)])
 
     def feeds(self, role: str) -> pipeline.Pipeline:
         """The pipeline over one of the sources."""
@@ -109,6 +120,10 @@ def check_data(config: ConfigDict, splits: list[str]) -> Mesh:
         return mesh
     where = {"data_dir": data.dir, "cache_dir": data.cache_dir, "image_size": data.image_size}
     shape = sources.check(data.name, splits, labels=losses.label_kinds(data), **where)
+    if data.normalization == "imagenet" and shape[2] != len(IMAGENET[0]):
+        raise UserError(
+            f"config.data.normalization is 'imagenet', and the images have {shape[2]} channels\n  allowed: set, half"
+        )
     _check_patch(config, shape)
     augmentation.check_shape(config, shape)
     return mesh
@@ -158,13 +173,25 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) 
         applied, augment = HeadAlone(model.classes, model.pre_logits), AsTheyAre()
     else:
         arrange = functools.partial(patchify, patch_size=model.patch_size) if data.patches else None
-        augment = Augment(train.mean, train.std, arrange=arrange, dtype=model.dtype, **config.augment.to_dict())
+        mean, std = normalization(data.normalization, train)
+        augment = Augment(mean, std, arrange=arrange, dtype=model.dtype, **config.augment.to_dict())
         applied = model
     steps = config.train.steps or max(1, round(config.train.epochs * len(train) / config.train.batch_size))
     shapes = jax.eval_shape(lambda: states.initialize(model, image_shape, 0))
     mask = freezing.trained(config.optimizer, shapes)
-    optimizer = optimizers.make(config.optimizer, steps)
+    optimizer = optimizers.make(config.optimizer, steps, _factors(config.optimizer.layer_decay, shapes, model, mask))
     return Run(config, mesh, loaded, image_shape, model, applied, augment, steps, optimizer, mask)
+
+
+def _factors(decay: float, shapes: Any, model: VisionTransformer, mask: Any | None) -> Any | None:
+    return None if decay == 1 else freezing.select(layers.factors(decay, shapes, model.depth), mask)
+
+
+def normalization(name: str, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What `config.data.normalization` names: mean and standard deviation of each channel, of pixels in [0, 1]."""
+    channels = len(source.mean)
+    half = (0.5,) * channels, (0.5,) * channels
+    return {"set": (source.mean, source.std), "half": half, "imagenet": IMAGENET}[name]
 
 
 def load(config: ConfigDict, split: str, labels: Sequence[str]) -> Source:
@@ -192,6 +219,12 @@ def _stored(config: ConfigDict, roles: Iterable[str]) -> tuple[dict[str, Source]
             raise UserError(
                 f"config.data.features: {features.path} is of {theirs[0]} {theirs[1]}, not of {ours[0]} {ours[1]}\n"
                 f"  make it anew: python -m vit_jax.features --help; or say so: --config.data.{role}='{theirs[1]}'"
+            )
+        normalization = features.about.get("normalization", config.data.normalization)
+        if normalization != config.data.normalization:
+            raise UserError(
+                f"config.data.normalization is {config.data.normalization!r}, and {features.path} is of images by "
+                f"{normalization!r}\n  allowed: --config.data.normalization={normalization}"
             )
     return {role: features.source(kinds) for role, features in read.items()}, read["train"].image_shape
 

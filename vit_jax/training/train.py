@@ -102,10 +102,10 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
 
 def describe(summary: dict[str, Any]) -> str:
     """'test accuracy 97.50 % (351 of 360) after 4,490 steps, 1:11 of training'."""
-    count = summary["test/examples"]
-    correct = round(summary["test/accuracy"] * count)
+    role = "test" if "test/examples" in summary else "validation"
+    accuracy, count = summary[f"{role}/accuracy"], summary[f"{role}/examples"]
     return (
-        f"test accuracy {100 * summary['test/accuracy']:.2f} % ({correct:,} of {count:,}) after {summary['steps']:,} "
+        f"{role} accuracy {100 * accuracy:.2f} % ({round(accuracy * count):,} of {count:,}) after {summary['steps']:,} "
         f"steps, {records.clock(summary['seconds'])} of training"
     )
 
@@ -157,7 +157,8 @@ class Trainer:
         run, path = self.run, self.config.checkpoint.init_from
         if path is None:
             return run.initial_state()
-        parameters, report = weights.load_into(path, run.model, run.image_shape[:2], run.image_shape[2])
+        image, new = (run.image_shape[:2], run.image_shape[2]), self.config.checkpoint.init_head == "new"
+        parameters, report = weights.load_into(path, run.model, *image, new_head=new)
         self.progress.say(str(report))
         if self.config.data.features:
             runs.check_features(self.config, parameters, run.sources)
@@ -179,7 +180,7 @@ class Trainer:
             try:
                 if self.step < self.run.steps or not self.settled:
                     self._loop(self._compile())
-                summary = self.tested or self._evaluate("test")
+                summary = self.tested or self._evaluate("test" if "test" in self.feeds else "validation")
             except (Asked, evaluate.Interrupted):
                 self._stop()
                 return None
@@ -199,7 +200,7 @@ class Trainer:
         say(parameter_overview.get_parameter_overview(self.state.parameters, include_stats=False))
         height, width, channels = run.image_shape
         sizes = ", ".join(f"{len(source):,} {role}" for role, source in run.sources.items())
-        say(f"data: {self.config.data.name}, {sizes}, {height}x{width}x{channels}, {_classes(run)}")
+        say(f"data: {self.config.data.name}, {sizes}, {height}x{width}x{channels}, {run.describe_classes()}")
         say(
             f"model: patch {model.patch_size}, width {model.width}, depth {model.depth}, heads {model.heads}, MLP "
             f"{model.mlp_width}; {self.parameters:,} parameters, {self.flops / 1e9:.3g} GFLOP an image forward; "
@@ -502,12 +503,3 @@ class Trainer:
             f"  the batch is in {self.folder / trouble.REPORT}\n"
             "  lower config.optimizer.learning_rate, lengthen its warm-up, or set config.optimizer.gradient_clip"
         )
-
-
-def _classes(run: Run) -> str:
-    """'10 classes', or '10 classes of label, 2 of parity'."""
-    source = run.sources["train"]
-    if not source.others:
-        return f"{source.classes()} classes"
-    first, *rest = source.classes().items()
-    return ", ".join([f"{first[1]} classes of {first[0]}", *(f"{count} of {name}" for name, count in rest)])

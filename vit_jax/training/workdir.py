@@ -44,6 +44,7 @@ TAKEN = (
     "optimizer.epsilon",
     "optimizer.final_learning_rate",
     "optimizer.gradient_clip",
+    "optimizer.layer_decay",
     "optimizer.learning_rate",
     "optimizer.momentum",
     "optimizer.schedule",

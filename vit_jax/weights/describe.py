@@ -44,6 +44,8 @@ class Description:
         notes: what else a user should know.
         head_refusal: why the file's own head cannot be had, where it has one that cannot; the model then has none.
         head_name: what its only head classifies, where that is known: the name it has beside others.
+        normalization: of the images it was trained on, as `config.data.normalization` names it; of files of others,
+            what Google's and most of timm's had.
     """
 
     label: str
@@ -57,6 +59,7 @@ class Description:
     notes: tuple[str, ...] = ()
     head_refusal: str | None = None
     head_name: str | None = None
+    normalization: str = "half"
 
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of the images that the table of positions is for."""

@@ -17,9 +17,9 @@ import numpy as np
 from vit_jax.errors import UserError
 from vit_jax.models.positions import POSITIONS
 from vit_jax.models.vit import VisionTransformer, position_at, token_grid
-from vit_jax.weights import files, fit, google, hub, huggingface, own, timm
+from vit_jax.weights import files, fit, google, hub, huggingface, own, stacked, timm
 from vit_jax.weights.describe import Description, few, pair
-from vit_jax.weights.report import PLAIN, Report, Row
+from vit_jax.weights.report import Report, Row
 from vit_jax.weights.rules import Rule
 from vit_jax.weights.shapes import heads, parameter_shapes
 
@@ -42,6 +42,7 @@ ARCHITECTURE: dict[str, Callable[[VisionTransformer], Any]] = {
     "attention pooling": lambda model: model.pooling == "map",
 }
 FUNCTION = ("gelu", "layer_norm_epsilon", "pooling")  # what changes the function alone
+NEW_HEAD = "a new head is asked for"
 
 
 def load(path_or_name: str | os.PathLike, **overrides: Any) -> tuple[VisionTransformer, dict[str, Any], Report]:
@@ -86,6 +87,7 @@ def load_into(
     image_size: int | tuple[int, int],
     channels: int,
     seed: int = 0,
+    new_head: bool = False,
 ) -> tuple[dict[str, Any], Report]:
     """Parameters of a given model from a file of the same architecture; its heads may be others, or several.
 
@@ -97,6 +99,7 @@ def load_into(
         image_size: height and width of its images, pixels.
         channels: values a pixel.
         seed: of what is drawn: the layer before a new head's logits, where the model has one.
+        new_head: whether no head is taken, though it would agree: all of the model's start at zero.
 
     Raises:
         UserError: as in `load`, or the file's model has other parameters; what differs is named.
@@ -119,7 +122,20 @@ def load_into(
             if getattr(theirs, name) != getattr(model, name)
         )
         description = dataclasses.replace(description, notes=(*description.notes, *notes))
-        return _take(source, description, arrays, model, pair(image_size), channels, seed)
+        return _take(source, description, arrays, model, pair(image_size), channels, seed, new_head)
+
+
+def recognise(path_or_name: str | os.PathLike, **given: Any) -> Description:
+    """What a file is of: its model, and how that model's images were normalised.
+
+    Args:
+        path_or_name: as in `load`.
+        **given: what the arrays may not tell: `heads`, `gelu`, `layer_norm_epsilon`, `pooling`, `position`.
+
+    Raises:
+        UserError: as in `load`.
+    """
+    return _understand(path_or_name, given, None)[1]
 
 
 def _named(description: Description, model: VisionTransformer) -> Description:
@@ -172,6 +188,8 @@ def _understand(
     stored = files.open_file(path)
     source = str(stored.path)
     with _as_user_error(source):
+        if own.is_ours(stored):
+            return source, *own.describe_file(stored)
         for family in FAMILIES:
             if family.recognise(stored.shapes):
                 return source, family.describe(stored, given), stored.arrays
@@ -214,6 +232,7 @@ def _take(
     image_size: tuple[int, int] | None,
     channels: int,
     seed: int = 0,
+    new_head: bool = False,
 ) -> tuple[dict[str, Any], Report]:
     """Every rule's arrays read, fitted and put in their place; heads made that the file has not."""
     grid = None if image_size is None else token_grid(model, image_size)
@@ -222,7 +241,7 @@ def _take(
     wanted = parameter_shapes(model, grid, channels)
     flat, rows = {}, []
     for rule in description.rules:
-        reason = _left_out(rule, description.model, model)
+        reason = _left_out(rule, description.model, model, new_head)
         if reason is not None:
             rows.append(Row("ignored", rule.names, (), reason))
             continue
@@ -236,9 +255,9 @@ def _take(
             flat[path] = value
         rows.append(row)
     rows += [Row("ignored", (name,), (), why) for name, why in description.ignored.items()]
-    rows += _initialise(flat, wanted, description, seed)
+    rows += _initialise(flat, wanted, description, seed, new_head)
     if model.scan:
-        flat, rows = _stack(flat, model.depth), _stacked_rows(rows)
+        flat, rows = stacked.stack(flat, model.depth), stacked.stack_rows(rows)
     report = Report(
         source,
         description.label,
@@ -252,7 +271,7 @@ def _take(
     return nested(flat), report
 
 
-def _left_out(rule: Rule, theirs: VisionTransformer, ours: VisionTransformer) -> str | None:
+def _left_out(rule: Rule, theirs: VisionTransformer, ours: VisionTransformer, new_head: bool) -> str | None:
     """Why an array of a head is not taken, where it is not."""
     if not rule.paths[0].startswith("head/"):
         return None
@@ -260,6 +279,8 @@ def _left_out(rule: Rule, theirs: VisionTransformer, ours: VisionTransformer) ->
     name = rule.paths[0].split("/")[1] if "" not in there else ""
     if not here:
         return "no head is asked for"
+    if new_head:
+        return NEW_HEAD
     if name not in here:
         return f"there is no head {name!r} in the model" if name else "the model's heads have names"
     if there[name] != here[name]:
@@ -331,7 +352,11 @@ def _fitted(
 
 
 def _initialise(
-    flat: dict[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], description: Description, seed: int
+    flat: dict[str, np.ndarray],
+    wanted: Mapping[str, tuple[int, ...]],
+    description: Description,
+    seed: int,
+    new_head: bool,
 ) -> list[Row]:
     """Makes the heads that the file does not have; anything else that is missing is an error."""
     missing = [path for path in wanted if path not in flat]
@@ -340,6 +365,7 @@ def _initialise(
         raise UserError(f"the file has nothing for {few(foreign)}; nothing was loaded")
     rows = []
     had = ", ".join(f"{count} classes" for count in heads(description.model.classes).values()) or "no head to take"
+    why = NEW_HEAD if new_head else f"the file has {had}"
     for number, path in enumerate(missing):
         drawn = path.endswith("pre_logits/kernel")
         if drawn:
@@ -347,38 +373,8 @@ def _initialise(
             flat[path] = np.asarray(nn.initializers.lecun_normal()(key, wanted[path], jnp.float32))
         else:
             flat[path] = np.zeros(wanted[path], np.float32)
-        rows.append(Row("initialised", (), (path,), f"{'drawn' if drawn else 'zero'}: the file has {had}"))
+        rows.append(Row("initialised", (), (path,), f"{'drawn' if drawn else 'zero'}: {why}"))
     return rows
-
-
-def _stack(flat: dict[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
-    """The blocks' parameters along a first axis, one kind after the other, so that little is there twice."""
-    first = "encoder/block_0/"
-    for rest in [path[len(first) :] for path in flat if path.startswith(first)]:
-        flat[f"encoder/blocks/{rest}"] = np.stack([flat.pop(f"encoder/block_{i}/{rest}") for i in range(depth)])
-    return flat
-
-
-def _stacked_rows(rows: list[Row]) -> list[Row]:
-    """The same, one row for each stacked parameter."""
-    merged: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        paths = tuple(dict.fromkeys(_stacked_path(path) for path in row.paths))
-        before = merged.get(paths)
-        if not paths or before is None:
-            merged[paths or row.names] = dataclasses.replace(row, paths=paths)
-            continue
-        action = row.action if before.action in PLAIN else before.action
-        details = "; ".join(dict.fromkeys(filter(None, [before.detail, row.detail])))
-        merged[paths] = Row(action, before.names + row.names, paths, details)
-    return list(merged.values())
-
-
-def _stacked_path(path: str) -> str:
-    parts = path.split("/")
-    if parts[0] == "encoder" and parts[1].startswith("block_"):
-        parts[1] = "blocks"
-    return "/".join(parts)
 
 
 def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Checkpoints of our own runs: the newest, the best or any step of a workdir."""
+"""Checkpoints of our own runs: the newest, the best or any step of a workdir, or a file of the average of several."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +13,23 @@ from vit_jax import integrity
 from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.models.vit import VisionTransformer
+from vit_jax.weights import files
 from vit_jax.weights import rules as forms
 from vit_jax.weights.describe import Choices, Description, check_names, few, pixels_of_a_patch
+from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Rule
 from vit_jax.weights.shapes import parameter_shapes
 
 LABEL = "a run of our own"
+AVERAGE = "an average of our own checkpoints"
 
 # As training names them (vit_jax/training/checkpoint.py), which must not be imported here.
 FOLDER = "checkpoints"
 METRIC = "validation/accuracy"
 STATE = "state"
 WRITTEN = "_CHECKPOINT_METADATA"
+SEALED = "vit_jax.parameters"  # key of what stands in the header of a file of ours: config, steps and digests
+KIND = "parameters"  # the first word of the names in such a file
 
 
 def recognise(path: Path) -> bool:
@@ -55,10 +61,17 @@ def describe(path: Path, step: int | str | None) -> tuple[Description, Mapping[s
     Raises:
         UserError: there is no such checkpoint, or it does not hold the model that its config describes.
     """
-    from orbax.checkpoint import v1 as ocp
-
     folder, named = _checkpoints(path)
     step = _step(folder, named if step is None else step)
+    kind, parameters, others, config = _read(folder, step)
+    notes = (f"the {'averaged ' if kind == 'averaged' else ''}parameters of step {step}",)
+    return _description(LABEL, parameters, kind, others, config, notes), parameters
+
+
+def _read(folder: Path, step: int) -> tuple[str, dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
+    """Of a checkpoint: which parameters, those by name and verified, what else is in its state, and its config."""
+    from orbax.checkpoint import v1 as ocp
+
     beside, tree = _beside(folder / str(step)), ocp.checkpointables_metadata(folder / str(step)).metadata[STATE]
     kind = "averaged" if "averaged" in tree else "parameters"
     config = beside["metadata"].get("config")
@@ -77,8 +90,58 @@ def describe(path: Path, step: int | str | None) -> tuple[Description, Mapping[s
     changed = [name for name, array in parameters.items() if integrity.digest(array) != beside["digests"].get(name)]
     if changed:
         raise UserError(f"the checkpoint of step {step} is damaged: {few(changed)} not as written")
-    others = {name: tree[name] for name in tree if name != kind}
-    return _description(parameters, kind, others, config, step), parameters
+    return kind, parameters, {name: tree[name] for name in tree if name != kind}, config
+
+
+def average(path: Path, wanted: list[int], target: Path) -> None:
+    """Writes the mean of several checkpoints' parameters, taken in float64, to a .safetensors file of our own naming.
+
+    Of each checkpoint they are the parameters that `describe` finds, every array compared with its digest. The file
+    carries the newest one's config and digests of its own.
+
+    Args:
+        path: a workdir.
+        wanted: steps.
+        target: the file.
+
+    Raises:
+        UserError: a checkpoint is damaged, or the file cannot be written.
+    """
+    folder, sums = _checkpoints(path)[0], {}
+    for step in sorted(wanted):
+        kind, parameters, _, config = _read(folder, step)
+        for name, array in parameters.items():
+            name = f"{KIND}/{name.removeprefix(kind + '/')}"
+            sums[name] = sums.get(name, 0.0) + array.astype(np.float64)
+    means = {name: np.asarray(total / len(wanted), np.float32) for name, total in sums.items()}
+    content = {"config": config, "steps": sorted(wanted), "digests": integrity.digests(means)}
+    files.write_safetensors(target, means, {SEALED: json.dumps(integrity.seal(content))})
+
+
+def is_ours(stored: Stored) -> bool:
+    """Whether a file is one that `average` wrote."""
+    return SEALED in stored.metadata
+
+
+def describe_file(stored: Stored) -> tuple[Description, Mapping[str, np.ndarray]]:
+    """The model of such a file, and its parameters by name.
+
+    Raises:
+        UserError: it is not as it was written.
+    """
+    try:
+        content = json.loads(stored.metadata[SEALED])
+    except ValueError:
+        content = None
+    if not integrity.is_sealed(content):
+        raise UserError("the file is damaged: its header is not the one that was written")
+    parameters = dict(stored.arrays)
+    found = integrity.digests(parameters)
+    changed = [name for name in {**found, **content["digests"]} if found.get(name) != content["digests"].get(name)]
+    if changed:
+        raise UserError(f"the file is damaged: {few(changed)} not as written")
+    notes = (f"the mean of the parameters of steps {few(map(str, content['steps']))}",)
+    return _description(AVERAGE, parameters, KIND, {}, content["config"], notes), parameters
 
 
 def _beside(path: Path) -> dict[str, Any]:
@@ -125,11 +188,18 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _description(
-    parameters: Mapping[str, np.ndarray], kind: str, others: Mapping[str, Any], config: Mapping[str, Any], step: int
+    label: str,
+    parameters: Mapping[str, np.ndarray],
+    kind: str,
+    others: Mapping[str, Any],
+    config: Mapping[str, Any],
+    notes: tuple[str, ...],
 ) -> Description:
     shapes = {name[len(kind) + 1 :]: array.shape for name, array in parameters.items()}
     try:
-        fields = variants.fields_of_options(config["model"])
+        # What computes attention is a matter of the machine, and not of the parameters.
+        section = {key: value for key, value in config["model"].items() if key != "attention_kernel"}
+        fields = variants.fields_of_options(section)
         model = VisionTransformer(classes=_classes(shapes), **{**fields, "scan": False})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"its config describes no model of this version: {error}") from None
@@ -153,11 +223,20 @@ def _description(
         for part, tree in others.items()
         for name in _flat(tree, f"{part}/")
     }
-    check_names([*parameters, *ignored], rules, ignored, (), LABEL)
-    notes = (f"the {'averaged ' if kind == 'averaged' else ''}parameters of step {step}",)
+    check_names([*parameters, *ignored], rules, ignored, (), label)
     labels = (config.get("data") or {}).get("labels")
     return Description(
-        LABEL, model, channels, grid, tuple(rules), ignored, (), tuple(choices.made), notes, head_name=labels
+        label,
+        model,
+        channels,
+        grid,
+        tuple(rules),
+        ignored,
+        (),
+        tuple(choices.made),
+        notes,
+        head_name=labels,
+        normalization=(config.get("data") or {}).get("normalization", "set"),
     )
 
 

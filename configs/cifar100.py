@@ -1,0 +1,25 @@
+"""CIFAR-100 from scratch at 32 pixels, by the recipes of CIFAR-10.
+
+    python -m vit_jax.main --config=configs/cifar100.py
+    python -m vit_jax.main --config=configs/cifar100.py:S,long
+    python -m vit_jax.main --config=configs/cifar100.py:cpu
+
+Sizes and lengths are those of configs/cifar10.py. Not yet measured.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from vit_jax import config as options
+from vit_jax.errors import UserError
+
+
+def get_config(argument: str = "full") -> ConfigDict:
+    """As of configs/cifar10.py, for the 100 fine classes."""
+    try:
+        config = options.load(f"{Path(__file__).with_name('cifar10.py')}:{argument}")
+    except UserError as error:
+        raise UserError(str(error).replace("cifar10.py", "cifar100.py")) from None
+    config.data.name = "cifar100"
+    return config
