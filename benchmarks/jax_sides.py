@@ -24,12 +24,12 @@ import optax
 from plain_flax import PlainViT
 
 from vit_jax import config as options
-from vit_jax.data import pipeline
 from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import losses, optimizer, parallel, state
+from vit_jax.training import optimizer, parallel, state
 from vit_jax.training.losses import cross_entropy
+from vit_jax.training.run import Run
 from vit_jax.training.step import make_update
 
 MODELS = {"ours": VisionTransformer, "plain_flax": PlainViT}
@@ -81,7 +81,10 @@ def for_plain_flax(flat: dict[str, np.ndarray], work: Work) -> dict[str, Any]:
 
 def start(work: Work, name: str) -> tuple[Any, Any]:
     """The model, and the parameters that every side starts from."""
-    model = MODELS[name](classes=work.classes, dtype=jnp.dtype(work.dtype), **work.model())
+    model = MODELS[name](classes=work.classes, dtype=jnp.dtype(work.dtype), **(work.fields or work.model()))
+    if work.fields:
+        shape = (work.image_size, work.image_size, 3)
+        return model, jax.jit(lambda: state.initialize(model, shape, 0))()
     flat = works.parameters(work)
     tree = nested(flat) if name == "ours" else for_plain_flax(flat, work)
     # Copied: what is donated must not be what NumPy holds.
@@ -166,27 +169,42 @@ class Bare(Side):
         return time.perf_counter() - began
 
 
+def run_of(work: Work, model: VisionTransformer) -> Run:
+    """The parts that training makes of such a config: one device, no augmentation, the set resident."""
+    config = options.default()
+    config.optimizer.update(schedule="constant", weight_decay=works.WEIGHT_DECAY)
+    config.train.update(batch_size=work.batch_size, steps=10**6, steps_per_dispatch=ROWS)
+    config.data.resident, config.log.every = "always", 10**6
+    images, labels = (array.reshape(-1, *array.shape[2:]) for array in works.examples(work))
+    names = tuple(str(k) for k in range(work.classes))
+    source = Source("synthetic", "train", images, labels, names, (works.MEAN,) * 3, (works.STD,) * 3)
+    augment = Augment(source.mean, source.std, dtype=model.dtype, **config.augment.to_dict())
+    steps = config.train.steps
+    return Run(
+        config=config,
+        mesh=parallel.make_mesh(1),
+        sources={"train": source},
+        image_shape=images.shape[1:],
+        model=model,
+        applied=model,
+        augment=augment,
+        steps=steps,
+        optimizer=optimizer.make(config.optimizer, steps),
+        mask=None,
+    )
+
+
 class Trainer(Side):
     """The step that training runs: many in one dispatch, from the 8-bit images on, with all its checks and sums."""
 
     def __init__(self, work: Work):
-        config = options.default()
-        config.optimizer.update(schedule="constant", weight_decay=works.WEIGHT_DECAY)
-        config.train.update(batch_size=work.batch_size, steps=10**6, steps_per_dispatch=ROWS)
-        config.log.every = 10**6
         model, parameters = start(work, "ours")
-        images, labels = (array.reshape(-1, *array.shape[2:]) for array in works.examples(work))
-        names = tuple(str(k) for k in range(work.classes))
-        source = Source("synthetic", "train", images, labels, names, (works.MEAN,) * 3, (works.STD,) * 3)
-        mesh, rule = parallel.make_mesh(1), optimizer.make(config.optimizer, config.train.steps)
-        augment = Augment(source.mean, source.std, dtype=model.dtype, **config.augment.to_dict())
-        metrics = losses.metric_names(losses.loss_weights(config))
-        create = jax.jit(lambda parameters: state.create(parameters, rule, False, metrics))
-        self.state = jax.device_put(create(parameters), parallel.replicated(mesh))
+        run = run_of(work, model)
+        self.state = run.initial_state(parameters)
         # Batch k is always the same examples, so that the first losses are those of the other sides.
         table = np.arange(work.batches * work.batch_size, dtype=np.int32).reshape(work.batches, -1)
-        self.feed = pipeline.make(source, mesh, "always").feed(np.resize(table, (ROWS, work.batch_size)))
-        update = make_update(model, rule, augment, config, mesh)
+        self.feed = run.feeds("train").feed(np.resize(table, (ROWS, work.batch_size)))
+        update = make_update(run.applied, run.optimizer, run.augment, run.config, run.mesh)
         began = time.perf_counter()
         self.update = update.lower(self.state, self.feed, np.int32(0)).compile()
         self.compile_s = time.perf_counter() - began

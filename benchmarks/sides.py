@@ -5,12 +5,14 @@ they still use while they wait is measured too.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,9 @@ class Side:
         command = [sys.executable if ours else torch_python, str(HERE / ("jax_sides.py" if ours else "peers.py"))]
         # On a GPU, several processes share the memory: each takes what it needs.
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        # A file, not a pipe: nobody reads it while the side works, and a full pipe would stop it.
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process = subprocess.Popen([*command, work.json()], text=True, env=environment, **pipes)
         try:
             self.report = self._answer()
@@ -65,7 +69,8 @@ class Side:
     def _answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
-            last = (self.process.stderr.read().strip().splitlines() or ["it said nothing"])[-1]
+            self.log.seek(0)
+            last = (self.log.read().strip().splitlines() or ["it said nothing"])[-1]
             raise Failed(f"the process ended: {last[:300]}")
         answer = json.loads(line)
         if "error" in answer:
@@ -88,14 +93,15 @@ class Side:
 
     def close(self) -> None:
         """Ends it; its lines on standard error are dropped."""
-        self.process.stdin.close()
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
-        self.process.stderr.close()
+        self.log.close()
 
 
 def add_flags(parser: argparse.ArgumentParser, variant: str, image_size: int, known: Sequence[str] = ALL) -> None:

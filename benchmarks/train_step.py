@@ -13,8 +13,9 @@ PyTorch); `losses`, of the first steps, show that they do the same work (ours_tr
 Each is a process of its own; they take turns, A B A B, so that what else the machine does falls on all. One JSON line
 a side and dtype: images_per_second and step_ms (medians over the turns), spread_ms, mfu (of 3 x the forward pass's
 products, where the device's peak is known), compile_s, peak_memory_mb (of the device; on CPU of the process), waiting
-(cores that it used while the others measured), and for all but ours `ratio`: how many times as fast ours is, the
-median of the turns' own ratios, with the least and the most. A side that fails is a line with `error`.
+(cores that it used while the others measured), and for all but ours `ratio`: how many times as fast ours is (without
+it, ours_trainer), the median of the turns' own ratios, with the least and the most. A side that fails is a line with
+`error`.
 """
 
 import argparse
@@ -105,8 +106,9 @@ def compare(flags: argparse.Namespace, dtype: str, names: list[str], images: str
             continue
         side = next(side for side in opened if side.name == name)
         given |= describe(side, works[name], times[name])
-        if name != "ours" and "ours" in times:
-            ratio = comparing.ratio(times["ours"], times[name])
+        reference = "ours" if "ours" in times else "ours_trainer"
+        if name != reference and reference in times:
+            ratio = comparing.ratio(times[reference], times[name])
             given |= {"ratio": ratio.median, "ratio_least": ratio.least, "ratio_most": ratio.most}
         print(json.dumps(given), flush=True)
     for side in opened:

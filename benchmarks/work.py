@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,8 @@ class Work:
         device: 'auto' or 'cpu'.
         images: an .npz with `images` (uint8) and `labels`; None for noise.
         batches: different batches, taken in turns.
+        fields: all fields of our model but classes and dtype, where it is to be another one than the peers have; it
+            then starts from parameters of its own.
     """
 
     side: str
@@ -40,6 +43,7 @@ class Work:
     device: str = "auto"
     images: str | None = None
     batches: int = 1
+    fields: dict[str, Any] | None = None
 
     def json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vit_jax import config as options
 from vit_jax.data.pipeline import Pipeline
 from vit_jax.errors import UserError
 from vit_jax.models.summary import training_bytes
@@ -34,7 +35,7 @@ def resolve(config: ConfigDict, folder: Path, mesh: Mesh) -> ConfigDict:
     """
     if config.train.batch_size != AUTO:
         return config
-    config = config.copy_and_resolve_references()
+    config = options.from_dict(config.to_dict())
     old = workdir.read_config(folder) if workdir.has_begun(folder) else None
     if old is not None:
         config.train.batch_size = old["train"]["batch_size"]

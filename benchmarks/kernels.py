@@ -1,0 +1,141 @@
+"""What the device does with the parts of the model, one by one: products, attention, LayerNorm, GELU.
+
+    python benchmarks/kernels.py
+    python benchmarks/kernels.py --widths=384 --rows=8192 --dtypes=float32
+
+matmul: `rows` tokens through the MLP's first layer (width -> 4 width): forward, and the two backward products, by the
+tokens (dx) and by the kernel (dw); TFLOP/s. attention: heads of 64, at 65 and 197 tokens, by implementation, forward
+and with the backward pass; ms and TFLOP/s of its two products (six with the backward pass). layer_norm, gelu: GB/s, of
+each array read or written once (with the backward pass twice). One JSON line each; `error` where one refuses.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax.models.attention import attention_weights
+from vit_jax.models.norm import LayerNorm
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", default="192,384,768,1024", help="(default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=65536, help="tokens in all (default: %(default)s)")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="(default: %(default)s)")
+    parser.add_argument("--tokens", default="65,197", help="of an image, for attention (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="to measure each for (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def timed(function: Callable[..., Any], arguments: tuple[jax.Array, ...], seconds: float) -> float:
+    """Seconds a call, the median of five rounds; calls follow each other without waiting."""
+    run = jax.jit(function)
+    jax.block_until_ready(run(*arguments))
+
+    def rounds(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            result = run(*arguments)
+        jax.block_until_ready(result)
+        return (time.perf_counter() - began) / count
+
+    count = max(1, int(seconds / 5 / max(rounds(3), 1e-7)))
+    return statistics.median(rounds(count) for _ in range(5))
+
+
+def draw(*shape: int, dtype: str) -> jax.Array:
+    return jax.random.normal(jax.random.key(len(shape)), shape, jnp.float32).astype(dtype)
+
+
+def say(seconds: float, name: str, **values: Any) -> None:
+    device = jax.devices()[0].device_kind
+    print(json.dumps({"benchmark": name, "device": device, **values, "ms": round(1e3 * seconds, 4)}), flush=True)
+
+
+def matmul(rows: int, width: int, dtype: str, seconds: float) -> None:
+    tokens, kernel, back = (
+        draw(*shape, dtype=dtype) for shape in ((rows, width), (width, 4 * width), (rows, 4 * width))
+    )
+    products = {
+        "forward": (lambda a, b: a @ b, (tokens, kernel)),
+        "dx": (lambda a, b: a @ b.T, (back, kernel)),
+        "dw": (lambda a, b: a.T @ b, (tokens, back)),
+    }
+    for name, (product, arguments) in products.items():
+        took = timed(product, arguments, seconds)
+        rate = round(2 * rows * width * 4 * width / took / 1e12, 3)
+        say(took, "matmul", product=name, width=width, rows=rows, dtype=dtype, tflops=rate)
+
+
+def by_einsum(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    weights = attention_weights(queries, keys).astype(values.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+
+
+ATTENTION = {
+    "einsum": by_einsum,
+    "xla": lambda *qkv: jax.nn.dot_product_attention(*qkv, implementation="xla"),
+    "cudnn": lambda *qkv: jax.nn.dot_product_attention(*qkv, implementation="cudnn"),
+}
+
+
+def with_backward(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """The function's gradient with respect to all arguments, against a cotangent of ones."""
+    return lambda *arguments: jax.vjp(function, *arguments)[1](jnp.ones_like(arguments[0]))
+
+
+def attention(rows: int, tokens: int, width: int, dtype: str, seconds: float) -> None:
+    heads, batch = max(1, width // 64), max(1, rows // tokens)
+    qkv = tuple(draw(batch, tokens, heads, 64, dtype=dtype) for _ in range(3))
+    for name, function in ATTENTION.items():
+        if name == "cudnn" and jax.default_backend() != "gpu":
+            continue
+        for passes, run in {"forward": function, "both": with_backward(function)}.items():
+            about = {"implementation": name, "passes": passes, "tokens": tokens, "width": width, "dtype": dtype}
+            try:
+                took = timed(run, qkv, seconds)
+            except Exception as error:
+                device = jax.devices()[0].device_kind
+                said = " ".join(str(error).split())[:200]
+                print(json.dumps({"benchmark": "attention", "device": device, **about, "error": said}), flush=True)
+                continue
+            products = 2 if passes == "forward" else 6
+            say(
+                took, "attention", **about, tflops=round(products * 2 * batch * heads * tokens**2 * 64 / took / 1e12, 3)
+            )
+
+
+def elementwise(rows: int, width: int, dtype: str, seconds: float) -> None:
+    tokens, hidden = draw(rows, width, dtype=dtype), draw(rows, 4 * width, dtype=dtype)
+    norm = LayerNorm(jnp.dtype(dtype))
+    parameters = norm.init(jax.random.key(0), tokens[:1])
+    functions = {"layer_norm": (lambda x: norm.apply(parameters, x), tokens), "gelu": (jax.nn.gelu, hidden)}
+    for name, (function, array) in functions.items():
+        for passes, run in {"forward": function, "both": with_backward(function)}.items():
+            took = timed(run, (array,), seconds)
+            moved = (2 if passes == "forward" else 4) * array.nbytes
+            say(took, name, passes=passes, width=width, rows=rows, dtype=dtype, gb_s=round(moved / took / 1e9, 2))
+
+
+def main(arguments: list[str]) -> None:
+    flags = parse(arguments)
+    for dtype in flags.dtypes.split(","):
+        for width in map(int, flags.widths.split(",")):
+            matmul(flags.rows, width, dtype, flags.seconds)
+            for tokens in map(int, flags.tokens.split(",")):
+                attention(flags.rows, tokens, width, dtype, flags.seconds)
+            elementwise(flags.rows, width, dtype, flags.seconds)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
