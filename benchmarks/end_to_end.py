@@ -6,8 +6,9 @@
 start: seconds of `import vit_jax.training.train` (and of Python alone), and until the first record is in metrics.jsonl,
 with an empty compile cache and with a filled one.
 speed: images a second of the run with data, augmentation, records, evaluation and checkpoints on, from its first record
-to its last, by the clock on the wall (`whole`; two evaluations and a checkpoint are between), and of its training alone, as metrics.jsonl has it (`training`), beside
-the bare step of the same model and batch, a fixed batch in a loop, measured in the same turn by another process.
+to its last, by the clock on the wall (`whole`; two evaluations and a checkpoint are between), and of its training
+alone, as metrics.jsonl has it (`training`), beside the bare step of the same model and batch, a fixed batch in a loop,
+measured in the same turn by another process.
 `ratio` is whole / bare, the median of the turns' own ratios. --config.SECTION.KEY=VALUE goes to the command; --images
 takes so many images of noise in place of the config's data set. Two JSON lines.
 """

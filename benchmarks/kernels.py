@@ -6,7 +6,7 @@
 matmul: `rows` tokens through the MLP's first layer (width -> 4 width): forward, and the two backward products, by the
 tokens (dx) and by the kernel (dw); TFLOP/s. attention: heads of 64, at 65 and 197 tokens, by implementation, forward
 and with the backward pass; ms and TFLOP/s of its two products (six with the backward pass). layer_norm, gelu: GB/s, of
-each array read or written once (with the backward pass twice). One JSON line each; `error` where one refuses.
+each array that must be read or written (two, with the backward pass five). One JSON line each; `error` where one refuses.
 """
 
 import argparse
@@ -57,9 +57,13 @@ def draw(*shape: int, dtype: str) -> jax.Array:
     return jax.random.normal(jax.random.key(len(shape)), shape, jnp.float32).astype(dtype)
 
 
+def short(number: float) -> float:
+    return float(f"{number:.4g}")
+
+
 def say(seconds: float, name: str, **values: Any) -> None:
     device = jax.devices()[0].device_kind
-    print(json.dumps({"benchmark": name, "device": device, **values, "ms": round(1e3 * seconds, 4)}), flush=True)
+    print(json.dumps({"benchmark": name, "device": device, **values, "ms": short(1e3 * seconds)}), flush=True)
 
 
 def matmul(rows: int, width: int, dtype: str, seconds: float) -> None:
@@ -73,8 +77,8 @@ def matmul(rows: int, width: int, dtype: str, seconds: float) -> None:
     }
     for name, (product, arguments) in products.items():
         took = timed(product, arguments, seconds)
-        rate = round(2 * rows * width * 4 * width / took / 1e12, 3)
-        say(took, "matmul", product=name, width=width, rows=rows, dtype=dtype, tflops=rate)
+        rate = 2 * rows * width * 4 * width / took / 1e12
+        say(took, "matmul", product=name, width=width, rows=rows, dtype=dtype, tflops=short(rate))
 
 
 def by_einsum(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
@@ -89,9 +93,16 @@ ATTENTION = {
 }
 
 
-def with_backward(function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """The function's gradient with respect to all arguments, against a cotangent of ones."""
-    return lambda *arguments: jax.vjp(function, *arguments)[1](jnp.ones_like(arguments[0]))
+def passes_of(
+    function: Callable[..., jax.Array], arguments: tuple[jax.Array, ...]
+) -> dict[str, tuple[Callable, tuple]]:
+    """The function forward, and with its backward pass for a cotangent of the first argument's shape."""
+
+    def both(cotangent: jax.Array, *arguments: jax.Array) -> Any:
+        result, pull = jax.vjp(function, *arguments)
+        return result, pull(cotangent)
+
+    return {"forward": (function, arguments), "both": (both, (arguments[0], *arguments))}
 
 
 def attention(rows: int, tokens: int, width: int, dtype: str, seconds: float) -> None:
@@ -100,19 +111,18 @@ def attention(rows: int, tokens: int, width: int, dtype: str, seconds: float) ->
     for name, function in ATTENTION.items():
         if name == "cudnn" and jax.default_backend() != "gpu":
             continue
-        for passes, run in {"forward": function, "both": with_backward(function)}.items():
+        for passes, (run, arguments) in passes_of(function, qkv).items():
             about = {"implementation": name, "passes": passes, "tokens": tokens, "width": width, "dtype": dtype}
             try:
-                took = timed(run, qkv, seconds)
+                took = timed(run, arguments, seconds)
             except Exception as error:
                 device = jax.devices()[0].device_kind
                 said = " ".join(str(error).split())[:200]
                 print(json.dumps({"benchmark": "attention", "device": device, **about, "error": said}), flush=True)
                 continue
             products = 2 if passes == "forward" else 6
-            say(
-                took, "attention", **about, tflops=round(products * 2 * batch * heads * tokens**2 * 64 / took / 1e12, 3)
-            )
+            rate = products * 2 * batch * heads * tokens**2 * 64 / took / 1e12
+            say(took, "attention", **about, tflops=short(rate))
 
 
 def elementwise(rows: int, width: int, dtype: str, seconds: float) -> None:
@@ -121,10 +131,11 @@ def elementwise(rows: int, width: int, dtype: str, seconds: float) -> None:
     parameters = norm.init(jax.random.key(0), tokens[:1])
     functions = {"layer_norm": (lambda x: norm.apply(parameters, x), tokens), "gelu": (jax.nn.gelu, hidden)}
     for name, (function, array) in functions.items():
-        for passes, run in {"forward": function, "both": with_backward(function)}.items():
-            took = timed(run, (array,), seconds)
-            moved = (2 if passes == "forward" else 4) * array.nbytes
-            say(took, name, passes=passes, width=width, rows=rows, dtype=dtype, gb_s=round(moved / took / 1e9, 2))
+        for passes, (run, arguments) in passes_of(function, (array,)).items():
+            took = timed(run, arguments, seconds)
+            # Read x, write y; then read x and the cotangent, write its own.
+            moved = (2 if passes == "forward" else 5) * array.nbytes
+            say(took, name, passes=passes, width=width, rows=rows, dtype=dtype, gb_s=short(moved / took / 1e9))
 
 
 def main(arguments: list[str]) -> None:

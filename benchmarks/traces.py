@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("matmul", "attention", "elementwise", "optimizer", "input", "communication")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?([\w\-]+)\(")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_PRODUCTS = re.compile(r"gemm|matmul|conv|cublas|dot", re.IGNORECASE)
+_PRODUCTS = re.compile(r"gemm|matmul|conv(?!ert)|cublas|cutlass|nvjet|dot", re.IGNORECASE)
 _COLLECTIVE = re.compile(r"all-reduce|all-gather|reduce-scatter|all-to-all|collective|nccl", re.IGNORECASE)
 
 
