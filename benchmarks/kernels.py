@@ -6,7 +6,7 @@
 matmul: `rows` tokens through the MLP's first layer (width -> 4 width): forward, and the two backward products, by the
 tokens (dx) and by the kernel (dw); TFLOP/s. attention: heads of 64, at 65 and 197 tokens, by implementation, forward
 and with the backward pass; ms and TFLOP/s of its two products (six with the backward pass). layer_norm, gelu: GB/s, of
-each array that must be read or written (two, with the backward pass five). One JSON line each; `error` where one refuses.
+the arrays that must be read or written (two, with the backward pass five). One JSON line each; `error` if one refuses.
 """
 
 import argparse
