@@ -130,7 +130,8 @@ def bare(config: ConfigDict, source: Source) -> sides.Side:
     """The bare step of the config's model and batch."""
     fields = variants.fields_of_options(config.model.to_dict())
     sizes = {name: fields[name] for name in ("width", "depth", "heads", "mlp_width", "patch_size")}
-    sizes |= {"image_size": source.images.shape[1], "classes": len(source.class_names)}
+    sizes |= {"image_size": source.images.shape[1], "channels": source.images.shape[3]}
+    sizes |= {"classes": len(source.class_names)}
     dtype = config.model.dtype
     if dtype == "auto":
         code = "import jax; print('float32' if jax.default_backend() == 'cpu' else 'bfloat16')"

@@ -83,7 +83,7 @@ def start(work: Work, name: str) -> tuple[Any, Any]:
     """The model, and the parameters that every side starts from."""
     model = MODELS[name](classes=work.classes, dtype=jnp.dtype(work.dtype), **(work.fields or work.model()))
     if work.fields:
-        shape = (work.image_size, work.image_size, 3)
+        shape = (work.image_size, work.image_size, work.channels)
         return model, jax.jit(lambda: state.initialize(model, shape, 0))()
     flat = works.parameters(work)
     tree = nested(flat) if name == "ours" else for_plain_flax(flat, work)

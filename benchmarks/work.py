@@ -27,6 +27,7 @@ class Work:
         batches: different batches, taken in turns.
         fields: all fields of our model but classes and dtype, where it is to be another one than the peers have; it
             then starts from parameters of its own.
+        channels: of the images; the peers take three.
     """
 
     side: str
@@ -44,6 +45,7 @@ class Work:
     images: str | None = None
     batches: int = 1
     fields: dict[str, Any] | None = None
+    channels: int = 3
 
     def json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -61,7 +63,7 @@ def examples(work: Work) -> tuple[np.ndarray, np.ndarray]:
     count, side = work.batches * work.batch_size, work.image_size
     if work.images is None:
         generator = np.random.default_rng(1)
-        images = generator.integers(0, 256, (count, side, side, 3), np.uint8)
+        images = generator.integers(0, 256, (count, side, side, work.channels), np.uint8)
         labels = generator.integers(0, work.classes, count)
     else:
         with np.load(work.images) as file:
