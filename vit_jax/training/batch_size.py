@@ -66,12 +66,8 @@ def find(run: Run, room: float) -> int:
         UserError: none does.
     """
     feeds = {role: run.feeds(role) for role in run.sources}
-    others = sum(
-        leaf.nbytes
-        for role, feed in feeds.items()
-        if role != "train"
-        for leaf in jax.tree.leaves(feed.resident)
-    )  # fmt: skip
+    evaluated = [feed.resident for role, feed in feeds.items() if role != "train"]
+    others = sum(leaf.nbytes for leaf in jax.tree.leaves(evaluated))
     step = unit(run.config, run.mesh)
     shape, parts = run.image_shape, run.mesh.size * run.config.train.accumulation
 
