@@ -60,7 +60,7 @@ def unit(config: ConfigDict, mesh: Mesh) -> int:
 
 
 def find(run: Run, room: float) -> int:
-    """The largest batch size whose training step fits into `room` bytes a device, and one set as it lies there.
+    """The largest batch size whose training step fits into `room` bytes a device, beside the sets that lie there.
 
     Raises:
         UserError: none does.
