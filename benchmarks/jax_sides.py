@@ -105,9 +105,12 @@ def make_step(model: Any, rule: optax.GradientTransformation) -> Callable:
 
     def step(state, images, targets):
         parameters, moments = state
+        # For models with dropout; of the step, so that nothing is drawn when it is compiled.
+        key = jax.random.fold_in(jax.random.key(0), optax.tree_utils.tree_get(moments, "count"))
 
         def loss(parameters):
-            return cross_entropy(model.apply({"params": parameters}, images, train=True), targets).mean()
+            logits = model.apply({"params": parameters}, images, train=True, rngs={"dropout": key})
+            return cross_entropy(logits, targets).mean()
 
         value, gradients = jax.value_and_grad(loss)(parameters)
         updates, moments = rule.update(gradients, moments, parameters)
