@@ -136,7 +136,8 @@ def bare(config: ConfigDict, source: Source) -> sides.Side:
     if dtype == "auto":
         code = "import jax; print('float32' if jax.default_backend() == 'cpu' else 'bfloat16')"
         dtype = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-    work = Work("ours", "train", dtype=dtype, batch_size=config.train.batch_size, fields=fields, **sizes)
+    section = config.model.to_dict()
+    work = Work("ours", "train", dtype=dtype, batch_size=config.train.batch_size, fields=section, **sizes)
     return sides.Side(work, sys.executable)
 
 

@@ -27,12 +27,12 @@ from vit_jax import config as options
 from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import optimizer, parallel, state
+from vit_jax.training import allocator, hardware, optimizer, parallel, state
+from vit_jax.training import model as models
 from vit_jax.training.losses import cross_entropy
 from vit_jax.training.run import Run
 from vit_jax.training.step import make_update
 
-MODELS = {"ours": VisionTransformer, "plain_flax": PlainViT}
 FIRST = 3  # steps whose losses are shown
 ROWS = 10  # steps that a dispatch of the trainer's has room for
 
@@ -79,9 +79,35 @@ def for_plain_flax(flat: dict[str, np.ndarray], work: Work) -> dict[str, Any]:
     return nested(named)
 
 
+def built(work: Work) -> VisionTransformer:
+    """Our model as a config makes it: with the kernels and the arithmetic that are best on this device.
+
+    Raises:
+        UserError: it would be slower for the arithmetic asked for.
+    """
+    section = options.default().model
+    sizes = {name: getattr(work, name) for name in ("width", "depth", "heads", "mlp_width")}
+    section.update(work.fields or {"variant": f"Ti/{work.patch_size}", **sizes})
+    section.dtype = work.dtype
+    return models.build(section, work.classes, dtype=None)
+
+
+def as_training_does(name: str) -> dict[str, Any]:
+    """What training asks of the compiler and of the C library for our sides; nothing for others."""
+    platform = jax.devices()[0].platform
+    if name == "plain_flax":
+        return {}
+    if platform == "cpu":
+        allocator.keep_memory()
+    return {"compiler_options": hardware.compiler_options(platform)}
+
+
 def start(work: Work, name: str) -> tuple[Any, Any]:
     """The model, and the parameters that every side starts from."""
-    model = MODELS[name](classes=work.classes, dtype=jnp.dtype(work.dtype), **(work.fields or work.model()))
+    if name == "plain_flax":
+        model = PlainViT(classes=work.classes, dtype=jnp.dtype(work.dtype), **work.model())
+    else:
+        model = built(work)
     if work.fields:
         shape = (work.image_size, work.image_size, work.channels)
         return model, jax.jit(lambda: state.initialize(model, shape, 0))()
@@ -152,7 +178,8 @@ class Bare(Side):
         rule = optax.adamw(works.LEARNING_RATE, *works.BETAS, works.EPSILON, weight_decay=works.WEIGHT_DECAY)
         self.batches, self.taken = send(work), 0
         self.state = (parameters, rule.init(parameters))
-        self.step = self.compile(make_step(model, rule), self.state, *self.batches[0], donate_argnums=0)
+        settings = {"donate_argnums": 0, **as_training_does(work.side)}
+        self.step = self.compile(make_step(model, rule), self.state, *self.batches[0], **settings)
         shown = []
         for _ in range(FIRST):
             self._take(1)
@@ -201,6 +228,7 @@ class Trainer(Side):
     """The step that training runs: many in one dispatch, from the 8-bit images on, with all its checks and sums."""
 
     def __init__(self, work: Work):
+        as_training_does("ours")
         model, parameters = start(work, "ours")
         run = run_of(work, model)
         self.state = run.initial_state(parameters)
@@ -239,7 +267,7 @@ class Inference(Side):
         def logits(parameters, images):
             return model.apply({"params": parameters}, images)
 
-        self.run = self.compile(logits, self.parameters, self.images)
+        self.run = self.compile(logits, self.parameters, self.images, **as_training_does(work.side))
         shown = [round(float(value), 5) for value in self.run(self.parameters, self.images)[0, :3]]
         self.turn(2)
         self.introduce(self.turn(1)[0], logits=shown)

@@ -4,7 +4,7 @@
     python benchmarks/kernels.py --widths=384 --rows=8192 --dtypes=float32
 
 matmul: `rows` tokens through the MLP's first layer (width -> 4 width): forward, and the two backward products, by the
-tokens (dx) and by the kernel (dw); TFLOP/s. attention: heads of 64, at 65 and 197 tokens, by implementation, forward
+tokens (dx) and by the kernel (dw); TFLOP/s. attention: heads of 64, at 65 and 197 tokens, by kernel, forward
 and with the backward pass; ms and TFLOP/s of its two products (six with the backward pass). layer_norm, gelu: GB/s, of
 the arrays that must be read or written (two, with the backward pass five). One JSON line each; `error` if one refuses.
 """
@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.attention import attention_weights
+from vit_jax.models import kernels
 from vit_jax.models.norm import LayerNorm
 
 
@@ -81,37 +81,23 @@ def matmul(rows: int, width: int, dtype: str, seconds: float) -> None:
         say(took, "matmul", product=name, width=width, rows=rows, dtype=dtype, tflops=short(rate))
 
 
-def by_einsum(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-    weights = attention_weights(queries, keys).astype(values.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+def passes_of(function: Callable, argument: jax.Array, cotangent: jax.Array) -> dict[str, tuple[Callable, tuple]]:
+    """The function forward, and with its backward pass."""
 
-
-ATTENTION = {
-    "einsum": by_einsum,
-    "xla": lambda *qkv: jax.nn.dot_product_attention(*qkv, implementation="xla"),
-    "cudnn": lambda *qkv: jax.nn.dot_product_attention(*qkv, implementation="cudnn"),
-}
-
-
-def passes_of(
-    function: Callable[..., jax.Array], arguments: tuple[jax.Array, ...]
-) -> dict[str, tuple[Callable, tuple]]:
-    """The function forward, and with its backward pass for a cotangent of the first argument's shape."""
-
-    def both(cotangent: jax.Array, *arguments: jax.Array) -> Any:
-        result, pull = jax.vjp(function, *arguments)
+    def both(argument: jax.Array, cotangent: jax.Array) -> Any:
+        result, pull = jax.vjp(function, argument)
         return result, pull(cotangent)
 
-    return {"forward": (function, arguments), "both": (both, (arguments[0], *arguments))}
+    return {"forward": (function, (argument,)), "both": (both, (argument, cotangent))}
 
 
 def attention(rows: int, tokens: int, width: int, dtype: str, seconds: float) -> None:
     heads, batch = max(1, width // 64), max(1, rows // tokens)
-    qkv = tuple(draw(batch, tokens, heads, 64, dtype=dtype) for _ in range(3))
-    for name, function in ATTENTION.items():
-        if name == "cudnn" and jax.default_backend() != "gpu":
+    fused, cotangent = draw(batch, tokens, 3 * width, dtype=dtype), draw(batch, tokens, width, dtype=dtype)
+    for name, kernel in kernels.KERNELS.items():
+        if kernels.obstacle(name, jax.default_backend(), tokens, 64, jnp.dtype(dtype)) is not None:
             continue
-        for passes, (run, arguments) in passes_of(function, qkv).items():
+        for passes, (run, arguments) in passes_of(lambda x, kernel=kernel: kernel(x, heads), fused, cotangent).items():
             about = {"implementation": name, "passes": passes, "tokens": tokens, "width": width, "dtype": dtype}
             try:
                 took = timed(run, arguments, seconds)
@@ -131,7 +117,7 @@ def elementwise(rows: int, width: int, dtype: str, seconds: float) -> None:
     parameters = norm.init(jax.random.key(0), tokens[:1])
     functions = {"layer_norm": (lambda x: norm.apply(parameters, x), tokens), "gelu": (jax.nn.gelu, hidden)}
     for name, (function, array) in functions.items():
-        for passes, (run, arguments) in passes_of(function, (array,)).items():
+        for passes, (run, arguments) in passes_of(function, array, array).items():
             took = timed(run, arguments, seconds)
             # Read x, write y; then read x and the cotangent, write its own.
             moved = (2 if passes == "forward" else 5) * array.nbytes

@@ -20,14 +20,12 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import jax
-import jax.numpy as jnp
 import jax_sides
 import numpy as np
 from work import Work
 
 from vit_jax.models import variants
 from vit_jax.models.summary import training_bytes
-from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import batch_size as sizes
 from vit_jax.training.run import Run
 from vit_jax.training.step import make_update
@@ -52,10 +50,9 @@ def run_of(flags: argparse.Namespace, remat: str) -> Run:
     fields = variants.fields(flags.variant) | ({"depth": flags.depth} if flags.depth else {})
     given = {"image_size": flags.image_size, "classes": flags.classes, "dtype": flags.dtype}
     # The set is of eight images: what is resident is not what is measured here.
-    work = Work("ours_trainer", "train", batch_size=8, **fields, **given)
-    more = {"remat": remat, "scan": remat != "none"}
-    model = VisionTransformer(classes=flags.classes, dtype=jnp.dtype(flags.dtype), **fields, **more)
-    return jax_sides.run_of(work, model)
+    options = {"variant": flags.variant, "depth": fields["depth"], "remat": remat, "scan": remat != "none"}
+    work = Work("ours_trainer", "train", batch_size=8, fields=options, **fields, **given)
+    return jax_sides.run_of(work, jax_sides.built(work))
 
 
 def peak(run: Run, batch_size: int) -> int | None:

@@ -4,7 +4,8 @@
     python benchmarks/train_step.py --variant=B/16 --image_size=224 --batch_size=256 --dtypes=bfloat16
     python benchmarks/train_step.py --sides=ours,timm_compile --torch_python=/path/to/python --data=cifar10
 
-The sides: ours (the bare step, as plain_flax has it), ours_trainer (the step of `python -m vit_jax.main`, many in a
+The sides: ours (the bare step, as plain_flax has it, of the model and with the compiler options and the memory that
+training has), ours_trainer (the step of `python -m vit_jax.main`, many in a
 dispatch, from 8-bit images on), plain_flax (the model as most would write it with Flax), torch (likewise, with
 PyTorch), timm and transformers, torch and timm also as NAME_compile (torch.compile). In bfloat16, PyTorch's sides run
 under autocast; torch_autocast does so beside float32. All have the same parameters, batch, loss and AdamW (fused in

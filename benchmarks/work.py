@@ -25,8 +25,8 @@ class Work:
         device: 'auto' or 'cpu'.
         images: an .npz with `images` (uint8) and `labels`; None for noise.
         batches: different batches, taken in turns.
-        fields: all fields of our model but classes and dtype, where it is to be another one than the peers have; it
-            then starts from parameters of its own.
+        fields: the options `config.model` of our model, where it is to be another one than the peers have; it then
+            starts from parameters of its own.
         channels: of the images; the peers take three.
     """
 
