@@ -90,19 +90,18 @@ class Step:
     """Training steps of a model on a batch that lies on the device."""
 
     def __init__(self, flags: argparse.Namespace):
-        import jax.numpy as jnp
-        from train_step import Side
+        from jax_sides import Bare
+        from work import Work
 
         from vit_jax.models import variants
-        from vit_jax.models.vit import VisionTransformer
 
-        model = VisionTransformer(classes=CLASSES, dtype=jnp.dtype(flags.dtype), **variants.fields(flags.variant))
-        sizes = argparse.Namespace(batch_size=flags.batch_size, image_size=SIDE, classes=CLASSES)
-        self.side, self.size = Side("step", model, sizes), flags.batch_size
+        sizes = {"batch_size": flags.batch_size, "image_size": SIDE, "classes": CLASSES, "dtype": flags.dtype}
+        self.side, self.size = Bare(Work("ours", "train", **variants.fields(flags.variant), **sizes)), flags.batch_size
 
     def turn(self, batches: int) -> float:
         """Images a second."""
-        return self.size / self.side.run(max(1, batches // 40))
+        steps = max(1, batches // 40)
+        return steps * self.size / self.side.turn(steps)
 
 
 # --- Pillow and NumPy -----------------------------------------------------------------------------------------------

@@ -1,124 +1,128 @@
-"""Speed of a training step on random images: ours, and beside it the model as most would write it with Flax.
+"""Speed of a training step: ours, and beside it others' models of the very same size, with the same optimiser.
 
     python benchmarks/train_step.py --variant=Ti/4 --image_size=32 --batch_size=128
-    python benchmarks/train_step.py --only=ours --dtype=bfloat16
+    python benchmarks/train_step.py --variant=B/16 --image_size=224 --batch_size=256 --dtypes=bfloat16
+    python benchmarks/train_step.py --sides=ours,timm_compile --torch_python=/path/to/python --data=cifar10
 
-Both sides get the same step (AdamW, softmax cross-entropy, donated state), and take turns, A B A B, so that what else
-the machine does falls on both. Prints one JSON line a side: images_per_second and step_ms (medians over the turns),
-compile_s, peak_memory_mb (of the device; on CPU of the whole process so far, so compare with --only), and for ours
-`ratio`, the median over the turns of its speed divided by the other's.
+The sides: ours (the bare step, as plain_flax has it, of the model and with the compiler options and the memory that
+training has), ours_trainer (the step of `python -m vit_jax.main`, many in a
+dispatch, from 8-bit images on), plain_flax (the model as most would write it with Flax), torch (likewise, with
+PyTorch), timm and transformers, torch and timm also as NAME_compile (torch.compile). In bfloat16, PyTorch's sides run
+under autocast; torch_autocast does so beside float32. All have the same parameters, batch, loss and AdamW (fused in
+PyTorch); `losses`, of the first steps, show that they do the same work (ours_trainer's decay leaves biases alone).
+
+Each is a process of its own; they take turns, A B A B, so that what else the machine does falls on all. One JSON line
+a side and dtype: images_per_second and step_ms (medians over the turns), spread_ms, mfu (of 3 x the forward pass's
+products, where the device's peak is known), compile_s, peak_memory_mb (of the device; on CPU of the process), waiting
+(cores that it used while the others measured), and for all but ours `ratio`: how many times as fast ours is (without
+it, ours_trainer), the median of the turns' own ratios, with the least and the most. A side that fails is a line with
+`error`.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import jax
-import jax.numpy as jnp
-import optax
-from plain_flax import PlainViT
+import numpy as np
+import sides as comparing
+from sides import Side
+from work import Work
 
-from vit_jax.models import variants
+from vit_jax.models.summary import forward_flops
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training.losses import cross_entropy
+from vit_jax.training import hardware
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="Ti/4", help="size and patch size (default: %(default)s)")
-    parser.add_argument("--image_size", type=int, default=32, help="pixels a side (default: %(default)s)")
+    comparing.add_flags(parser, variant="Ti/4", image_size=32)
     parser.add_argument("--batch_size", type=int, default=128, help="images a step (default: %(default)s)")
-    parser.add_argument("--classes", type=int, default=10, help="(default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="(default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each side (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="steps a turn (default: %(default)s)")
-    parser.add_argument("--only", choices=["ours", "plain_flax"], help="measure one side alone")
+    parser.add_argument("--steps", type=int, help="steps a turn (default: as --seconds allow)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="a turn takes about (default: %(default)s)")
+    parser.add_argument("--data", help="a set of images in place of noise: cifar10, ... (its size is then theirs)")
     return parser.parse_args(arguments)
 
 
-class Side:
-    """One implementation: compiled, with a state of its own, ready to take steps."""
+def real(name: str, batches: int, batch_size: int, image_size: int, folder: str) -> Path:
+    """A file with the first images of a set's training split."""
+    from vit_jax.data import sources
 
-    def __init__(self, name: str, model, flags: argparse.Namespace):
-        self.name, self.turns = name, []
-        shape = (flags.batch_size, flags.image_size, flags.image_size, 3)
-        self.images = jax.random.normal(jax.random.key(1), shape)
-        self.targets = jax.nn.one_hot(jax.random.randint(jax.random.key(2), shape[:1], 0, flags.classes), flags.classes)
-        optimizer = optax.adamw(1e-3, weight_decay=0.05)
-        parameters = jax.jit(model.init)(jax.random.key(0), self.images[:1])["params"]
-        self.state = (parameters, optimizer.init(parameters))
-
-        def step(state, images, targets):
-            parameters, moments = state
-
-            def loss(parameters):
-                return cross_entropy(model.apply({"params": parameters}, images, train=True), targets).mean()
-
-            value, gradients = jax.value_and_grad(loss)(parameters)
-            updates, moments = optimizer.update(gradients, moments, parameters)
-            return (optax.apply_updates(parameters, updates), moments), value
-
-        began = time.perf_counter()
-        lowered = jax.jit(step, donate_argnums=0).lower(self.state, self.images, self.targets)
-        self.step = lowered.compile()
-        self.compile_s = time.perf_counter() - began
-        self.run(1)
-
-    def run(self, steps: int) -> float:
-        """Seconds a step."""
-        began = time.perf_counter()
-        for _ in range(steps):
-            self.state, value = self.step(self.state, self.images, self.targets)
-        jax.block_until_ready((self.state, value))
-        return (time.perf_counter() - began) / steps
+    source = sources.load(name, "train", image_size=image_size)
+    count = np.arange(batches * batch_size)
+    path = Path(folder) / "images.npz"
+    np.savez(path, images=source.read(count), labels=source.labels[count])
+    return path
 
 
-def peak_memory_mb() -> float:
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
-        return stats["peak_bytes_in_use"] / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def mfu(work: Work, device: str, images_per_second: float) -> dict[str, float]:
+    """Model FLOPs utilisation, where the device is known."""
+    peak = hardware.peak(device)
+    if peak is None:
+        return {}
+    model = VisionTransformer(classes=work.classes, **work.model())
+    flops = 3 * forward_flops(model, (work.image_size, work.image_size), 3)
+    return {"mfu": round(images_per_second * flops / peak, 4)}
+
+
+def describe(side: Side, work: Work, seconds: list[float]) -> dict:
+    """A side's line; `seconds` are those of a step, turn by turn."""
+    step = statistics.median(seconds)
+    return {
+        "device": side.report["device"],
+        "library": side.report["library"],
+        "images_per_second": round(work.batch_size / step, 1),
+        "step_ms": round(1e3 * step, 2),
+        "spread_ms": round(1e3 * (max(seconds) - min(seconds)), 2),
+        **mfu(work, side.report["device"], work.batch_size / step),
+        "compile_s": side.report["compile_s"],
+        "peak_memory_mb": side.report["peak_memory_mb"],
+        "waiting": side.waiting(),
+        "losses": side.report["losses"],
+    }
+
+
+def compare(flags: argparse.Namespace, dtype: str, names: list[str], images: str | None) -> None:
+    """All sides in one arithmetic; prints their lines."""
+    if dtype == "bfloat16":
+        names = [name for name in names if name != "torch_autocast"]  # there it is torch
+    more = {"images": images, "batches": 4 if images else 1}
+    works = {name: comparing.work_of(flags, name, "train", dtype, flags.batch_size, **more) for name in names}
+    opened, errors = comparing.open_all(list(works.values()), flags.torch_python)
+    count = {
+        side.name: flags.steps or min(1000, max(1, round(flags.seconds / side.report["step_s"]))) for side in opened
+    }
+    errors |= comparing.take_turns(opened, flags.turns, lambda side: count[side.name])
+    times = {side.name: [seconds / count[side.name] for seconds in side.turns] for side in opened}
+    for name in names:
+        given = {"benchmark": "train_step", "name": name, "variant": flags.variant, "depth": works[name].depth}
+        given |= {"image_size": flags.image_size, "batch_size": flags.batch_size, "dtype": dtype}
+        given |= {"data": flags.data or "noise"}
+        if name in errors:
+            print(json.dumps(given | {"error": errors[name]}), flush=True)
+            continue
+        side = next(side for side in opened if side.name == name)
+        given |= describe(side, works[name], times[name])
+        reference = "ours" if "ours" in times else "ours_trainer"
+        if name != reference and reference in times:
+            ratio = comparing.ratio(times[reference], times[name])
+            given |= {"ratio": ratio.median, "ratio_least": ratio.least, "ratio_most": ratio.most}
+        print(json.dumps(given), flush=True)
+    for side in opened:
+        side.close()
 
 
 def main(arguments: list[str]) -> None:
     flags = parse(arguments)
-    fields, dtype = variants.fields(flags.variant), jnp.dtype(flags.dtype)
-    models = {
-        "ours": VisionTransformer(classes=flags.classes, dtype=dtype, **fields),
-        "plain_flax": PlainViT(classes=flags.classes, dtype=dtype, **fields),
-    }
-    sides, memory = [], {}
-    for name, model in models.items():
-        if flags.only in (None, name):
-            sides.append(Side(name, model, flags))
-            memory[name] = peak_memory_mb()
-    for _ in range(flags.turns):
-        for side in sides:
-            side.turns.append(side.run(flags.steps))
-    for side in sides:
-        step = statistics.median(side.turns)
-        line = {
-            "name": side.name,
-            "variant": flags.variant,
-            "image_size": flags.image_size,
-            "batch_size": flags.batch_size,
-            "dtype": flags.dtype,
-            "device": jax.devices()[0].device_kind,
-            "images_per_second": round(flags.batch_size / step, 1),
-            "step_ms": round(1e3 * step, 1),
-            "spread_ms": round(1e3 * (max(side.turns) - min(side.turns)), 1),
-            "compile_s": round(side.compile_s, 1),
-            "peak_memory_mb": round(memory[side.name]),
-        }
-        if side.name == "ours" and len(sides) == 2:
-            line["ratio"] = round(statistics.median(b / a for a, b in zip(side.turns, sides[1].turns, strict=True)), 3)
-        print(json.dumps(line), flush=True)
+    names = comparing.chosen(flags)
+    with tempfile.TemporaryDirectory() as folder:
+        images = str(real(flags.data, 4, flags.batch_size, flags.image_size, folder)) if flags.data else None
+        for dtype in flags.dtypes.split(","):
+            compare(flags, dtype, names, images)
 
 
 if __name__ == "__main__":

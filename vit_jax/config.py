@@ -29,6 +29,7 @@ class Option:
         below: numbers must stay under this.
         choices: the values allowed, where they are few.
         optional: None is allowed although it is not the default.
+        words: texts allowed besides.
     """
 
     default: Any
@@ -37,6 +38,7 @@ class Option:
     least: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     optional: bool = False
 
     def may_be_none(self) -> bool:
@@ -52,6 +54,7 @@ class Option:
             words += f" of at least {self.least:g}"
         if self.below is not None:
             words += f" below {self.below:g}"
+        words += "".join(f" or {word!r}" for word in self.words)
         return words + (", or None" if self.may_be_none() else "")
 
 
@@ -90,7 +93,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "attention_dropout": Option(0.0, float, "rate on the attention weights", least=0, below=1),
         "stochastic_depth": Option(0.0, float, "rate of the last block's branches", least=0, below=1),
         "stochastic_depth_schedule": Option("linear", str, "over the blocks: linear from 0, or constant"),
-        "remat": Option(False, bool, "compute blocks again in the backward pass rather than keep what they computed"),
+        "remat": Option(
+            False,
+            bool,
+            "compute blocks again in the backward pass; True or full: all, dots: but for products; see docs/models.md",
+            words=("none", "full", "dots", "dots_no_batch"),
+        ),
         "scan": Option(False, bool, "compile one block and run it depth times: a faster compile"),
         "attention_kernel": Option(
             "auto",
@@ -218,7 +226,13 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "train": {
         "seed": Option(0, int, "everything random follows from it", least=0, below=2**31),
-        "batch_size": Option(128, int, "examples an update, over all devices and microbatches", least=1),
+        "batch_size": Option(
+            128,
+            int,
+            "examples an update, over all devices and microbatches; auto: the most that fit an accelerator's memory",
+            least=1,
+            words=("auto",),
+        ),
         "steps": Option(None, int, "updates; None: by epochs", least=1),
         "epochs": Option(None, float, "passes over the training split; None: by steps", least=0),
         "accumulation": Option(1, int, "microbatches an update is summed from", least=1),
@@ -254,6 +268,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "log": {
         "every": Option(50, int, "steps between records; train/... are means over them", least=1),
         "tensorboard": Option(True, bool, "write TensorBoard events beside metrics.jsonl"),
+        "profile": Option(
+            None, str, "steps 'START:STOP' whose course on the devices is written to WORKDIR/profile; None: of none"
+        ),
     },
 }
 
@@ -262,6 +279,8 @@ def default() -> ConfigDict:
     """A config with every option at its default, locked: a misspelt name raises where it is written."""
 
     def start(option: Option) -> Any:
+        if option.words:  # values of two types
+            return config_dict.FieldReference(option.default, field_type=object)
         # A placeholder is None that knows its type, so that a whole number given for a float becomes one.
         return config_dict.placeholder(option.kind) if option.default is None else option.default
 
@@ -359,6 +378,8 @@ def _option(name: str, given: Any) -> Option:
 def _parse(name: str, option: Option, text: str) -> Any:
     if text == "None" and option.may_be_none():
         return None
+    if text in option.words:
+        return text
     try:
         if option.kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
@@ -394,7 +415,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _check_value(name: str, option: Option, value: Any) -> None:
-    if value is None and option.may_be_none():
+    if (value is None and option.may_be_none()) or (isinstance(value, str) and value in option.words):
         return
     kinds = (int, float) if option.kind is float else (option.kind,)
     right = isinstance(value, kinds) and (option.kind is bool or not isinstance(value, bool))
@@ -409,13 +430,13 @@ def _check_value(name: str, option: Option, value: Any) -> None:
 
 def _check_together(config: ConfigDict) -> None:
     from vit_jax.data import augment
-    from vit_jax.training import losses, model
+    from vit_jax.training import losses, model, profiling
 
     train = config.train
     if (train.steps is None) == (not train.epochs):
         given = f"steps {train.steps}, epochs {train.epochs}"
         raise UserError(f"config.train needs either steps or epochs\n  given: {given}")
-    if train.batch_size % train.accumulation:
+    if train.batch_size != "auto" and train.batch_size % train.accumulation:
         raise UserError(
             f"config.train.batch_size is {train.batch_size}, which {train.accumulation} microbatches do not divide\n"
             f"  allowed: a multiple of config.train.accumulation"
@@ -431,6 +452,7 @@ def _check_together(config: ConfigDict) -> None:
             "  give one of them, e.g. --config.data.validation='train[98%:]'"
         )
     losses.loss_weights(config)
+    profiling.span(config.log.profile)
     _check_features(config)
     augment.check(config)
     try:

@@ -52,6 +52,45 @@ def test_rematerialisation_changes_no_bit(small, draw, randomise, scan):
     chex.assert_trees_all_equal(loss_and_gradients(model.clone(remat=True), images)(parameters), kept)
 
 
+def products(jaxpr):
+    """Matrix products in a traced program and all that it calls."""
+    inner = [value for equation in jaxpr.eqns for value in equation.params.values()]
+    inner = [getattr(value, "jaxpr", value) for value in inner]
+    here = sum(equation.primitive.name == "dot_general" for equation in jaxpr.eqns)
+    return here + sum(products(value) for value in inner if hasattr(value, "eqns"))
+
+
+@pytest.mark.parametrize(
+    ("remat", "again"),
+    # Of a block's six products nobody needs the last one's result; only scores and mixture have no parameters.
+    [("none", 0), ("dots", 0), ("dots_no_batch", 2), ("full", 5), (True, 5)],
+)
+def test_a_policy_computes_again_what_it_does_not_keep(small, draw, randomise, remat, again):
+    images = draw(2, 4, 4, 3)
+    model = small()
+    parameters = randomise(model, images)["params"]
+
+    def count(model):
+        loss = lambda parameters: model.apply({"params": parameters}, images, train=True).sum()  # noqa: E731
+        return products(jax.make_jaxpr(jax.grad(loss))(parameters).jaxpr)
+
+    assert count(model.clone(remat=remat)) == count(model) + again * model.depth
+
+
+@pytest.mark.parametrize("remat", ["dots", pytest.param("dots_no_batch", marks=pytest.mark.slow)])
+def test_a_policy_changes_no_bit(small, draw, randomise, remat):
+    images = draw(2, 4, 4, 3)
+    model = small(depth=1)
+    parameters = randomise(model, images)["params"]
+    kept = loss_and_gradients(model, images)(parameters)
+    chex.assert_trees_all_equal(loss_and_gradients(model.clone(remat=remat), images)(parameters), kept)
+
+
+def test_an_unknown_policy_is_refused(small):
+    with pytest.raises(ValueError, match="remat is 'dotz': one of none, full, dots, dots_no_batch"):
+        small(remat="dotz")
+
+
 @pytest.mark.usefixtures("quick_compilation")
 def test_rematerialisation_draws_the_same_dropout(small, draw, randomise):
     images = draw(2, 4, 4, 3)

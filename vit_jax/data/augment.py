@@ -347,7 +347,7 @@ def check(config: Any) -> None:
         least, most = section[f"{name}_least"], section[f"{name}_most"]
         if least > most:
             raise UserError(f"config.augment.{name}_least is {least:g}\n  allowed: at most {name}_most, {most:g}")
-    if train.batch_size % section.repeats:
+    if train.batch_size != "auto" and train.batch_size % section.repeats:
         raise UserError(
             f"config.augment.repeats is {section.repeats}\n"
             f"  allowed: a divisor of config.train.batch_size, {train.batch_size}"

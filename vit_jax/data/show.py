@@ -134,6 +134,8 @@ def show(flags: argparse.Namespace, overrides: list[str]) -> None:
         options.override(config, assignment)
     starting.take_model(config)
     options.check(config)
+    if config.train.batch_size == "auto":
+        raise UserError("config.train.batch_size is 'auto'\n  give the run's own: --config.train.batch_size=NUMBER")
     if not flags.step >= 0 or not 1 <= flags.count <= config.train.batch_size:
         raise UserError(
             f"--step={flags.step} --count={flags.count}\n"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from vit_jax.models.encoder import SCHEDULES
+from vit_jax.models.encoder import POLICIES, SCHEDULES
 from vit_jax.models.mlp import GELUS, MLPS
 from vit_jax.models.pooling import POOLINGS
 from vit_jax.models.positions import POSITIONS
@@ -28,6 +28,8 @@ def check(model: "VisionTransformer") -> None:
     for field, allowed in CHOICES.items():
         if getattr(model, field) not in allowed:
             raise ValueError(f"{field} is {getattr(model, field)!r}: one of {', '.join(allowed)}")
+    if model.remat not in (False, *POLICIES):
+        raise ValueError(f"remat is {model.remat!r}: one of none, full, dots, dots_no_batch")
     if model.width % model.heads:
         near = [heads for heads in range(1, model.width + 1) if model.width % heads == 0 and heads <= 2 * model.heads]
         raise ValueError(f"heads is {model.heads}, which does not divide the width {model.width}: {near} would")

@@ -15,6 +15,13 @@ from vit_jax.models.norm import LayerNorm, LayerScale
 from vit_jax.models.positions import POSITIONS, Place, Terms
 
 SCHEDULES = ("linear", "constant")
+# What a block that is computed again keeps besides its inputs: nothing; the results of all its products; or of those
+# with parameters, which leaves out the attention's, whose size grows with the square of the tokens.
+POLICIES = {
+    True: None,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +138,8 @@ class Encoder(nn.Module):
         stochastic_depth_schedule: 'linear' from 0 at the first block, or 'constant'.
         position: a kind of position embedding of which every block has its own; None for none.
         place: the tokens it is for.
-        remat: keep the blocks' inputs alone for the backward pass, and compute the rest again.
+        remat: True: keep the blocks' inputs alone for the backward pass, and compute the rest again; 'dots' or
+            'dots_no_batch': keep the results of products, or of those with parameters, too (see `POLICIES`).
         scan: one program for all blocks, run `depth` times, instead of `depth` copies of it. Their parameters are then
             one tree `blocks` with a leading axis of layers (see `stacking`).
         norm: whether there is a LayerNorm behind the last block.
@@ -143,7 +151,7 @@ class Encoder(nn.Module):
     stochastic_depth_schedule: str = "linear"
     position: str | None = None
     place: Place | None = None
-    remat: bool = False
+    remat: bool | str = False
     scan: bool = False
     norm: bool = True
 
@@ -162,8 +170,10 @@ class Encoder(nn.Module):
             def layer(block: EncoderBlock, tokens: jax.Array) -> jax.Array:
                 return block(tokens, mask, train, rate, positions)
 
+            if not self.remat:
+                return layer(block, tokens)
             # Inside a scan, nothing could merge the second computation with the first.
-            return nn.remat(layer, prevent_cse=not self.scan)(block, tokens) if self.remat else layer(block, tokens)
+            return nn.remat(layer, prevent_cse=not self.scan, policy=POLICIES[self.remat])(block, tokens)
 
         block = lambda name: EncoderBlock(self.options, self.position, self.place, name=name)  # noqa: E731
         if self.scan:

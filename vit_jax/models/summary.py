@@ -170,9 +170,9 @@ def training_bytes(
 
     Parameters, their gradients and Adam's two moments are float32. Of the forward pass, what the backward pass reads
     again is counted: of every block the inputs of its products and norms, the attention weights (float32) and the
-    MLP's hidden layer with what its derivative takes; with `remat`, the blocks' inputs and one block's inside (on CPU
-    that needs `scan` too: there the compiler undoes it otherwise). The stem of a hybrid is counted by its outputs.
-    Compilers save some of it and add buffers of their own: take it as a guide.
+    MLP's hidden layer with what its derivative takes; with `remat`, the blocks' inputs, the results of products that
+    it keeps, and one block's inside (on CPU that needs `scan` too: there the compiler undoes it otherwise). The stem of
+    a hybrid is counted by its outputs. Compilers save some of it and add buffers of their own: take it as a guide.
     """
     parameters = 4 * _count({"all": parameter_shapes(model, image_size, channels)}, "all")
     rows, columns = token_grid(model, image_size)
@@ -182,7 +182,8 @@ def training_bytes(
     hidden = (5 if model.mlp == "swiglu" else 4) * model.mlp_width
     inside = tokens * item * (7 * model.width + hidden) + 2 * 4 * model.heads * tokens**2
     input_ = tokens * item * model.width
-    kept = model.depth * input_ + (inside if model.remat else model.depth * inside)
+    blocks = inside + model.depth * _saved(model, tokens) if model.remat else model.depth * inside
+    kept = model.depth * input_ + blocks
     stem = 0
     if model.stem is not None:
         height, across, _ = stem_output((), model.stem_width, image_size)
@@ -194,3 +195,15 @@ def training_bytes(
         "optimizer": 2 * parameters,
         "activations": batch_size * int(kept + stem),
     }
+
+
+def _saved(model: VisionTransformer, tokens: int) -> int:
+    """Bytes that one rematerialised block keeps of one image besides its input."""
+    if model.remat is True:
+        return 0
+    item = jnp.dtype(model.dtype).itemsize
+    hidden = (2 if model.mlp == "swiglu" else 1) * model.mlp_width
+    # Queries, keys, values, output and the MLP's two; then scores (float32) and mixture.
+    dense = tokens * item * (5 * model.width + hidden)
+    attention = 4 * model.heads * tokens**2 + tokens * item * model.width
+    return dense + (attention if model.remat == "dots" else 0)

@@ -57,7 +57,8 @@ class VisionTransformer(nn.Module):
         layer_norm_epsilon: added to the variance.
         stem: bottleneck units of each stage of a ResNet before the patches; () for its root alone, None for no stem.
         stem_width: channels of its root.
-        remat: compute blocks again in the backward pass instead of keeping what they computed.
+        remat: compute blocks again in the backward pass instead of keeping what they computed: False or 'none', True or
+            'full', 'dots' or 'dots_no_batch' (keep the results of all products, or of those with parameters).
         scan: one program for all blocks; their parameters are then stacked (see `stacking`).
         attention_kernel: what computes attention, of `kernels.KERNELS`.
         product_dtype: of the operands of the blocks' dense products, where it is not `dtype` (see `dense`).
@@ -93,7 +94,7 @@ class VisionTransformer(nn.Module):
     layer_norm_epsilon: float = 1e-6
     stem: tuple[int, ...] | None = None
     stem_width: int = 64
-    remat: bool = False
+    remat: bool | str = False
     scan: bool = False
     norm_after_pooling: bool = False
     attention_kernel: str = "plain"
@@ -105,6 +106,7 @@ class VisionTransformer(nn.Module):
             self.classes = FrozenDict(self.classes)
         if isinstance(self.stem, list):
             self.stem = tuple(self.stem)
+        self.remat = {"none": False, "full": True}.get(self.remat, self.remat)
         check(self)
         super().__post_init__()
 

@@ -108,7 +108,8 @@ def check(config: ConfigDict) -> Mesh:
     """
     data = config.data
     mesh = check_data(config, [split for split in (data.train, data.validation, data.test) if split])
-    parallel.check_batch(config.train.batch_size, config.train.accumulation, mesh)
+    if config.train.batch_size != "auto":
+        parallel.check_batch(config.train.batch_size, config.train.accumulation, mesh)
     return mesh
 
 

@@ -23,6 +23,7 @@ from vit_jax.training.state import TrainState, empty_metrics
 Gradients = Any
 # So many bad steps in a row are a burst: the program makes no further one, and the host goes back to a checkpoint.
 BURST = 5
+named_input = jax.named_scope("input")  # how profiles tell it from the update
 
 
 def make_update(
@@ -46,7 +47,8 @@ def make_update(
 
     def step(state: TrainState, inputs: jax.Array, labels: Any) -> TrainState:
         augment_key, dropout_key = order.keys(config.train.seed, state.step + state.shift)
-        batch = augment(augment_key, inputs, make_targets(labels, model.classes, config.train.label_smoothing))
+        targets = make_targets(labels, model.classes, config.train.label_smoothing)
+        batch = named_input(augment)(augment_key, inputs, targets)
         chosen = freezing.select(state.parameters, mask)
         gradients, metrics = accumulate(
             model, state.parameters, *batch, dropout_key, config.train.accumulation, weights, mask
@@ -76,7 +78,7 @@ def make_update(
         first = state.step
 
         def body(state: TrainState) -> TrainState:
-            return step(state, *pipeline.take(feed, state.step - first, parallel.spread(mesh)))
+            return step(state, *named_input(pipeline.take)(feed, state.step - first, parallel.spread(mesh)))
 
         def goes_on(state: TrainState) -> jax.Array:
             return (state.step - first < count) & (state.streak < BURST)

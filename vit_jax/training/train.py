@@ -19,6 +19,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.summary import forward_flops
 from vit_jax.training import (
     allocator,
+    batch_size,
     evaluate,
     freezing,
     hardware,
@@ -27,6 +28,7 @@ from vit_jax.training import (
     memory,
     optimizer,
     parallel,
+    profiling,
     records,
     trouble,
     workdir,
@@ -73,6 +75,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     mesh = runs.check(config)
     if mesh.devices.flat[0].platform == "cpu":
         allocator.keep_memory()
+    config = batch_size.resolve(config, folder, mesh)
     changes = parallel.by_main(lambda: workdir.claim(folder, config))
     summary = parallel.by_main(lambda: workdir.read_summary(folder))
     say = print if parallel.is_main() else lambda *_, **__: None
@@ -216,14 +219,14 @@ class Trainer:
         epochs = run.steps / run.steps_an_epoch
         say(f"{start} {run.steps:,} steps of {self.config.train.batch_size} ({epochs:.1f} epochs), in {self.folder}")
 
-    def _compile(self) -> jax.stages.Compiled:
+    def _compile(self) -> profiling.Update:
         run, began = self.run, time.monotonic()
         self.progress.say("compiling the training step ...")
         update = make_update(run.applied, run.optimizer, run.augment, self.config, run.mesh, run.mask)
         feed = self.feeds["train"].abstract_feed(self.rows, self.config.train.batch_size)
         compiled = update.lower(self.state, feed, np.int32(0)).compile()
         self.progress.say(f"compiled in {time.monotonic() - began:.1f} s")
-        return compiled
+        return profiling.profiled(compiled, self.config.log.profile, self.folder, lambda: self.step)
 
     def _rows(self) -> int:
         """How many steps a dispatch has room for."""
@@ -253,7 +256,7 @@ class Trainer:
         places = (start + self.shift, end - start, self.rows, examples, self.config.augment.repeats)
         return pipeline.train_indices(train.seed, train.batch_size, *places)
 
-    def _loop(self, update: jax.stages.Compiled) -> None:
+    def _loop(self, update: profiling.Update) -> None:
         self.stop.nothing_to_save(False)
         self.meter.run(self.step)
         if not self.settled:
@@ -266,7 +269,7 @@ class Trainer:
             except Burst:
                 self._roll_back()
 
-    def _dispatch(self, update: jax.stages.Compiled, end: int, feed: pipeline.Feed) -> None:
+    def _dispatch(self, update: profiling.Update, end: int, feed: pipeline.Feed) -> None:
         if self._asked_to_stop():
             raise Asked
         began = time.monotonic()
@@ -291,7 +294,7 @@ class Trainer:
         train, log, checkpoint = self.config.train, self.config.log, self.config.checkpoint
         everies = (train.steps_per_dispatch, train.evaluate_every, log.every, checkpoint.every)
         nexts = [(step // every + 1) * every for every in everies if every]
-        return min(self.run.steps, step + min(most, self.rows), *nexts)
+        return min(self.run.steps, step + min(most, self.rows), *nexts, *profiling.cuts(log.profile, step))
 
     def _is_due(self, every: int) -> bool:
         return self.step == self.run.steps or bool(every and self.step % every == 0)

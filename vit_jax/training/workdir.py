@@ -79,7 +79,7 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
         raise UserError(f"{reason}\n  give another --workdir") from error
     old = read_config(workdir)
     # Of a run that never began nothing can be lost: its config may have been mended since.
-    if old is None or not _has_begun(workdir):
+    if old is None or not has_begun(workdir):
         return []
     # An option that there was not yet when the run began is at its default.
     old = {
@@ -97,7 +97,8 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
     return rows
 
 
-def _has_begun(workdir: Path) -> bool:
+def has_begun(workdir: Path) -> bool:
+    """Whether a run has left anything there that another config must not touch."""
     metrics = workdir / records.METRICS
     return (metrics.exists() and metrics.stat().st_size > 0) or any(
         (workdir / name).is_dir() and any((workdir / name).iterdir()) for name in (FOLDER, DAMAGED)

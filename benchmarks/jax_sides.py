@@ -1,0 +1,291 @@
+"""The sides that are JAX: a model's bare step, the trainer's own step, and logits. Started by sides.py."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import work as works
+from child import resident_mb, serve
+from work import Work
+
+if __name__ == "__main__" and Work(**json.loads(sys.argv[1])).device == "cpu":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from plain_flax import PlainViT
+
+from vit_jax import config as options
+from vit_jax.data.augment import Augment
+from vit_jax.data.sources import Source
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.training import allocator, hardware, optimizer, parallel, state
+from vit_jax.training import model as models
+from vit_jax.training.losses import cross_entropy
+from vit_jax.training.run import Run
+from vit_jax.training.step import make_update
+
+FIRST = 3  # steps whose losses are shown
+ROWS = 10  # steps that a dispatch of the trainer's has room for
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *above, name = path.split("/")
+        here = tree
+        for part in above:
+            here = here.setdefault(part, {})
+        here[name] = value
+    return tree
+
+
+def for_plain_flax(flat: dict[str, np.ndarray], work: Work) -> dict[str, Any]:
+    """The same parameters by the names and shapes of Flax's own layers."""
+    width, heads, patch = work.width, work.heads, work.patch_size
+    size = width // heads
+    named = {"token": flat["class_token"], "positions": flat["positions/table"]}
+
+    def layer(ours: str, theirs: str) -> None:
+        for name in ("kernel", "scale", "bias"):
+            if f"{ours}/{name}" in flat:
+                named[f"{theirs}/{name}"] = flat[f"{ours}/{name}"]
+
+    layer("embedding/projection", "Conv_0")
+    named["Conv_0/kernel"] = named["Conv_0/kernel"].reshape(patch, patch, 3, width)
+    for index in range(work.depth):
+        ours, theirs = f"encoder/block_{index}", f"Block_{index}"
+        attention = f"{theirs}/MultiHeadDotProductAttention_0"
+        pairs = {"norm_attention": "LayerNorm_0", "norm_mlp": "LayerNorm_1", "mlp/up": "Dense_0", "mlp/down": "Dense_1"}
+        for name, other in pairs.items():
+            layer(f"{ours}/{name}", f"{theirs}/{other}")
+        layer(f"{ours}/attention/out", f"{attention}/out")
+        named[f"{attention}/out/kernel"] = named[f"{attention}/out/kernel"].reshape(heads, size, width)
+        for place, name in enumerate(("query", "key", "value")):
+            part = slice(place * width, (place + 1) * width)
+            kernel, bias = flat[f"{ours}/attention/qkv/kernel"][:, part], flat[f"{ours}/attention/qkv/bias"][part]
+            named[f"{attention}/{name}/kernel"] = kernel.reshape(width, heads, size)
+            named[f"{attention}/{name}/bias"] = bias.reshape(heads, size)
+    layer("encoder/norm", "LayerNorm_0")
+    layer("head/logits", "Dense_0")
+    return nested(named)
+
+
+def built(work: Work) -> VisionTransformer:
+    """Our model as a config makes it: with the kernels and the arithmetic that are best on this device.
+
+    Raises:
+        UserError: it would be slower for the arithmetic asked for.
+    """
+    section = options.default().model
+    sizes = {name: getattr(work, name) for name in ("width", "depth", "heads", "mlp_width")}
+    section.update(work.fields or {"variant": f"Ti/{work.patch_size}", **sizes})
+    section.dtype = work.dtype
+    return models.build(section, work.classes, dtype=None)
+
+
+def as_training_does(name: str) -> dict[str, Any]:
+    """What training asks of the compiler and of the C library for our sides; nothing for others."""
+    platform = jax.devices()[0].platform
+    if name == "plain_flax":
+        return {}
+    if platform == "cpu":
+        allocator.keep_memory()
+    return {"compiler_options": hardware.compiler_options(platform)}
+
+
+def start(work: Work, name: str) -> tuple[Any, Any]:
+    """The model, and the parameters that every side starts from."""
+    if name == "plain_flax":
+        model = PlainViT(classes=work.classes, dtype=jnp.dtype(work.dtype), **work.model())
+    else:
+        model = built(work)
+    if work.fields:
+        shape = (work.image_size, work.image_size, work.channels)
+        return model, jax.jit(lambda: state.initialize(model, shape, 0))()
+    flat = works.parameters(work)
+    tree = nested(flat) if name == "ours" else for_plain_flax(flat, work)
+    # Copied: what is donated must not be what NumPy holds.
+    return model, jax.block_until_ready(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree))
+
+
+def send(work: Work) -> list[tuple[jax.Array, jax.Array]]:
+    """Normalised images and one-hot targets of each batch, on the device."""
+    images, labels = works.examples(work)
+    return [
+        (jax.device_put(works.normalised(batch)), jax.nn.one_hot(of, work.classes))
+        for batch, of in zip(images, labels, strict=True)
+    ]
+
+
+def make_step(model: Any, rule: optax.GradientTransformation) -> Callable:
+    """One update, as it is written where nothing else is wanted: (parameters, moments), images, targets."""
+
+    def step(state, images, targets):
+        parameters, moments = state
+        # For models with dropout; of the step, so that nothing is drawn when it is compiled.
+        key = jax.random.fold_in(jax.random.key(0), optax.tree_utils.tree_get(moments, "count"))
+
+        def loss(parameters):
+            logits = model.apply({"params": parameters}, images, train=True, rngs={"dropout": key})
+            return cross_entropy(logits, targets).mean()
+
+        value, gradients = jax.value_and_grad(loss)(parameters)
+        updates, moments = rule.update(gradients, moments, parameters)
+        return (optax.apply_updates(parameters, updates), moments), value
+
+    return step
+
+
+class Side:
+    """What the sides have in common: what they report once compiled and warm."""
+
+    compile_s = 0.0
+
+    def introduce(self, first: float, **more: Any) -> None:
+        """`first`: seconds of a step."""
+        stats = jax.local_devices()[0].memory_stats() or {}
+        peak = stats["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in stats else resident_mb()
+        self.report = {
+            "device": jax.devices()[0].device_kind,
+            "library": f"jax {jax.__version__}",
+            "compile_s": round(self.compile_s, 2),
+            "step_s": first,
+            "peak_memory_mb": round(peak),
+            **more,
+        }
+
+    def compile(self, function: Callable, *arguments: Any, **options: Any) -> jax.stages.Compiled:
+        began = time.perf_counter()
+        compiled = jax.jit(function, **options).lower(*arguments).compile()
+        self.compile_s = time.perf_counter() - began
+        return compiled
+
+
+class Bare(Side):
+    """Whole steps of AdamW in a loop of the host, and nothing besides."""
+
+    def __init__(self, work: Work):
+        model, parameters = start(work, work.side)
+        rule = optax.adamw(works.LEARNING_RATE, *works.BETAS, works.EPSILON, weight_decay=works.WEIGHT_DECAY)
+        self.batches, self.taken = send(work), 0
+        self.state = (parameters, rule.init(parameters))
+        settings = {"donate_argnums": 0, **as_training_does(work.side)}
+        self.step = self.compile(make_step(model, rule), self.state, *self.batches[0], **settings)
+        shown = []
+        for _ in range(FIRST):
+            self._take(1)
+            shown.append(round(float(self.value), 5))
+        self.introduce(self.turn(1), losses=shown)
+
+    def _take(self, steps: int) -> None:
+        for _ in range(steps):
+            batch = self.batches[self.taken % len(self.batches)]
+            self.state, self.value = self.step(self.state, *batch)
+            self.taken += 1
+
+    def turn(self, steps: int) -> float:
+        began = time.perf_counter()
+        self._take(steps)
+        jax.block_until_ready((self.state, self.value))
+        return time.perf_counter() - began
+
+
+def run_of(work: Work, model: VisionTransformer) -> Run:
+    """The parts that training makes of such a config: one device, no augmentation, the set resident."""
+    config = options.default()
+    config.optimizer.update(schedule="constant", weight_decay=works.WEIGHT_DECAY)
+    config.train.update(batch_size=work.batch_size, steps=10**6, steps_per_dispatch=ROWS)
+    config.data.resident, config.log.every = "always", 10**6
+    images, labels = (array.reshape(-1, *array.shape[2:]) for array in works.examples(work))
+    names = tuple(str(k) for k in range(work.classes))
+    source = Source("synthetic", "train", images, labels, names, (works.MEAN,) * 3, (works.STD,) * 3)
+    augment = Augment(source.mean, source.std, dtype=model.dtype, **config.augment.to_dict())
+    steps = config.train.steps
+    return Run(
+        config=config,
+        mesh=parallel.make_mesh(1),
+        sources={"train": source},
+        image_shape=images.shape[1:],
+        model=model,
+        applied=model,
+        augment=augment,
+        steps=steps,
+        optimizer=optimizer.make(config.optimizer, steps),
+        mask=None,
+    )
+
+
+class Trainer(Side):
+    """The step that training runs: many in one dispatch, from the 8-bit images on, with all its checks and sums."""
+
+    def __init__(self, work: Work):
+        as_training_does("ours")
+        model, parameters = start(work, "ours")
+        run = run_of(work, model)
+        self.state = run.initial_state(parameters)
+        # Batch k is always the same examples, so that the first losses are those of the other sides.
+        table = np.arange(work.batches * work.batch_size, dtype=np.int32).reshape(work.batches, -1)
+        self.feed = run.feeds("train").feed(np.resize(table, (ROWS, work.batch_size)))
+        update = make_update(run.applied, run.optimizer, run.augment, run.config, run.mesh)
+        began = time.perf_counter()
+        self.update = update.lower(self.state, self.feed, np.int32(0)).compile()
+        self.compile_s = time.perf_counter() - began
+        shown = np.diff([0.0] + [self._losses_after(1) for _ in range(FIRST)]).round(4).tolist()
+        self.introduce(self.turn(1), losses=shown)
+
+    def _losses_after(self, steps: int) -> float:
+        """The sum of the losses so far."""
+        self.turn(steps)
+        return float(self.sums["loss"])
+
+    def turn(self, steps: int) -> float:
+        began = time.perf_counter()
+        while steps:
+            count = min(steps, ROWS)
+            self.state, self.sums = self.update(self.state, self.feed, np.int32(count))
+            steps -= count
+        jax.block_until_ready((self.state, self.sums))
+        return time.perf_counter() - began
+
+
+class Inference(Side):
+    """Logits of one batch; every call is waited for."""
+
+    def __init__(self, work: Work):
+        model, self.parameters = start(work, work.side)
+        self.images = send(work)[0][0]
+
+        def logits(parameters, images):
+            return model.apply({"params": parameters}, images)
+
+        self.run = self.compile(logits, self.parameters, self.images, **as_training_does(work.side))
+        shown = [round(float(value), 5) for value in self.run(self.parameters, self.images)[0, :3]]
+        self.turn(2)
+        self.introduce(self.turn(1)[0], logits=shown)
+
+    def turn(self, steps: int) -> list[float]:
+        seconds = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            jax.block_until_ready(self.run(self.parameters, self.images))
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+
+def make(work: Work) -> Side:
+    if work.mode == "infer":
+        return Inference(work)
+    return Trainer(work) if work.side == "ours_trainer" else Bare(work)
+
+
+if __name__ == "__main__":
+    serve(make)

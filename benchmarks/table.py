@@ -1,0 +1,152 @@
+"""Tables of Markdown from what the benchmarks printed.
+
+    python benchmarks/table.py collect LINES.jsonl results/      # -> results/<device>.json
+    python benchmarks/table.py show results/nvidia-h200.json
+    python benchmarks/table.py put results/nvidia-h200.json docs/performance.md
+
+`put` replaces what stands in the page between <!-- results: NAME --> and <!-- end of results: NAME -->, NAME being the
+file's; where there are no such lines, they are added at the end.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Of each benchmark: heading and key of its columns, in order.
+MODEL = [("model", "variant"), ("pixels", "image_size"), ("batch", "batch_size"), ("arithmetic", "dtype")]
+RATIO = [("ours / it", "ratio"), ("least", "ratio_least"), ("most", "ratio_most")]
+COLUMNS: dict[str, list[tuple[str, str]]] = {
+    "train_step": [
+        *MODEL,
+        ("side", "name"),
+        ("images/s", "images_per_second"),
+        ("ms", "step_ms"),
+        ("spread, ms", "spread_ms"),
+        ("MFU", "mfu"),
+        ("compile, s", "compile_s"),
+        ("memory, MiB", "peak_memory_mb"),
+        *RATIO,
+        ("error", "error"),
+    ],
+    "inference": [
+        *MODEL,
+        ("side", "name"),
+        ("ms", "ms"),
+        ("ms, 95 %", "ms_p95"),
+        ("images/s", "images_per_second"),
+        *RATIO,
+        ("error", "error"),
+    ],
+    "end_to_end": [
+        ("config", "config"),
+        ("model", "variant"),
+        ("batch", "batch_size"),
+        ("Python, s", "python_s"),
+        ("with imports, s", "imports_s"),
+        ("first step, cold, s", "first_step_cold_s"),
+        ("cached, s", "first_step_cached_s"),
+        ("images/s, whole run", "whole"),
+        ("training alone", "training"),
+        ("bare step", "bare"),
+        ("whole / bare", "ratio"),
+    ],
+    "breakdown": [*MODEL, ("ms a step", "ms"), ("share", "share")],
+    "memory": [
+        *MODEL,
+        ("remat", "remat"),
+        ("planned, MiB", "planned_mb"),
+        ("peak, MiB", "peak_mb"),
+        ("limit, GiB", "limit_gib"),
+        ("largest batch", "largest"),
+    ],
+    "matmul": [
+        ("arithmetic", "dtype"),
+        ("width", "width"),
+        ("rows", "rows"),
+        ("product", "product"),
+        ("ms", "ms"),
+        ("TFLOP/s", "tflops"),
+    ],
+    "attention": [
+        ("arithmetic", "dtype"),
+        ("width", "width"),
+        ("tokens", "tokens"),
+        ("passes", "passes"),
+        ("by", "implementation"),
+        ("ms", "ms"),
+        ("TFLOP/s", "tflops"),
+        ("error", "error"),
+    ],
+    "layer_norm": [("arithmetic", "dtype"), ("width", "width"), ("passes", "passes"), ("ms", "ms"), ("GB/s", "gb_s")],
+    "gelu": [("arithmetic", "dtype"), ("width", "width"), ("passes", "passes"), ("ms", "ms"), ("GB/s", "gb_s")],
+    "skipped": [("command", "command"), ("status", "status")],
+}
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it: thousands apart, four figures, kinds of time one behind the other."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {cell(part)}" for name, part in value.items() if part)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "/")
+
+
+def table(lines: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str]]) -> str:
+    """Rows in the order of the lines; columns that none has are left out."""
+    present = [(heading, key) for heading, key in columns if any(line.get(key) is not None for line in lines)]
+    rows = [[heading for heading, _ in present], ["---"] * len(present)]
+    rows += [[cell(line.get(key)) for _, key in present] for line in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def tables(lines: Sequence[dict[str, Any]]) -> str:
+    """A table for each benchmark, in the order of `COLUMNS`."""
+    parts = []
+    for name, columns in COLUMNS.items():
+        chosen = [line for line in lines if line["benchmark"] == name]
+        if chosen:
+            parts.append(f"**{name}**\n\n{table(chosen, columns)}")
+    return "\n\n".join(parts)
+
+
+def collect(source: Path, folder: Path) -> Path:
+    """Writes the lines as one file, named after the device that they are of."""
+    lines = [json.loads(line) for line in source.read_text().splitlines() if line.startswith("{")]
+    device = next((line["device"] for line in lines if "device" in line), "unknown")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    path.write_text(json.dumps({"device": device, "lines": lines}, indent=1) + "\n")
+    return path
+
+
+def put(results: Path, page: Path) -> None:
+    """Writes the tables into the page, between its two lines."""
+    start, end = f"<!-- results: {results.stem} -->", f"<!-- end of results: {results.stem} -->"
+    text = page.read_text() if page.exists() else ""
+    if start not in text:
+        text = f"{text.rstrip()}\n\n{start}\n{end}\n"
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{start}\n\n{tables(json.loads(results.read_text())['lines'])}\n\n{end}{after}")
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["collect", source, folder]:
+            print(collect(Path(source), Path(folder)))
+        case ["show", results]:
+            print(tables(json.loads(Path(results).read_text())["lines"]))
+        case ["put", results, page]:
+            put(Path(results), Path(page))
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
