@@ -71,6 +71,8 @@ def open_run(flags: argparse.Namespace) -> Trained:
     folder = folder_of(flags.workdir)
     saved = workdir.read_config(folder)
     if saved is None or not (folder / FOLDER).is_dir():
+        if own := sorted(path.parent.name for path in folder.glob(f"seed-*/{FOLDER}")):
+            raise UserError(f"--workdir={flags.workdir} holds the runs of several seeds\n  give one: {', '.join(own)}")
         raise UserError(
             f"--workdir={flags.workdir} holds no run\n  train one: python -m vit_jax.main --workdir=DIR ..."
         )

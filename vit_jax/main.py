@@ -89,10 +89,11 @@ def run(arguments: list[str]) -> None:
         options.override(config, assignment)
     options.check(config)
     # Imported only now: what is wrong with the line typed is said at once.
-    from vit_jax.training import parallel, train
+    from vit_jax.training import parallel, together, train
 
     parallel.cache_compilations()
-    train.train(config, commands.folder_of(flags.workdir) if flags.workdir else default_workdir(flags.config))
+    trained = train.train if config.train.seeds is None else together.train
+    trained(config, commands.folder_of(flags.workdir) if flags.workdir else default_workdir(flags.config))
 
 
 if __name__ == "__main__":

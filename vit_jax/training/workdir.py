@@ -28,6 +28,7 @@ FREE = (
     "data.worker_timeout",
     "train.steps_per_dispatch",
     "train.max_minutes",
+    "train.seeds_at_once",
 )
 # What changes how it goes on, but not what its checkpoints hold, is taken, told of and recorded.
 TAKEN = (
@@ -98,9 +99,10 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
 
 def _has_begun(workdir: Path) -> bool:
     metrics = workdir / records.METRICS
-    return (metrics.exists() and metrics.stat().st_size > 0) or any(
+    begun = (metrics.exists() and metrics.stat().st_size > 0) or any(
         (workdir / name).is_dir() and any((workdir / name).iterdir()) for name in (FOLDER, DAMAGED)
     )
+    return begun or any(_has_begun(own) for own in workdir.glob("seed-*"))  # of several seeds, see `seeds`
 
 
 def check_length(changes: list[str], steps: int, saved: list[int]) -> None:
