@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from vit_jax.data.pipeline import Feed
 from vit_jax.training import evaluate, parallel
@@ -62,10 +63,10 @@ class Program:
         one = (run.abstract_state(), feed, np.int32(0), np.int32(0))
         if seeds is None:
             return update.lower(*one)
-        return make_update_of_seeds(update, run).lower(*((argument,) * seeds for argument in one))
+        return make_update_of_seeds(update, run.mesh).lower(*((argument,) * seeds for argument in one))
 
 
-def make_update_of_seeds(update: Callable, run: Run) -> Callable[..., tuple[tuple[TrainState, dict], ...]]:
+def make_update_of_seeds(update: Callable, mesh: Mesh) -> Callable[..., tuple[tuple[TrainState, dict], ...]]:
     """The compiled function (states, feeds, counts, seeds) -> one (state, sums) for each; each argument is a tuple.
 
     It is `update` of `step.make_update`, vectorised: the seeds' arrays lie side by side in one program, and each has
@@ -79,7 +80,7 @@ def make_update_of_seeds(update: Callable, run: Run) -> Callable[..., tuple[tupl
         ends = jax.vmap(update, in_axes=(0, axes, 0, 0))(_stack(states), feed, jnp.stack(counts), jnp.stack(seeds))
         return tuple(jax.tree.map(lambda leaf, place=place: leaf[place], ends) for place in range(len(states)))
 
-    return jax.jit(together, donate_argnums=0, out_shardings=parallel.replicated(run.mesh))
+    return jax.jit(together, donate_argnums=0, out_shardings=parallel.replicated(mesh))
 
 
 def _stack(trees: tuple[Any, ...]) -> Any:
