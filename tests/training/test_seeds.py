@@ -135,6 +135,9 @@ def test_what_is_printed_of_them():
     summary = {"seeds": [0, 1, 2], "test/accuracy": 0.98, "test/accuracy/std": 0.01}
     summary["test/accuracy/each"] = [0.97, 0.99, 0.98]
     assert seeds.describe(summary) == "test accuracy 98.00 +- 1.00 % over 3 seeds (97.00 ... 99.00)"
+    assert seeds.describe_each(summary)[1] == "seed 1: test accuracy 99.00 %"
+    summary = {"seeds": [0, 1], "validation/loss": 0.5, "validation/loss/std": 0.25, "validation/loss/each": [0.4, 0.6]}
+    assert seeds.describe(summary) == "validation loss 0.5000 +- 0.2500 over 2 seeds (0.4000 ... 0.6000)"
 
 
 def test_one_after_another_each_is_the_run_that_it_is_alone(alone, one_after_another):

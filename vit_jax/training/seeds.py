@@ -68,7 +68,7 @@ def config_of_all(config: ConfigDict) -> ConfigDict:
 def summarise(seeds: Sequence[int], summaries: Sequence[dict[str, Any]], at_once: Sequence[int]) -> dict[str, Any]:
     """What summary.json holds of several seeds.
 
-    Each `test/...` is the mean over the seeds; beside it stand `/std`, the sample standard deviation (None for one
+    Each `test/...` (or `validation/...`, where a run has no test) is the mean over the seeds; beside it stand `/std`, the sample standard deviation (None for one
     seed), and `/each`, in the order of `seeds`. `seconds` are those of training all of them: what seeds that were
     trained at once have spent together counts once.
 
@@ -78,7 +78,7 @@ def summarise(seeds: Sequence[int], summaries: Sequence[dict[str, Any]], at_once
         at_once: how many were trained with each, itself included.
     """
     first, result = summaries[0], {"seeds": list(seeds)}
-    for name in (name for name in first if name.startswith("test/")):
+    for name in (name for name in first if "/" in name):
         each = [summary[name] for summary in summaries]
         if name.endswith("/examples"):
             result[name] = first[name]
@@ -92,8 +92,29 @@ def summarise(seeds: Sequence[int], summaries: Sequence[dict[str, Any]], at_once
 
 def describe(summary: dict[str, Any]) -> str:
     """'test accuracy 97.92 +- 0.21 % over 5 seeds (97.50 ... 98.06)': mean, sample standard deviation, extremes."""
-    each = [100 * value for value in summary["test/accuracy/each"]]
+    name, each = headline(summary)
+    values = (summary[name], summary[f"{name}/std"] or 0.0, min(each), max(each))
+    mean, spread, least, most = (_shown(name, value) for value in values)
+    unit, name = " %" if name.endswith("accuracy") else "", name.replace("/", " ")
     if len(each) == 1:
-        return f"test accuracy {each[0]:.2f} % of one seed, {summary['seeds'][0]}"
-    mean, spread = 100 * summary["test/accuracy"], 100 * summary["test/accuracy/std"]
-    return f"test accuracy {mean:.2f} +- {spread:.2f} % over {len(each)} seeds ({min(each):.2f} ... {max(each):.2f})"
+        return f"{name} {mean}{unit} of one seed, {summary['seeds'][0]}"
+    return f"{name} {mean} +- {spread}{unit} over {len(each)} seeds ({least} ... {most})"
+
+
+def describe_each(summary: dict[str, Any]) -> list[str]:
+    """'seed 3: test accuracy 98.06 %', a line a seed."""
+    name, each = headline(summary)
+    unit, words = " %" if name.endswith("accuracy") else "", name.replace("/", " ")
+    values = zip(summary["seeds"], each, strict=True)
+    return [f"seed {seed}: {words} {_shown(name, value)}{unit}" for seed, value in values]
+
+
+def headline(summary: dict[str, Any]) -> tuple[str, list[float]]:
+    """The name of what several seeds are judged by, and each one's: the accuracy, or the loss where there is none."""
+    names = [f"{role}/{metric}" for metric in ("accuracy", "loss") for role in ("test", "validation")]
+    name = next(name for name in names if name in summary)
+    return name, summary[f"{name}/each"]
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{100 * value:.2f}" if name.endswith("accuracy") else f"{value:.4f}"

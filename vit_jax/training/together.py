@@ -70,7 +70,8 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
                     print(f"{done} of {len(wanted)} seeds are finished ({stop.reason}): the same command goes on")
                     return None
     failed = {seed: error for seed, error in outcomes.items() if isinstance(error, UserError)}
-    for seed, error in failed.items():
+    if failed:
+        seed, error = next(iter(failed.items()))
         raise UserError(f"seed {seed}: {error}") from error
     return _finish(folder, wanted)
 
@@ -251,8 +252,7 @@ def _finish(folder: Path, wanted: list[int]) -> dict[str, Any]:
     summaries = [workdir.read_summary(seeds.folder_of(folder, seed)) for seed in wanted]
     summary = seeds.summarise(wanted, summaries, [_at_once(folder, seed) or 1 for seed in wanted])
     records.write_json(folder / records.SUMMARY, summary)
-    for seed, value in zip(wanted, summary["test/accuracy/each"], strict=True):
-        print(f"seed {seed}: test accuracy {100 * value:.2f} %")
+    print("\n".join(seeds.describe_each(summary)))
     spent = f"{summary['steps']:,} steps each, {records.clock(summary['seconds'])} of training"
     print(f"finished: {seeds.describe(summary)} after {spent}")
     print(f"results are in {folder}: {records.SUMMARY}, and each seed's in seed-K/")
