@@ -1,7 +1,7 @@
 """Several seeds of one config: which they are, where each one's run lies, and what they come to together."""
 
 import copy
-import statistics
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def config_of_all(config: ConfigDict) -> ConfigDict:
 def summarise(seeds: Sequence[int], summaries: Sequence[dict[str, Any]], at_once: Sequence[int]) -> dict[str, Any]:
     """What summary.json holds of several seeds.
 
-    Each `test/...` (or `validation/...`, where a run has no test) is the mean over the seeds; beside it stand `/std`, the sample standard deviation (None for one
+    Each `test/...` is the mean over the seeds; beside it stand `/std`, the sample standard deviation (None for one
     seed), and `/each`, in the order of `seeds`. `seconds` are those of training all of them: what seeds that were
     trained at once have spent together counts once.
 
@@ -83,8 +83,9 @@ def summarise(seeds: Sequence[int], summaries: Sequence[dict[str, Any]], at_once
         if name.endswith("/examples"):
             result[name] = first[name]
             continue
-        result[name] = statistics.fmean(each)
-        result[f"{name}/std"] = statistics.stdev(each) if len(each) > 1 else None
+        result[name] = mean = math.fsum(each) / len(each)
+        squares = math.fsum((value - mean) ** 2 for value in each)
+        result[f"{name}/std"] = math.sqrt(squares / (len(each) - 1)) if len(each) > 1 else None
         result[f"{name}/each"] = each
     seconds = sum(summary["seconds"] / count for summary, count in zip(summaries, at_once, strict=True))
     return {**result, "steps": first["steps"], "seconds": seconds, "parameters": first["parameters"]}

@@ -52,7 +52,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(config.train.max_minutes))
         stop.nothing_to_save(True)
-        lock = stack.enter_context(Lock(folder))
+        lock = stack.enter_context(Lock(folder, stop.without_saving))
         stop.leave = lock.release
         changes = _claim(folder, config)  # again: another command may have come to its end in between
         workdir.record(folder, seeds.config_of_all(config), changes, print)
@@ -169,7 +169,7 @@ class _Group:
             own = seeds.folder_of(self.folder, seed)
             run = dataclasses.replace(self.program.run, config=seeds.config_of(self.config, seed, self.at_once))
             workdir.claim(own, run.config)
-            locks.append(stack.enter_context(Lock(own)))
+            locks.append(stack.enter_context(Lock(own, stop.without_saving)))
             changes = workdir.claim(own, run.config)
             name = f"seed {seed}"
             checkpoints = stack.enter_context(open_checkpoints(run, own, changes, lambda *_: None))
