@@ -127,7 +127,7 @@ def _at_once(folder: Path, seed: int) -> int | None:
 def _fitting(program: Program, wanted: int, most: int | None) -> int:
     """How many seeds to train at once, of those wanted: so many as are asked for, or as the devices have room for.
 
-    On a CPU one: there, several at once take longer than one after another (docs/training.md).
+    On a CPU one: there, several at once gain nothing to speak of (docs/training.md).
     """
     device = program.run.mesh.local_devices[0]
     if most is not None or device.platform == "cpu":
