@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax.data.pipeline import Feed
-from vit_jax.training import evaluate, parallel
+from vit_jax.training import evaluate, hardware, parallel
 from vit_jax.training.run import Run
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import make_update
@@ -77,10 +77,13 @@ def make_update_of_seeds(update: Callable, mesh: Mesh) -> Callable[..., tuple[tu
         states: tuple[TrainState, ...], feeds: tuple[Feed, ...], counts: tuple, seeds: tuple
     ) -> tuple[tuple[TrainState, dict[str, Any]], ...]:
         feed, axes = _stack_feeds(feeds)
-        ends = jax.vmap(update, in_axes=(0, axes, 0, 0))(_stack(states), feed, jnp.stack(counts), jnp.stack(seeds))
+        # Unwrapped: a compiled function within another one may not have options of the compiler.
+        vectorised = jax.vmap(update.__wrapped__, in_axes=(0, axes, 0, 0))
+        ends = vectorised(_stack(states), feed, jnp.stack(counts), jnp.stack(seeds))
         return tuple(jax.tree.map(lambda leaf, place=place: leaf[place], ends) for place in range(len(states)))
 
-    return jax.jit(together, donate_argnums=0, out_shardings=parallel.replicated(mesh))
+    everywhere, options = parallel.replicated(mesh), hardware.compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(together, donate_argnums=0, out_shardings=everywhere, compiler_options=options)
 
 
 def _stack(trees: tuple[Any, ...]) -> Any:
