@@ -188,3 +188,12 @@ def test_the_streaming_benchmark_decodes_and_weighs(small):
     few, many = lines("streaming.py", "memory", "--image_size=8", "--batches=40")
     assert (few["records"], many["records"]) == (1_000, 100_000)
     assert min(few["early_mb"], many["late_mb"]) > 50
+
+
+@pytest.mark.slow
+def test_the_seeds_benchmark_trains_both_ways():
+    tiny = ["--set=model.width=16", "--set=model.depth=1", "--set=model.heads=2", "--set=model.mlp_width=16"]
+    apart, at_once = lines("seeds.py", "--seeds=2", "--turns=2", "--steps=2", *tiny)
+    assert (apart["name"], at_once["name"], at_once["seeds"]) == ("one_after_another", "at_once", 2)
+    assert at_once["least"] <= at_once["ratio"] <= at_once["most"]
+    assert at_once["memory_mb"] > apart["memory_mb"] > 0

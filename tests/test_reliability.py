@@ -55,12 +55,12 @@ def finish(process):
     return output
 
 
-def outcome(folder):
+def outcome(folder, step=400):
     """The digests of the last state, and the lines of metrics without what the clock says."""
     from vit_jax.training.checkpoint import Checkpoints
 
     with Checkpoints(folder, read_only=True) as checkpoints:
-        digests = checkpoints.beside(400)["digests"]
+        digests = checkpoints.beside(step)["digests"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return digests, [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
@@ -195,6 +195,30 @@ def test_fresh_processes_end_with_the_same_bits(start, undisturbed, tmp_path):
         busy.communicate()
     finish(start(tmp_path / "hash", PYTHONHASHSEED="12345"))
     assert outcome(tmp_path / "busy") == outcome(tmp_path / "hash") == undisturbed
+
+
+@pytest.mark.slow
+def test_several_seeds_killed_inside_one_and_stopped_between_two(start, tmp_path):
+    several, run = ["--config.train.steps=60", "--config.train.seeds=4,0,2"], tmp_path / "run"
+    finish(start(tmp_path / "whole", *several))
+    process = start(run, *several)
+    wait_for(process, lambda: reached(run / "seed-4") >= 3)
+    process.kill()
+    process.communicate()
+    process = start(run, *several)
+    wait_for(process, lambda: (run / "seed-4" / "summary.json").exists())
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM" in finish(process) and not list(run.rglob("lock.json"))
+    process = start(run, *several)
+    wait_for(process, lambda: reached(run / "seed-0") >= 2)
+    process.kill()
+    process.communicate()
+    assert not (run / "summary.json").exists()
+    assert "over 3 seeds" in finish(start(run, *several))
+    for seed in (4, 0, 2):
+        assert outcome(run / f"seed-{seed}", 60) == outcome(tmp_path / "whole" / f"seed-{seed}", 60)
+    mine, other = (json.loads((folder / "summary.json").read_text()) for folder in (run, tmp_path / "whole"))
+    assert {**mine, "seconds": 0} == {**other, "seconds": 0}
 
 
 @pytest.mark.slow

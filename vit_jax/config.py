@@ -226,6 +226,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "train": {
         "seed": Option(0, int, "everything random follows from it", least=0, below=2**31),
+        "seeds": Option(
+            None, str, "several runs, with mean and spread: how many, from seed on ('5'), or which ('0,3,7'); None: one"
+        ),
+        "seeds_at_once": Option(
+            None, int, "of them that one program trains; None: as many as fit on an accelerator, 1 on a CPU", least=1
+        ),
         "batch_size": Option(
             128,
             int,
@@ -430,7 +436,7 @@ def _check_value(name: str, option: Option, value: Any) -> None:
 
 def _check_together(config: ConfigDict) -> None:
     from vit_jax.data import augment
-    from vit_jax.training import losses, model, profiling
+    from vit_jax.training import losses, model, profiling, seeds
 
     train = config.train
     if (train.steps is None) == (not train.epochs):
@@ -453,6 +459,7 @@ def _check_together(config: ConfigDict) -> None:
         )
     losses.loss_weights(config)
     profiling.span(config.log.profile)
+    seeds.check(config)
     _check_features(config)
     augment.check(config)
     try:

@@ -72,11 +72,12 @@ def run(arguments: list[str]) -> None:
     flags, overrides = parse(arguments)
     config = commands.make_config(flags.config, overrides)
     # Imported only now: what is wrong with the line typed is said at once.
-    from vit_jax.training import parallel, train
+    from vit_jax.training import parallel, together, train
 
     parallel.cache_compilations()
+    trained = train.train if config.train.seeds is None else together.train
     folder = commands.folder_of(flags.workdir) if flags.workdir else commands.default_workdir(flags.config)
-    train.train(config, folder)
+    trained(config, folder)
 
 
 if __name__ == "__main__":

@@ -125,3 +125,10 @@ def test_parameters_are_averaged_as_the_formula_says():
         value = decay * value + (1 - decay) * (number + 1)
     np.testing.assert_allclose(averaged["w"], value, rtol=1e-5)
     assert step.average(None, parameters, jnp.asarray(0), 0.0) is None
+
+
+@pytest.mark.slow
+def test_the_seed_as_an_argument_makes_the_bits_of_the_configs_own(toy, make_config):
+    run, other = (toy(make_config(train={"seed": seed}, model={"dropout": 0.1})) for seed in (5, 9))
+    handed, _ = other.update(run.start(), run.feed(0, 3), np.int32(3), np.int32(5))
+    chex.assert_trees_all_equal(handed, run.run(run.start(), 3)[0])

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 
-def keys(seed: int, place: int | Int[Array, ""]) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+def keys(seed: int | Int[Array, ""], place: int | Int[Array, ""]) -> tuple[PRNGKeyArray, PRNGKeyArray]:
     """The keys of the batch at a place of the run: of its augmentation, and of the dropout in the model."""
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), place))
     return augment_key, dropout_key

@@ -12,14 +12,32 @@ from vit_jax.models.vit import VisionTransformer
 
 
 @contextlib.contextmanager
-def explained(config: ConfigDict, model: VisionTransformer, image_shape: tuple[int, int, int]) -> Iterator[None]:
-    """Turns the compiler's and the device's "out of memory" into a UserError that says the way out."""
+def explained(
+    config: ConfigDict, model: VisionTransformer, image_shape: tuple[int, int, int], seeds: int = 1
+) -> Iterator[None]:
+    """Turns the compiler's and the device's "out of memory" into a UserError that says the way out.
+
+    Of several `seeds` that are trained at once, fewer are the way out.
+    """
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
-            raise UserError(_advice(config, model, image_shape)) from error
-        raise
+        if not is_exhausted(error):
+            raise
+        advice = _advice(config, model, image_shape) if seeds == 1 else _fewer(seeds)
+        raise UserError(advice) from error
+
+
+def is_exhausted(error: Exception) -> bool:
+    """Whether an error says that memory is too small."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+
+
+def _fewer(seeds: int) -> str:
+    return (
+        f"out of memory: {seeds} seeds at once\n"
+        f"  fewer of them at once need less: --config.train.seeds_at_once={seeds // 2}"
+    )
 
 
 def _advice(config: ConfigDict, model: VisionTransformer, image_shape: tuple[int, int, int]) -> str:

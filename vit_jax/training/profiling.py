@@ -51,14 +51,14 @@ def profiled(update: Update, text: str | None, folder: Path, step: Callable[[], 
     start, stop = wanted
     recording = False
 
-    def recorded(state: Any, feed: Any, count: Any) -> tuple[Any, Any]:
+    def recorded(state: Any, feed: Any, count: Any, *more: Any) -> tuple[Any, Any]:
         nonlocal recording
         end = step() + int(count)
         if not recording and start <= step() < stop:
             jax.block_until_ready(state)
             jax.profiler.start_trace(folder / FOLDER)
             recording = True
-        result = update(state, feed, count)
+        result = update(state, feed, count, *more)
         if recording and end >= stop:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()

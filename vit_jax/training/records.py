@@ -189,25 +189,44 @@ def cut_back(path: Path, step: int) -> None:
 class Progress:
     """One line that is overwritten in a terminal; elsewhere a plain line for each record."""
 
-    def __init__(self, steps: int, steps_an_epoch: float, stream: io.TextIOBase | None = None, enabled: bool = True):
+    def __init__(
+        self,
+        steps: int,
+        steps_an_epoch: float,
+        stream: io.TextIOBase | None = None,
+        enabled: bool = True,
+        name: str = "",
+        live: bool = True,
+    ):
+        """Of a run of so many steps.
+
+        Args:
+            steps: of the run.
+            steps_an_epoch: of them.
+            stream: where to; None for standard output.
+            enabled: False to show nothing.
+            name: of the run, which every line then begins with; '' for none.
+            live: False for plain lines in a terminal too.
+        """
         self._steps, self._steps_an_epoch = steps, steps_an_epoch
         self._stream, self._enabled = stream or sys.stdout, enabled
-        self._live = self._stream.isatty()
+        self._live = live and self._stream.isatty()
+        self._name = f"{name}: " if name else ""
         self._open = False
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float, recorded: bool) -> None:
         """Shows where the run stands. Off a terminal only what is `recorded` is shown."""
         if not self._enabled or not (recorded or self._live):
             return
-        width = _terminal_width() if self._live else None
-        text = progress_line(step, self._steps, step / self._steps_an_epoch, metrics, seconds_left, width)
+        width = _terminal_width() - len(self._name) if self._live else None
+        text = self._name + progress_line(step, self._steps, step / self._steps_an_epoch, metrics, seconds_left, width)
         self._print(f"\r\x1b[K{text}" if self._live else text + "\n")
         self._open = self._live
 
     def say(self, text: str) -> None:
         """Prints a line of its own, below the live one."""
         if self._enabled:
-            self._print(("\n" if self._open else "") + text + "\n")
+            self._print(("\n" if self._open else "") + self._name + text + "\n")
         self._open = False
 
     def _print(self, text: str) -> None:

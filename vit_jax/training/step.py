@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -33,11 +32,12 @@ def make_update(
     config: ConfigDict,
     mesh: Mesh,
     mask: Any | None = None,
-) -> Callable[[TrainState, pipeline.Feed, np.ndarray], tuple[TrainState, dict[str, jax.Array]]]:
-    """The compiled function (state, feed, count) -> (state after `count` steps, metrics since the last record).
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled function (state, feed, count, seed) -> (state after `count` steps, metrics since the last record).
 
     The number of steps is an argument, not a constant: one program serves every dispatch, so where a run is cut into
-    dispatches changes no bit of it. The state is donated; batches are spread over the mesh, all else is replicated.
+    dispatches changes no bit of it. So is the seed, by default the config's: one program serves every seed.
+    The state is donated; batches are spread over the mesh, all else is replicated.
     `mask` is True where a parameter is trained (see `freezing`); None for all of them.
 
     A step whose loss or gradient is not finite changes nothing but the counts. Behind a burst of such steps the
@@ -45,8 +45,8 @@ def make_update(
     """
     weights = losses.loss_weights(config)
 
-    def step(state: TrainState, inputs: jax.Array, labels: Any) -> TrainState:
-        augment_key, dropout_key = order.keys(config.train.seed, state.step + state.shift)
+    def step(state: TrainState, inputs: jax.Array, labels: Any, seed: int | Int[Array, ""]) -> TrainState:
+        augment_key, dropout_key = order.keys(seed, state.step + state.shift)
         targets = make_targets(labels, model.classes, config.train.label_smoothing)
         batch = named_input(augment)(augment_key, inputs, targets)
         chosen = freezing.select(state.parameters, mask)
@@ -73,12 +73,12 @@ def make_update(
         )
 
     def update(
-        state: TrainState, feed: pipeline.Feed, count: Int[Array, ""]
+        state: TrainState, feed: pipeline.Feed, count: Int[Array, ""], seed: int | Int[Array, ""] = config.train.seed
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         first = state.step
 
         def body(state: TrainState) -> TrainState:
-            return step(state, *named_input(pipeline.take)(feed, state.step - first, parallel.spread(mesh)))
+            return step(state, *named_input(pipeline.take)(feed, state.step - first, parallel.spread(mesh)), seed)
 
         def goes_on(state: TrainState) -> jax.Array:
             return (state.step - first < count) & (state.streak < BURST)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,15 @@ from vit_jax.training import (
 from vit_jax.training import run as runs
 from vit_jax.training.checkpoint import METRIC, Checkpoints, SaveFailed
 from vit_jax.training.lock import Lock
-from vit_jax.training.meter import Meter
+from vit_jax.training.meter import Clock, Meter
+from vit_jax.training.program import Program
 from vit_jax.training.run import Run
 from vit_jax.training.state import TrainState
-from vit_jax.training.step import BURST, make_update, record
+from vit_jax.training.step import BURST, record
 from vit_jax.training.stopping import Stop
 
 WRITTEN = (records.SUMMARY, records.METRICS, records.CONFIG, records.ENVIRONMENT, "TensorBoard events", "checkpoints/")
 DISPATCH = 0.4  # seconds that a dispatch may take, so that a run stops soon when it is asked to
-SENT_STEPS = 4  # that a dispatch has at most, on a CPU, of a set that is sent
 RETRY = 30.0  # seconds until a save that did not land is tried again
 ATTEMPTS = 3  # at the last save
 ROLLBACKS = 3  # without a save in between, before a run gives up
@@ -82,8 +82,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     if summary is not None and not changes:
         say(f"{folder} is finished: {describe(summary)}\nto train anew, give another --workdir, or remove this one")
         return summary
-    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"
-    say(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}, {devices}", flush=True)
+    greet(mesh, say)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(config.train.max_minutes))
         stop.nothing_to_save(True)
@@ -94,13 +93,30 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
 
         changes = parallel.by_main(lock)
         run = runs.build(config, mesh)
-        keep = config.checkpoint.keep, config.checkpoint.keep_best
-        checkpoints = stack.enter_context(Checkpoints(folder, *keep, say=say))
-        workdir.check_length(changes, run.steps, parallel.by_main(checkpoints.steps))
-        parallel.by_main(lambda: workdir.record(folder, config, changes, say))
-        parallel.by_main(lambda: inputs.write(folder, run.sources["train"]))
+        checkpoints = stack.enter_context(open_checkpoints(run, folder, changes, say))
         with memory.explained(config, run.model, run.image_shape):
-            return Trainer(run, folder, checkpoints, stop).train()
+            trainer = Trainer(run, Program(run), folder, checkpoints, stop)
+            trainer.introduce(say)
+            return trainer.train()
+
+
+def greet(mesh: jax.sharding.Mesh, say: Callable[..., None]) -> None:
+    """Says which versions compute on what."""
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"
+    say(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}, {devices}", flush=True)
+
+
+def open_checkpoints(run: Run, folder: Path, changes: list[str], say: Callable[[str], None]) -> Checkpoints:
+    """The checkpoints of a workdir that has been claimed with these changes; its config is written.
+
+    Raises:
+        UserError: the run is to be shorter than it is already, or the folder cannot be written to.
+    """
+    checkpoints = Checkpoints(folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best, say=say)
+    workdir.check_length(changes, run.steps, parallel.by_main(checkpoints.steps))
+    parallel.by_main(lambda: workdir.record(folder, run.config, changes, say))
+    parallel.by_main(lambda: inputs.write(folder, run.sources["train"]))
+    return checkpoints
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -116,17 +132,34 @@ def describe(summary: dict[str, Any]) -> str:
 class Trainer:
     """One run, from its newest checkpoint or its start to its end."""
 
-    def __init__(self, run: Run, folder: Path, checkpoints: Checkpoints, stop: Stop):
-        """Brings data and state to the devices.
+    def __init__(
+        self,
+        run: Run,
+        program: Program,
+        folder: Path,
+        checkpoints: Checkpoints,
+        stop: Stop,
+        name: str = "",
+        beside: int = 1,
+        clock: Clock | None = None,
+    ):
+        """Brings the state to the devices.
 
         Args:
             run: the parts.
+            program: of a run that differs in its seed at most.
             folder: the workdir.
             checkpoints: of that workdir.
             stop: says when to stop.
+            name: what lines that are shown begin with.
+            beside: how many runs, this one among them, take their steps at once, in one program.
+            clock: which these have in common; None for one of its own.
         """
         self.run, self.config, self.folder, self.checkpoints, self.stop = run, run.config, folder, checkpoints, stop
-        self.progress = records.Progress(run.steps, run.steps_an_epoch, enabled=parallel.is_main())
+        self.program, self.beside = program, beside
+        self.progress = records.Progress(
+            run.steps, run.steps_an_epoch, enabled=parallel.is_main(), name=name, live=beside == 1
+        )
         # Where all there were were damaged, nothing is begun anew without a word.
         resumed = parallel.by_main(lambda: bool(checkpoints.steps() or checkpoints.set_aside()))
         self.state: TrainState = checkpoints.restore_newest(run.abstract_state()) if resumed else self._start()
@@ -143,17 +176,14 @@ class Trainer:
         self.given_up = False
         self.tested: dict[str, float | int] = {}
         self.schedule = optimizer.schedule(self.config.optimizer, run.steps)
-        self.feeds = {role: run.feeds(role) for role in run.sources}
-        # A CPU is host and device in one: there each dispatch is read at once, and each record's speed is its own.
-        self.overlaps = run.mesh.devices.flat[0].platform != "cpu"
-        self.rows = self._rows()
-        self.scorer = evaluate.make_scorer(run.applied, run.augment, run.mesh)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.parameters))
         self.flops = forward_flops(run.model, run.image_shape[:2], run.image_shape[2])
         self.names = losses.metric_names(losses.loss_weights(self.config))
-        self.meter = self._make_meter(metadata.get("seconds", 0.0))
-        # Steps a dispatch. Found out by the clock, but in a cluster, whose processes must cut the run alike.
-        self.pace = 1 if jax.process_count() == 1 else self.config.train.steps_per_dispatch
+        self.meter = self._make_meter(metadata.get("seconds", 0.0), clock or Clock())
+        # Steps a dispatch. Found out by the clock, but in a cluster, whose processes must cut the run alike, and beside
+        # other seeds, which wait for each other.
+        self.by_clock = jax.process_count() == 1 and beside == 1
+        self.pace = 1 if self.by_clock else self.config.train.steps_per_dispatch
 
     def _start(self) -> TrainState:
         """The state before the first step: at random, or from another run's or other people's parameters."""
@@ -167,23 +197,41 @@ class Trainer:
             runs.check_features(self.config, parameters, run.sources)
         return run.initial_state(parameters)
 
-    def _make_meter(self, seconds: float) -> Meter:
+    def _make_meter(self, seconds: float, clock: Clock) -> Meter:
         run = self.run
         peak = hardware.peak(run.mesh.devices.flat[0].device_kind)
         peak = peak * run.mesh.size if peak and run.applied is run.model else None
         # Forward and twice that backward; below a frozen backbone's heads there is no backward pass.
         passes = 1 if freezing.only_head(run.mask) else 3
-        return Meter(self.config.train.batch_size, passes * self.flops, peak, seconds)
+        return Meter(self.beside * self.config.train.batch_size, passes * self.flops, peak, seconds, clock)
 
     def train(self) -> dict[str, Any] | None:
         """Runs to the end, and returns what it writes to summary.json; None where it was asked to stop before."""
-        self._introduce()
+        self.announce()
+        update = self.program.compile(self.progress.say) if self.step < self.run.steps else None
+        if update is not None:
+            update = profiling.profiled(update, self.config.log.profile, self.folder, lambda: self.step)
+        seed, sums = np.int32(self.config.train.seed), None
+        with contextlib.closing(self.course()) as course:
+            while True:
+                try:
+                    feed, count = course.send(sums)
+                except StopIteration as end:
+                    return end.value
+                self.state, sums = update(self.state, feed, np.int32(count), seed)
+
+    def course(self) -> Generator[tuple[pipeline.Feed, int], dict[str, jax.Array], dict[str, Any] | None]:
+        """The run to its end, as `train`, but for the steps themselves: those are asked for.
+
+        Each (feed, count) that it yields asks for so many updates of `state`, and is answered with their sums once
+        `state` is what they have made of it.
+        """
         log, start = self.config.log, self.step if self.settled else self.step - 1
         with records.Records(self.folder, start, log.tensorboard, enabled=parallel.is_main()) as self.records:
             try:
                 if self.step < self.run.steps or not self.settled:
-                    self._loop(self._compile())
-                summary = self.tested or self._evaluate("test" if "test" in self.feeds else "validation")
+                    yield from self._loop()
+                summary = self.tested or self._evaluate("test" if "test" in self.program.feeds else "validation")
             except (Asked, evaluate.Interrupted):
                 self._stop()
                 return None
@@ -198,8 +246,9 @@ class Trainer:
         self.progress.say(f"results are in {self.folder}: {', '.join(WRITTEN)}")
         return summary
 
-    def _introduce(self) -> None:
-        run, say, model = self.run, self.progress.say, self.run.model
+    def introduce(self, say: Callable[[str], None]) -> None:
+        """Says what the model is made of, what it learns from, and what of it is trained."""
+        run, model = self.run, self.run.model
         say(parameter_overview.get_parameter_overview(self.state.parameters, include_stats=False))
         height, width, channels = run.image_shape
         sizes = ", ".join(f"{len(source):,} {role}" for role, source in run.sources.items())
@@ -215,29 +264,18 @@ class Trainer:
             flags = zip(jax.tree.leaves(run.mask), jax.tree.leaves(self.state.parameters), strict=True)
             count = sum(leaf.size for keep, leaf in flags if keep)
             say(f"trained: {count:,} of {self.parameters:,} parameters; the others are frozen")
+
+    def announce(self) -> None:
+        """Says where it begins."""
+        run = self.run
         start = f"going on at step {self.step:,} of" if self.step else "training for"
         epochs = run.steps / run.steps_an_epoch
-        say(f"{start} {run.steps:,} steps of {self.config.train.batch_size} ({epochs:.1f} epochs), in {self.folder}")
-
-    def _compile(self) -> profiling.Update:
-        run, began = self.run, time.monotonic()
-        self.progress.say("compiling the training step ...")
-        update = make_update(run.applied, run.optimizer, run.augment, self.config, run.mesh, run.mask)
-        feed = self.feeds["train"].abstract_feed(self.rows, self.config.train.batch_size)
-        compiled = update.lower(self.state, feed, np.int32(0)).compile()
-        self.progress.say(f"compiled in {time.monotonic() - began:.1f} s")
-        return profiling.profiled(compiled, self.config.log.profile, self.folder, lambda: self.step)
-
-    def _rows(self) -> int:
-        """How many steps a dispatch has room for."""
-        train, feeds = self.config.train, self.feeds["train"]
-        rows = feeds.rows(train.batch_size, train.steps_per_dispatch)
-        # What is sent is cut before it is known how long a step takes, which on a CPU may be long.
-        return rows if feeds.resident is not None or self.overlaps else min(rows, SENT_STEPS)
+        size = self.config.train.batch_size
+        self.progress.say(f"{start} {run.steps:,} steps of {size} ({epochs:.1f} epochs), in {self.folder}")
 
     def _dispatches(self) -> Iterator[tuple[int, pipeline.Feed]]:
         """Where each dispatch that is left ends, and what it reads: of a set that is sent, read ahead."""
-        feeds = self.feeds["train"]
+        feeds = self.program.feeds["train"]
         if feeds.resident is not None:
             while self.step < self.run.steps:
                 end = self._boundary(self.step, self.pace)
@@ -245,7 +283,7 @@ class Trainer:
             return
         ends, step = [], self.step
         while step < self.run.steps:
-            step = self._boundary(step, self.rows)
+            step = self._boundary(step, self.program.rows)
             ends.append(step)
         spans = list(zip([self.step, *ends], ends, strict=False))
         yield from zip(ends, feeds.feeds((self._table(*span), span[1] - span[0]) for span in spans), strict=True)
@@ -253,10 +291,10 @@ class Trainer:
     def _table(self, start: int, end: int) -> np.ndarray:
         """The examples of the steps start .. end, a row a step."""
         train, examples = self.config.train, len(self.run.sources["train"])
-        places = (start + self.shift, end - start, self.rows, examples, self.config.augment.repeats)
+        places = (start + self.shift, end - start, self.program.rows, examples, self.config.augment.repeats)
         return pipeline.train_indices(train.seed, train.batch_size, *places)
 
-    def _loop(self, update: profiling.Update) -> None:
+    def _loop(self) -> Generator[tuple[pipeline.Feed, int], dict[str, jax.Array], None]:
         self.stop.nothing_to_save(False)
         self.meter.run(self.step)
         if not self.settled:
@@ -265,23 +303,26 @@ class Trainer:
             try:
                 with contextlib.closing(self._dispatches()) as dispatches:
                     for end, feed in dispatches:
-                        self._dispatch(update, end, feed)
+                        yield from self._dispatch(end, feed)
             except Burst:
                 self._roll_back()
 
-    def _dispatch(self, update: profiling.Update, end: int, feed: pipeline.Feed) -> None:
+    def _dispatch(
+        self, end: int, feed: pipeline.Feed
+    ) -> Generator[tuple[pipeline.Feed, int], dict[str, jax.Array], None]:
         if self._asked_to_stop():
             raise Asked
         began = time.monotonic()
-        self.state, sums = update(self.state, feed, np.int32(end - self.step))
+        sums = yield feed, end - self.step
         count, self.step = end - self.step, end
         # The dispatch before is read while this one computes: the device never waits for the host.
         self._record()
         self.pending = (end, sums)
         due = self._is_due(self.config.train.evaluate_every) or self._is_due(self.config.checkpoint.every)
-        if not due and not self.overlaps:
+        # A CPU is host and device in one: there each dispatch is read at once, and each record's speed is its own.
+        if not due and not self.program.overlaps:
             self._record()
-        if jax.process_count() == 1:
+        if self.by_clock:
             fitting = int(DISPATCH * count / max(time.monotonic() - began, 1e-6))
             self.pace = max(1, min(2 * self.pace, fitting))
         if due:
@@ -294,7 +335,8 @@ class Trainer:
         train, log, checkpoint = self.config.train, self.config.log, self.config.checkpoint
         everies = (train.steps_per_dispatch, train.evaluate_every, log.every, checkpoint.every)
         nexts = [(step // every + 1) * every for every in everies if every]
-        return min(self.run.steps, step + min(most, self.rows), *nexts, *profiling.cuts(log.profile, step))
+        ends = (step + min(most, self.program.rows), *nexts, *profiling.cuts(log.profile, step))
+        return min(self.run.steps, *ends)
 
     def _is_due(self, every: int) -> bool:
         return self.step == self.run.steps or bool(every and self.step % every == 0)
@@ -339,7 +381,7 @@ class Trainer:
         self.settled = False
         if self._is_due(self.config.train.evaluate_every):
             # Without a validation split the test split is watched; nothing is chosen by it.
-            roles = [role for role in ("validation", "test") if role in self.feeds]
+            roles = [role for role in ("validation", "test") if role in self.program.feeds]
             for role in roles if self.step == self.run.steps else roles[:1]:
                 scores = self._evaluate(role)
                 metrics |= scores
@@ -361,8 +403,8 @@ class Trainer:
         return best is None or metrics[METRIC] > best[1]
 
     def _evaluate(self, role: str) -> dict[str, float | int]:
-        size, batches = self.run.evaluation_batch_size(), self.feeds[role]
-        metrics = evaluate.evaluate(self.scorer, self.state.for_evaluation(), batches, size, role, self._asked_to_stop)
+        size, batches, scorer = self.run.evaluation_batch_size(), self.program.feeds[role], self.program.scorer
+        metrics = evaluate.evaluate(scorer, self.state.for_evaluation(), batches, size, role, self._asked_to_stop)
         accuracy, top5, loss, count = (metrics[f"{role}/{name}"] for name in ("accuracy", "top5", "loss", "examples"))
         named = {name: metrics[f"{role}/{name}/accuracy"] for name in batches.source.others}
         others = "".join(f", {name}: accuracy {100 * value:.2f} %" for name, value in named.items())

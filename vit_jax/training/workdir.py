@@ -28,6 +28,7 @@ FREE = (
     "data.worker_timeout",
     "train.steps_per_dispatch",
     "train.max_minutes",
+    "train.seeds_at_once",
 )
 # What changes how it goes on, but not what its checkpoints hold, is taken, told of and recorded.
 TAKEN = (
@@ -100,9 +101,10 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
 def has_begun(workdir: Path) -> bool:
     """Whether a run has left anything there that another config must not touch."""
     metrics = workdir / records.METRICS
-    return (metrics.exists() and metrics.stat().st_size > 0) or any(
+    begun = (metrics.exists() and metrics.stat().st_size > 0) or any(
         (workdir / name).is_dir() and any((workdir / name).iterdir()) for name in (FOLDER, DAMAGED)
     )
+    return begun or any(_has_begun(own) for own in workdir.glob("seed-*"))  # of several seeds, see `seeds`
 
 
 def check_length(changes: list[str], steps: int, saved: list[int]) -> None:
@@ -157,6 +159,8 @@ def trained_config(workdir: Path) -> ConfigDict:
     """
     saved = read_config(workdir)
     if saved is None or not (workdir / FOLDER).is_dir():
+        if own := sorted(path.parent.name for path in workdir.glob(f"seed-*/{FOLDER}")):
+            raise UserError(f"{workdir} holds the runs of several seeds\n  give one: {', '.join(own)}")
         raise UserError(f"{workdir} holds no run\n  train one: python -m vit_jax.main --workdir=DIR ...")
     return options.from_dict(saved)
 

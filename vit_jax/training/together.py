@@ -1,0 +1,261 @@
+"""Training of several seeds: each a run of its own in WORKDIR/seed-K, one after another or some at once in one program.
+
+At once means that the seeds' arrays lie side by side in one vectorised program (`program.make_update_of_seeds`). All
+else, records, evaluation, checkpoints, returns behind bad numbers, is each run's own: its `Trainer.course` asks for
+steps, and here the asking of all is answered in one dispatch.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vit_jax.errors import UserError
+from vit_jax.training import allocator, memory, records, seeds, workdir
+from vit_jax.training import run as runs
+from vit_jax.training.lock import Lock
+from vit_jax.training.meter import Clock
+from vit_jax.training.program import Program, bytes_needed
+from vit_jax.training.state import TrainState
+from vit_jax.training.stopping import Stop
+from vit_jax.training.train import Trainer, greet, open_checkpoints
+
+# What of a device's memory a program of several seeds may take.
+SHARE = 0.9
+Outcome = dict[str, Any] | UserError | None  # a summary, why it failed, or None where it was asked to stop
+
+
+def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
+    """Trains every seed that is not finished, or goes on with it; returns what summary.json holds (`seeds.summarise`).
+
+    None where it was asked to stop and has saved. A seed that fails does not keep the others from their ends.
+
+    Args:
+        config: a config that `vit_jax.config.check` has passed, with `train.seeds`.
+        folder: the workdir; each seed's own is folder/seed-K.
+
+    Raises:
+        UserError: as `train.train`; where some seeds have failed, for the first of them, once the others are finished.
+    """
+    mesh, wanted = runs.check(config), seeds.listed(config)
+    if mesh.devices.flat[0].platform == "cpu":
+        allocator.keep_memory()
+    _claim(folder, config)
+    summary = workdir.read_summary(folder)
+    if summary is not None and summary["seeds"] == wanted and not _left(folder, config):
+        print(f"{folder} is finished: {seeds.describe(summary)}\nto train anew, give another --workdir, or remove it")
+        return summary
+    greet(mesh, print)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(Stop(config.train.max_minutes))
+        stop.nothing_to_save(True)
+        lock = stack.enter_context(Lock(folder, stop.without_saving))
+        stop.leave = lock.release
+        changes = _claim(folder, config)  # again: another command may have come to its end in between
+        workdir.record(folder, seeds.config_of_all(config), changes, print)
+        (folder / records.SUMMARY).unlink(missing_ok=True)
+        outcomes: dict[int, Outcome] = {}
+        if left := _left(folder, config):
+            run = runs.build(seeds.config_of(config, left[0], 1), mesh)
+            with memory.explained(config, run.model, run.image_shape):
+                program = Program(run)
+            for members, at_once in _groups(folder, config, program, left):
+                group = _Group(program, folder, config, members, at_once, lock)
+                outcomes |= _train_group(group, stop, introduce=not outcomes)
+                if None in outcomes.values() or (stop.reason and len(outcomes) < len(left)):
+                    done = len(wanted) - len(_left(folder, config))
+                    print(f"{done} of {len(wanted)} seeds are finished ({stop.reason}): the same command goes on")
+                    return None
+    failed = {seed: error for seed, error in outcomes.items() if isinstance(error, UserError)}
+    if failed:
+        seed, error = next(iter(failed.items()))
+        raise UserError(f"seed {seed}: {error}") from error
+    return _finish(folder, wanted)
+
+
+def _claim(folder: Path, config: ConfigDict) -> list[str]:
+    """As `workdir.claim`, where another choice of seeds is no change."""
+    every, before = seeds.config_of_all(config), workdir.read_config(folder)
+    if before is not None and before.get("train", {}).get("seeds") is not None:
+        every.train.seeds = before["train"]["seeds"]
+    return workdir.claim(folder, every)
+
+
+def _left(folder: Path, config: ConfigDict) -> list[int]:
+    """The seeds that are not finished, or go on with a changed config."""
+
+    def is_finished(seed: int) -> bool:
+        own = seeds.folder_of(folder, seed)
+        if not own.is_dir():
+            return False
+        changes = workdir.claim(own, seeds.config_of(config, seed, 1))
+        return workdir.read_summary(own) is not None and not changes
+
+    return [seed for seed in seeds.listed(config) if not is_finished(seed)]
+
+
+def _groups(folder: Path, config: ConfigDict, program: Program, left: list[int]) -> Iterator[tuple[list[int], int]]:
+    """The seeds of each program, and for how many it is compiled.
+
+    A seed that has begun goes on in a program of as many as it began with, also where some of those are finished: in
+    another one its last bits would be others.
+    """
+    most = config.train.seeds_at_once
+    begun: dict[int, list[int]] = {}
+    for seed in left:
+        if (before := _at_once(folder, seed)) is not None:
+            begun.setdefault(min(before, most or before), []).append(seed)
+    for at_once, members in begun.items():
+        for first in range(0, len(members), at_once):
+            yield members[first : first + at_once], at_once
+    fresh = [seed for seed in left if not any(seed in members for members in begun.values())]
+    if fresh:
+        groups = -(-len(fresh) // _fitting(program, len(fresh), most))
+        for members in np.array_split(fresh, groups):
+            yield members.tolist(), len(members)
+
+
+def _at_once(folder: Path, seed: int) -> int | None:
+    """How many seeds a seed is, or was, trained with; None where it has not begun."""
+    saved = workdir.read_config(seeds.folder_of(folder, seed))
+    return None if saved is None else saved.get("train", {}).get("seeds_at_once") or 1
+
+
+def _fitting(program: Program, wanted: int, most: int | None) -> int:
+    """How many seeds to train at once, of those wanted: so many as are asked for, or as the devices have room for.
+
+    On a CPU one: there, several at once gain nothing to speak of (docs/training.md).
+    """
+    device = program.run.mesh.local_devices[0]
+    if most is not None or device.platform == "cpu":
+        return min(wanted, most or 1)
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    for groups in range(1, wanted):
+        size = -(-wanted // groups)
+        try:
+            if size > 1 and bytes_needed(program.compile(print, size)) <= SHARE * limit:
+                return size
+        except jax.errors.JaxRuntimeError as error:
+            if not memory.is_exhausted(error):
+                raise
+    return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Seeds that are trained in one program, in the folder of all, which `lock` holds."""
+
+    program: Program
+    folder: Path
+    config: ConfigDict
+    members: list[int]
+    at_once: int
+    lock: Lock
+
+    def open(self, stack: contextlib.ExitStack, stop: Stop) -> dict[int, Trainer]:
+        """Their trainers, each in its own folder."""
+        locks = [self.lock]
+
+        def leave() -> None:
+            for lock in locks:
+                lock.release()
+
+        stop.leave = leave
+        trainers, clock = {}, Clock()
+        for seed in self.members:
+            own = seeds.folder_of(self.folder, seed)
+            run = dataclasses.replace(self.program.run, config=seeds.config_of(self.config, seed, self.at_once))
+            workdir.claim(own, run.config)
+            locks.append(stack.enter_context(Lock(own, stop.without_saving)))
+            changes = workdir.claim(own, run.config)
+            name = f"seed {seed}"
+            checkpoints = stack.enter_context(open_checkpoints(run, own, changes, lambda *_: None))
+            trainers[seed] = Trainer(run, self.program, own, checkpoints, stop, name, self.at_once, clock)
+        return trainers
+
+
+def _train_group(group: _Group, stop: Stop, introduce: bool) -> dict[int, Outcome]:
+    program, run = group.program, group.program.run
+    with contextlib.ExitStack() as stack, memory.explained(run.config, run.model, run.image_shape, group.at_once):
+        trainers = group.open(stack, stop)
+        if introduce:
+            trainers[group.members[0]].introduce(print)
+        if group.at_once > 1:
+            outcomes = dict(zip(trainers, _train_at_once(program, [*trainers.values()], group.at_once), strict=True))
+        else:
+            ((seed, trainer),) = trainers.items()
+            try:
+                outcomes = {seed: trainer.train()}
+            except UserError as error:
+                outcomes = {seed: _told(trainer, error)}
+        stop.nothing_to_save(True)
+    stop.leave = group.lock.release
+    return outcomes
+
+
+def _told(trainer: Trainer, error: UserError) -> UserError:
+    trainer.progress.say(f"failed: {error}")
+    return error
+
+
+def _train_at_once(program: Program, trainers: list[Trainer], places: int) -> list[Outcome]:
+    """Trains some seeds in a program with that many places, each to its end, its failure or its stop."""
+    for trainer in trainers:
+        trainer.announce()
+    update = program.compile(print, places)
+    spare = [program.run.initial_state() for _ in range(places - len(trainers))]
+    outcomes: dict[Trainer, Outcome] = {}
+    sums: dict[Trainer, dict[str, jax.Array]] = {}
+    with contextlib.ExitStack() as stack:
+        courses = {trainer: stack.enter_context(contextlib.closing(trainer.course())) for trainer in trainers}
+        while True:
+            asked = {}
+            for trainer in (trainer for trainer in trainers if trainer not in outcomes):
+                try:
+                    asked[trainer] = courses[trainer].send(sums.get(trainer))
+                except StopIteration as end:
+                    outcomes[trainer] = end.value
+                except UserError as error:
+                    outcomes[trainer] = _told(trainer, error)
+            if not asked:
+                return [outcomes[trainer] for trainer in trainers]
+            sums = _advance(update, trainers, spare, asked)
+
+
+def _advance(
+    update: jax.stages.Compiled, trainers: list[Trainer], spare: list[TrainState], asked: dict[Trainer, tuple]
+) -> dict[Trainer, dict[str, jax.Array]]:
+    """Makes the steps that are asked for; whoever asks for none, and what fills the places left, stands still."""
+    feed, _ = next(iter(asked.values()))
+    feeds, counts = zip(*(asked.get(trainer, (feed, 0)) for trainer in trainers), strict=True)
+    # One that has failed on its way back has no state.
+    states = [trainer.run.initial_state() if trainer.state is None else trainer.state for trainer in trainers]
+    still = len(spare)
+    numbers = [trainer.config.train.seed for trainer in trainers] + [0] * still
+    ends = update(
+        (*states, *spare),
+        (*feeds, *[feed] * still),
+        tuple(map(np.int32, (*counts, *[0] * still))),
+        tuple(map(np.int32, numbers)),
+    )
+    for trainer, (state, _) in zip(trainers, ends, strict=False):
+        trainer.state = state
+    spare[:] = [state for state, _ in ends[len(trainers) :]]
+    return {trainer: sums for trainer, (_, sums) in zip(trainers, ends, strict=False)}
+
+
+def _finish(folder: Path, wanted: list[int]) -> dict[str, Any]:
+    """Writes and shows what the seeds come to."""
+    summaries = [workdir.read_summary(seeds.folder_of(folder, seed)) for seed in wanted]
+    summary = seeds.summarise(wanted, summaries, [_at_once(folder, seed) or 1 for seed in wanted])
+    records.write_json(folder / records.SUMMARY, summary)
+    print("\n".join(seeds.describe_each(summary)))
+    spent = f"{summary['steps']:,} steps each, {records.clock(summary['seconds'])} of training"
+    print(f"finished: {seeds.describe(summary)} after {spent}")
+    print(f"results are in {folder}: {records.SUMMARY}, and each seed's in seed-K/")
+    return summary
