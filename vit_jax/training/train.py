@@ -16,14 +16,13 @@ import vit_jax
 from vit_jax import weights
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
-from vit_jax.models.summary import forward_flops
 from vit_jax.training import (
     allocator,
     evaluate,
     freezing,
     hardware,
-    losses,
     memory,
+    objectives,
     optimizer,
     parallel,
     records,
@@ -31,7 +30,7 @@ from vit_jax.training import (
     workdir,
 )
 from vit_jax.training import run as runs
-from vit_jax.training.checkpoint import METRIC, Checkpoints, SaveFailed
+from vit_jax.training.checkpoint import Checkpoints, SaveFailed, goodness
 from vit_jax.training.lock import Lock
 from vit_jax.training.meter import Meter
 from vit_jax.training.run import Run
@@ -76,7 +75,8 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     summary = parallel.by_main(lambda: workdir.read_summary(folder))
     say = print if parallel.is_main() else lambda *_, **__: None
     if summary is not None and not changes:
-        say(f"{folder} is finished: {describe(summary)}\nto train anew, give another --workdir, or remove this one")
+        say(f"{folder} is finished: {describe(config, summary)}")
+        say("to train anew, give another --workdir, or remove this one")
         return summary
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"
     say(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}, {devices}", flush=True)
@@ -98,14 +98,10 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
             return Trainer(run, folder, checkpoints, stop).train()
 
 
-def describe(summary: dict[str, Any]) -> str:
+def describe(config: ConfigDict, summary: dict[str, Any]) -> str:
     """'test accuracy 97.50 % (351 of 360) after 4,490 steps, 1:11 of training'."""
-    count = summary["test/examples"]
-    correct = round(summary["test/accuracy"] * count)
-    return (
-        f"test accuracy {100 * summary['test/accuracy']:.2f} % ({correct:,} of {count:,}) after {summary['steps']:,} "
-        f"steps, {records.clock(summary['seconds'])} of training"
-    )
+    headline = objectives.make(config).headline(summary)
+    return f"{headline} after {summary['steps']:,} steps, {records.clock(summary['seconds'])} of training"
 
 
 class Trainer:
@@ -142,10 +138,10 @@ class Trainer:
         # A CPU is host and device in one: there each dispatch is read at once, and each record's speed is its own.
         self.overlaps = run.mesh.devices.flat[0].platform != "cpu"
         self.rows = self._rows()
-        self.scorer = evaluate.make_scorer(run.applied, run.augment, run.mesh)
+        self.scorer = evaluate.make_scorer(run.applied, run.augment, run.mesh, run.objective)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.parameters))
-        self.flops = forward_flops(run.model, run.image_shape[:2], run.image_shape[2])
-        self.names = losses.metric_names(losses.loss_weights(self.config))
+        self.flops = run.objective.forward_flops(run.module, run.image_shape[:2], run.image_shape[2])
+        self.metric = f"validation/{run.objective.watched}"
         self.meter = self._make_meter(metadata.get("seconds", 0.0))
         # Steps a dispatch. Found out by the clock, but in a cluster, whose processes must cut the run alike.
         self.pace = 1 if jax.process_count() == 1 else self.config.train.steps_per_dispatch
@@ -164,7 +160,7 @@ class Trainer:
     def _make_meter(self, seconds: float) -> Meter:
         run = self.run
         peak = hardware.peak(run.mesh.devices.flat[0].device_kind)
-        peak = peak * run.mesh.size if peak and run.applied is run.model else None
+        peak = peak * run.mesh.size if peak and run.applied is run.module else None
         # Forward and twice that backward; below a frozen backbone's heads there is no backward pass.
         passes = 1 if freezing.only_head(run.mask) else 3
         return Meter(self.config.train.batch_size, passes * self.flops, peak, seconds)
@@ -188,7 +184,7 @@ class Trainer:
         summary |= {"steps": self.run.steps, "seconds": self.meter.seconds(), "parameters": self.parameters}
         if parallel.is_main():
             records.write_json(self.folder / records.SUMMARY, summary)
-        self.progress.say(f"finished: {describe(summary)}")
+        self.progress.say(f"finished: {describe(self.config, summary)}")
         self.progress.say(f"results are in {self.folder}: {', '.join(WRITTEN)}")
         return summary
 
@@ -302,7 +298,8 @@ class Trainer:
         if sums["streak"] >= BURST:
             raise Burst
         due = step == self.run.steps or step % self.config.log.every == 0
-        metrics = {f"train/{name}": sums[name] / sums["count"] for name in self.names} if sums["count"] else {}
+        names = self.run.objective.metrics if sums["count"] else ()
+        metrics = {f"train/{name}": sums[name] / sums["count"] for name in names}
         metrics["train/learning_rate"] = float(self.schedule(max(sums["updates"] - 1, 0)))
         if sums["skipped"]:
             metrics["train/skipped"] = sums["skipped"]
@@ -347,23 +344,19 @@ class Trainer:
         self.meter.run(self.step)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether these hold a validation accuracy above that of every checkpoint so far."""
-        if not self.config.checkpoint.keep_best or METRIC not in metrics:
+        """Whether these hold a validation accuracy (or loss) better than that of every checkpoint so far."""
+        if not self.config.checkpoint.keep_best or self.metric not in metrics:
             return False
         self._wait()
         best = parallel.by_main(self.checkpoints.best)
-        return best is None or metrics[METRIC] > best[1]
+        return best is None or goodness({self.metric: metrics[self.metric]}) > best[1]
 
     def _evaluate(self, role: str) -> dict[str, float | int]:
         size, batches = self.run.evaluation_batch_size(), self.feeds[role]
-        metrics = evaluate.evaluate(self.scorer, self.state.for_evaluation(), batches, size, role, self._asked_to_stop)
-        accuracy, top5, loss, count = (metrics[f"{role}/{name}"] for name in ("accuracy", "top5", "loss", "examples"))
-        named = {name: metrics[f"{role}/{name}/accuracy"] for name in batches.source.others}
-        others = "".join(f", {name}: accuracy {100 * value:.2f} %" for name, value in named.items())
-        self.progress.say(
-            f"step {self.step}/{self.run.steps}  {role}: accuracy {100 * accuracy:.2f} %, top-5 {100 * top5:.2f} %, "
-            f"loss {loss:.4f}{others} on {count:,} examples"
-        )
+        arguments = (batches, size, role, self._asked_to_stop, self.run.objective)
+        metrics = evaluate.evaluate(self.scorer, self.state.for_evaluation(), *arguments)
+        said = self.run.objective.describe(role, metrics)
+        self.progress.say(f"step {self.step}/{self.run.steps}  {role}: {said}")
         return metrics
 
     def _save(self, metrics: dict[str, float]) -> None:
@@ -376,7 +369,7 @@ class Trainer:
             "settled": self.settled,
             "rolled_back_from": self.rolled_back_from,
         }
-        self.scores = {METRIC: metrics[METRIC]} if METRIC in metrics else {}
+        self.scores = {self.metric: metrics[self.metric]} if self.metric in metrics else {}
         try:
             self.checkpoints.save(self.state, metadata, self.scores)
         except SaveFailed as error:

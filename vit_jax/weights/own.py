@@ -21,7 +21,7 @@ LABEL = "a run of our own"
 
 # As training names them (vit_jax/training/checkpoint.py), which must not be imported here.
 FOLDER = "checkpoints"
-METRIC = "validation/accuracy"
+METRIC, LOSS = "validation/accuracy", "validation/loss"
 STATE = "state"
 WRITTEN = "_CHECKPOINT_METADATA"
 
@@ -105,15 +105,19 @@ def _step(folder: Path, wanted: int | str | None) -> int:
     if wanted is None and steps:
         return steps[-1]
     if wanted == "best":
-        measured = {step: _beside(folder / str(step))["metrics"].get(METRIC) for step in steps}
-        ranked = [(value, step) for step, value in measured.items() if value is not None]
+        ranked = [(_goodness(_beside(folder / str(step))["metrics"]), step) for step in steps]
+        ranked = [(value, step) for value, step in ranked if value is not None]
         if ranked:
             return max(ranked)[1]
-        raise UserError(f"{folder} has no checkpoint with a validation accuracy; leave step out for the newest")
+        raise UserError(f"{folder} has no checkpoint that was validated; leave step out for the newest")
     if wanted not in steps:
         of = "" if wanted is None else f" of step {wanted}"
         raise UserError(f"{folder} has no checkpoint{of}; there are: {few(map(str, steps)) or 'none'}")
     return wanted
+
+
+def _goodness(metrics: Mapping[str, float]) -> float | None:
+    return metrics.get(METRIC, -metrics[LOSS] if LOSS in metrics else None)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
