@@ -146,6 +146,15 @@ class Autoencoding(Masked):
         wanted = masked_autoencoder.normalize_patches(patches) if self.normalize else patches
         return {"loss": jnp.square(outputs - wanted).mean(axis=-1)}
 
+    def pixels(
+        self, outputs: Float[Array, "batch patches pixels"], patches: Num[Array, "batch patches pixels"]
+    ) -> Float[Array, "batch patches pixels"]:
+        """The outputs as pixels; where those were normalised, by mean and standard deviation of the true patches."""
+        if not self.normalize:
+            return outputs
+        mean, std = masked_autoencoder.pixel_statistics(patches)
+        return outputs * std + mean
+
     def forward_flops(self, module: MaskedAutoencoder, image_size: tuple[int, int], channels: int) -> int:
         return summary.masked_autoencoder_flops(module, image_size, channels)
 

@@ -236,7 +236,7 @@ def _take(
             flat[path] = value
         rows.append(row)
     rows += [Row("ignored", (name,), (), why) for name, why in description.ignored.items()]
-    rows += _initialise(flat, wanted, description, seed)
+    rows += _initialise(flat, wanted, description, seed, model.head_bias)
     if model.scan:
         flat, rows = _stack(flat, model.depth), _stacked_rows(rows)
     report = Report(
@@ -331,7 +331,11 @@ def _fitted(
 
 
 def _initialise(
-    flat: dict[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], description: Description, seed: int
+    flat: dict[str, np.ndarray],
+    wanted: Mapping[str, tuple[int, ...]],
+    description: Description,
+    seed: int,
+    head_bias: float,
 ) -> list[Row]:
     """Makes the heads that the file does not have; anything else that is missing is an error."""
     missing = [path for path in wanted if path not in flat]
@@ -341,13 +345,14 @@ def _initialise(
     rows = []
     had = ", ".join(f"{count} classes" for count in heads(description.model.classes).values()) or "no head to take"
     for number, path in enumerate(missing):
-        drawn = path.endswith("pre_logits/kernel")
+        drawn, start = path.endswith("pre_logits/kernel"), head_bias if path.endswith("/logits/bias") else 0.0
         if drawn:
             key = jax.random.fold_in(jax.random.key(seed), number)
             flat[path] = np.asarray(nn.initializers.lecun_normal()(key, wanted[path], jnp.float32))
         else:
-            flat[path] = np.zeros(wanted[path], np.float32)
-        rows.append(Row("initialised", (), (path,), f"{'drawn' if drawn else 'zero'}: the file has {had}"))
+            flat[path] = np.full(wanted[path], start, np.float32)
+        how = "drawn" if drawn else f"{start:g}" if start else "zero"
+        rows.append(Row("initialised", (), (path,), f"{how}: the file has {had}"))
     return rows
 
 

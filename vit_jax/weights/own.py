@@ -23,6 +23,7 @@ LABEL = "a run of our own"
 FOLDER = "checkpoints"
 METRIC, LOSS = "validation/accuracy", "validation/loss"
 STATE = "state"
+BACKBONE = "backbone"
 WRITTEN = "_CHECKPOINT_METADATA"
 
 
@@ -131,7 +132,10 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _description(
     parameters: Mapping[str, np.ndarray], kind: str, others: Mapping[str, Any], config: Mapping[str, Any], step: int
 ) -> Description:
-    shapes = {name[len(kind) + 1 :]: array.shape for name, array in parameters.items()}
+    # Pre-training has the model inside another module.
+    inside = any(name.startswith(f"{kind}/{BACKBONE}/") for name in parameters)
+    prefix = f"{kind}/{BACKBONE}/" if inside else f"{kind}/"
+    shapes = {name[len(prefix) :]: array.shape for name, array in parameters.items() if name.startswith(prefix)}
     try:
         fields = variants.fields_of_options(config["model"])
         model = VisionTransformer(classes=_classes(shapes), **{**fields, "scan": False})
@@ -143,7 +147,7 @@ def _description(
         channels = shapes.get("stem/convolution_root/kernel", (0, 0, 0))[2]
     choices = Choices({})
     grid = _grid(shapes, model, (config.get("data") or {}).get("image_size"), choices)
-    prefix, scanned = f"{kind}/", any(name.startswith("encoder/blocks/") for name in shapes)
+    scanned = any(name.startswith("encoder/blocks/") for name in shapes)
     rules = []
     for path in parameter_shapes(model, grid, channels):
         if not scanned or not path.startswith("encoder/block_"):
@@ -157,12 +161,18 @@ def _description(
         for part, tree in others.items()
         for name in _flat(tree, f"{part}/")
     }
+    ignored |= {name: _of_pretraining(name) for name in parameters if not name.startswith(prefix)}
     check_names([*parameters, *ignored], rules, ignored, (), LABEL)
     notes = (f"the {'averaged ' if kind == 'averaged' else ''}parameters of step {step}",)
     labels = (config.get("data") or {}).get("labels")
     return Description(
         LABEL, model, channels, grid, tuple(rules), ignored, (), tuple(choices.made), notes, head_name=labels
     )
+
+
+def _of_pretraining(name: str) -> str:
+    """Why an array beside the model's is left out."""
+    return "the decoder of pre-training" if "/decoder/" in name else "pre-training's own"
 
 
 def _classes(shapes: Mapping[str, tuple[int, ...]]) -> int | dict[str, int] | None:
