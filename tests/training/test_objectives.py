@@ -1,4 +1,4 @@
-"""Every objective there is: its loss against NumPy, one device beside eight, evaluation of a whole split, and learning."""
+"""Every objective there is: its loss against NumPy, one device beside eight, evaluation of a split, and learning."""
 
 import chex
 import jax

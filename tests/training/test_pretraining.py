@@ -1,7 +1,6 @@
 """Runs without labels from end to end: resuming, what is kept and shown, fine-tuning from them, pictures."""
 
 import json
-import os
 import shutil
 
 import chex
@@ -166,7 +165,6 @@ def test_a_picture_shows_images_what_is_seen_and_what_is_told(whole, tmp_path, c
     hidden = (pixels[1] != pixels[0]) | (pixels[1] == 128)
     assert (hidden.reshape(5, 4, 2, 4, 2).all(axis=(2, 4)).sum(axis=(1, 2)) == 12).all()
     np.testing.assert_array_equal(pixels[2][~hidden], pixels[0][~hidden])
-    # A hidden patch has the true one's mean, since that is given back to it: as far as it was not cut at black or white.
     assert (pixels[2] != pixels[0]).any()
 
 
@@ -191,7 +189,6 @@ def test_another_objective_is_refused_in_its_workdir(whole):
         train.train(config, whole)
 
 
-IMAGES = os.environ.get("VIT_JAX_TEST_DATA")
 SHORT = {"train.steps": 2, "train.batch_size": 8, "train.accumulation": 1, "train.evaluation_batch_size": 32}
 TINY = {"model.width": 24, "model.depth": 1, "model.heads": 2, "model.mlp_width": 16}
 

@@ -31,7 +31,6 @@ class Classification(Objective):
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Classification":
-        """As a config says."""
         return cls(losses.loss_weights(config), config.train.loss, config.train.label_smoothing)
 
     @property

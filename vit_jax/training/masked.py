@@ -101,7 +101,6 @@ class PatchPrediction(Masked):
 
     @classmethod
     def of(cls, config: ConfigDict) -> "PatchPrediction":
-        """As a config says; half of the patches where it says nothing."""
         return cls(config.train.masked_share or 0.5)
 
     def module(self, model: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
@@ -132,7 +131,6 @@ class Autoencoding(Masked):
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Autoencoding":
-        """As a config says; three quarters of the patches where it says nothing."""
         section = config.decoder
         names = ("width", "depth", "heads", "mlp_width")
         decoder = {f"decoder_{name}": section[name] for name in names}

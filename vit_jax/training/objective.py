@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+from ml_collections import ConfigDict
 
 from vit_jax.models import summary
 from vit_jax.models.vit import VisionTransformer
@@ -19,6 +20,11 @@ Metrics = dict[str, jax.Array]
 @dataclasses.dataclass(frozen=True)
 class Objective(abc.ABC):
     """What a run learns to do; its fields are the options that it has."""
+
+    @classmethod
+    @abc.abstractmethod
+    def of(cls, config: ConfigDict) -> "Objective":
+        """As a config says."""
 
     @property
     @abc.abstractmethod
