@@ -67,7 +67,7 @@ def test_logits_are_those_of_the_corrupted_image(small, randomise, draw):
     backbone, images = small(classes=None, pooling="none"), draw(3, 4, 6, 3)
     module = MaskedPatchPrediction(backbone, MEAN, STD)
     parameters = randomise(module, images)["params"]
-    logits, corrupted = module.apply({"params": parameters}, images, KEYS[:3])
+    logits, corrupted = jax.jit(module.apply)({"params": parameters}, images, KEYS[:3])
     assert logits.shape == (3, 6, 512)
     corruption = masked_patches.draw_corruption(KEYS[:3], 6, 3)
     np.testing.assert_array_equal(corrupted, corruption.corrupted)
@@ -80,6 +80,7 @@ def test_logits_are_those_of_the_corrupted_image(small, randomise, draw):
             pixels = np.asarray(patchify(images, 2))[image, corruption.sources[image, patch]]
             embeddings[image, patch] = pixels @ projection["kernel"] + projection["bias"]
     given = jnp.asarray(embeddings)
-    tokens = backbone.apply({"params": parameters["backbone"]}, images, replace=lambda _: given)
+    encode = jax.jit(lambda parameters: backbone.apply({"params": parameters}, images, replace=lambda _: given))
+    tokens = encode(parameters["backbone"])
     wanted = tokens[:, 1:] @ parameters["colours"]["kernel"] + parameters["colours"]["bias"]
     np.testing.assert_allclose(logits, wanted, atol=1e-5)

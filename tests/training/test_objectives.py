@@ -28,7 +28,12 @@ def test_every_objective_is_tested():
     assert set(OPTIONS) == set(OBJECTIVES)
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVES])
+def all_but_one_slow(names, quick):
+    """Parameters of a test: each takes a compilation, and one of them shows what is the same in all."""
+    return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", all_but_one_slow(OBJECTIVES, "masked_autoencoder"))
 def test_its_loss_falls(toy, make_config, name):
     run = toy(make_config(**options_of(name, train={"steps_per_dispatch": 300}, log={"every": 100})))
     _, first = run.run(run.start(), 1)
@@ -40,7 +45,7 @@ def test_its_loss_falls(toy, make_config, name):
 MASKED = [name for name in OBJECTIVES if name != "classify"]
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", all_but_one_slow(MASKED, "masked_patches"))
 def test_eight_devices_make_the_losses_of_one(toy, make_config, name):
     ends = []
     for devices in (1, 8):
@@ -55,7 +60,7 @@ def test_eight_devices_make_the_losses_of_one(toy, make_config, name):
     np.testing.assert_allclose(ends[1], ends[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", all_but_one_slow(MASKED, "masked_autoencoder"))
 def test_the_whole_split_is_scored_whatever_the_batch_size_or_devices(toy, make_config, name):
     """Against the mean over all images, each asked for what follows from its place in the split."""
     run = toy(make_config(**options_of(name)))

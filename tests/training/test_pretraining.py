@@ -123,6 +123,7 @@ def test_a_classifier_starts_from_its_encoder(whole, tmp_path, capsys):
     assert "averaged/decoder/mask_embedding" in str(weights.load(whole)[2].table(verbose=True))
 
 
+@pytest.mark.slow
 def test_its_positions_are_resampled_for_another_patch_size_of_image(whole, tmp_path, capsys):
     config = classifier(whole, data={"image_size": 12})
     parameters, shown = initial(config, tmp_path, capsys)
@@ -130,6 +131,7 @@ def test_its_positions_are_resampled_for_another_patch_size_of_image(whole, tmp_
     assert parameters["positions"]["table"].shape == (1, 1 + 36, 16)
 
 
+@pytest.mark.slow
 def test_pre_training_goes_on_from_a_classifier(whole, tmp_path, capsys):
     """Backwards: what a classifier has is taken, and the decoder is new."""
     train.train(classifier(whole), tmp_path / "classifier")
@@ -141,6 +143,7 @@ def test_pre_training_goes_on_from_a_classifier(whole, tmp_path, capsys):
     assert "decoder" in parameters
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_encoder(whole, tmp_path):
     features.compute(features.parse([f"--workdir={whole}", "--split=test", f"--out={tmp_path / 'test.npz'}"]))
     model, parameters, _ = weights.load(whole)
@@ -177,6 +180,7 @@ def test_pictures_that_cannot_be_drawn_are_explained(whole, capsys, arguments, s
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_classifier_has_no_reconstructions(whole, tmp_path, capsys):
     train.train(classifier(whole), tmp_path)
     assert reconstruct.main([f"--workdir={tmp_path}"]) == 2
