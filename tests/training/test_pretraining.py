@@ -28,12 +28,13 @@ def small(**sections):
     config.optimizer.update(learning_rate=1e-2, warmup_steps=3, average_decay=0.9, weight_decay=0.1)
     config.data.update(train="train[:200]", validation="train[200:250]", test="test[:50]")
     config.train.update(objective="masked_autoencoder", batch_size=32, steps=STEPS, accumulation=2, evaluate_every=4)
-    config.decoder.update(width=8, depth=1, heads=2, mlp_width=8)
     config.checkpoint.update(every=1, keep=STEPS)
     config.log.update(every=3, tensorboard=False)
     config.mesh.devices = 1
     for section, values in sections.items():
         config[section].update(values)
+    if config.train.objective == "masked_autoencoder":
+        config.decoder.update(width=8, depth=1, heads=2, mlp_width=8)
     options.check(config)
     return config
 
