@@ -13,6 +13,7 @@ from vit_jax.models.patches import patchify
 from vit_jax.models.positions import sine_cosine_2d
 
 FIELDS = {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2, "decoder_mlp_width": 12}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEYS = jax.random.split(jax.random.key(5), 3)
 
 
@@ -62,7 +63,7 @@ def slowly(module, parameters, images, hidden):
     return jnp.stack(outputs)
 
 
-@pytest.mark.parametrize("fields", [{}, {"class_token": False}, {"registers": 2}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"class_token": False, "registers": 2}], ids=str)
 def test_it_is_what_the_slow_version_makes(made, fields):
     module, parameters, images = made(**fields)
     outputs, hidden = apply(module, parameters, images)
