@@ -67,7 +67,7 @@ def test_the_whole_split_is_scored_whatever_the_batch_size_or_devices(toy, make_
     parameters = run.start().parameters
     inputs = run.augment.normalize(jnp.asarray(run.source.images))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(100))
-    outputs, hidden = (np.asarray(array) for array in run.model.apply({"params": parameters}, inputs, keys))
+    outputs, hidden = (np.asarray(array) for array in jax.jit(run.model.apply)({"params": parameters}, inputs, keys))
     wanted = np.mean([by_hand(name, run, np.asarray(inputs)[i], outputs[i], hidden[i]) for i in range(100)])
     for batch_size, devices, resident in ((100, 1, "always"), (7, 1, "never"), (16, 8, "always")):
         mesh = parallel.make_mesh(devices)
@@ -100,27 +100,29 @@ def test_the_loss_of_a_batch_is_that_of_its_hidden_patches(toy, make_config):
     """What is told of visible patches has no part in it, and pixels may also be told as they are."""
     decoder = {**OPTIONS["masked_autoencoder"][0]["decoder"], "normalize_patches": False}
     run = toy(make_config(train={"objective": "masked_autoencoder"}, decoder=decoder))
-    inputs, key = run.augment.normalize(jnp.asarray(run.source.images[:16])), jax.random.key(4)
-    parameters = run.start().parameters
-    loss, _ = run.objective.measure(run.model, parameters, inputs, {}, key, False)
+    parameters, key = run.start().parameters, jax.random.key(4)
+    inputs, loss = measured(run, parameters)
     keys = jax.random.split(jax.random.fold_in(key, 1), 16)
-    outputs, hidden = (np.asarray(array) for array in run.model.apply({"params": parameters}, inputs, keys))
+    outputs, hidden = (np.asarray(array) for array in jax.jit(run.model.apply)({"params": parameters}, inputs, keys))
     errors = []
     for image, patch in np.argwhere(hidden):
         top, left = 2 * (patch // 2), 2 * (patch % 2)
         pixels = np.asarray(inputs)[image, top : top + 2, left : left + 2].reshape(-1)
         errors.append(np.mean((outputs[image, patch].astype(np.float64) - pixels) ** 2))
     assert len(errors) == 16 * 3
-    assert float(loss) == pytest.approx(np.mean(errors), rel=1e-5)
+    assert float(loss(key)) == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def measured(run, parameters):
+    """Sixteen images, and the function from a key to the loss on them."""
+    inputs = run.augment.normalize(jnp.asarray(run.source.images[:16]))
+    return inputs, jax.jit(lambda key: run.objective.measure(run.model, parameters, inputs, {}, key, False)[0])
 
 
 def test_each_step_hides_other_patches(toy, make_config):
     run = toy(make_config(**options_of("masked_patches", log={"every": 1})))
-    inputs = run.augment.normalize(jnp.asarray(run.source.images[:64]))
-    seen = [
-        float(run.objective.measure(run.model, run.start().parameters, inputs, {}, jax.random.key(seed), True)[0])
-        for seed in (1, 1, 2)
-    ]
+    _, loss = measured(run, run.start().parameters)
+    seen = [float(loss(jax.random.key(seed))) for seed in (1, 1, 2)]
     assert seen[0] == seen[1] != seen[2]
 
 
@@ -141,9 +143,8 @@ def test_the_sigmoid_loss_is_the_sum_over_classes():
     logits, labels = generator.normal(size=(6, 5)).astype(np.float32), np.arange(6) % 5
     targets = 0.9 * np.eye(5)[labels] + 0.1 / 5
     wanted = sigmoid_by_hand(logits, targets)
-    np.testing.assert_allclose(
-        losses.sigmoid_cross_entropy(logits, jnp.asarray(targets, jnp.float32)), wanted, rtol=1e-5
-    )
+    made = losses.sigmoid_cross_entropy(jnp.asarray(logits), jnp.asarray(targets, jnp.float32))
+    np.testing.assert_allclose(made, wanted, rtol=1e-5)
     arrays = {"a": jnp.asarray(logits), "b": jnp.asarray(logits)}, {"a": jnp.eye(5)[labels], "b": jnp.eye(5)[labels]}
     total, metrics = losses.measure(*arrays, {"a": 1.0, "b": 0.5}, "sigmoid")
     plain = sigmoid_by_hand(logits, np.eye(5)[labels]).mean()
