@@ -1,10 +1,11 @@
 """The masked autoencoder: pixels of the patches that an encoder did not see (arXiv 2111.06377)."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Num
 
-from vit_jax.models import masking
+from vit_jax.models import kernels, masking
 from vit_jax.models.checks import check_encoder
 from vit_jax.models.dense import Dense
 from vit_jax.models.encoder import BlockOptions, Encoder
@@ -47,8 +48,8 @@ class Decoder(nn.Module):
             extra: class token and registers.
             train: as of the encoder.
         """
-        dtype = self.options.dtype
-        tokens = Dense(self.width, dtype=dtype, name="embedding")(tokens)
+        dtype, products = self.options.dtype, self.options.product_dtype
+        tokens = Dense(self.width, dtype=dtype, product_dtype=products, name="embedding")(tokens)
         mask = self.param("mask_embedding", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32)
         mask = jnp.broadcast_to(mask.astype(dtype), (len(tokens), 1, self.width))
         visible = jnp.concatenate([tokens[:, extra:], mask], axis=1)
@@ -113,10 +114,24 @@ class MaskedAutoencoder(nn.Module):
         keys = masking.default_keys(len(inputs)) if keys is None else keys
         hidden = masking.draw_hidden(keys, rows * columns, count)
         tokens = backbone(inputs, train=train, visible=masking.visible_places(hidden, count))
-        options = BlockOptions(self.decoder_heads, self.decoder_mlp_width, gelu=backbone.gelu, dtype=backbone.dtype)
         pixels = inputs.shape[-1] * (backbone.patch_size**2 if inputs.ndim == 4 else 1)
+        extra = int(backbone.class_token) + backbone.registers
+        options = self._options(rows * columns + extra)
         decoder = Decoder(self.decoder_width, self.decoder_depth, options, (rows, columns), pixels, name="decoder")
-        return decoder(tokens, hidden, int(backbone.class_token) + backbone.registers, train), hidden
+        return decoder(tokens, hidden, extra, train), hidden
+
+    def _options(self, tokens: int) -> BlockOptions:
+        """Of the decoder's blocks: the arithmetic is the backbone's, and so is the kernel where it can be had."""
+        backbone, size = self.backbone, self.decoder_width // self.decoder_heads
+        platform, name = jax.default_backend(), backbone.attention_kernel
+        return BlockOptions(
+            self.decoder_heads,
+            self.decoder_mlp_width,
+            gelu=backbone.gelu,
+            dtype=backbone.dtype,
+            attention_kernel="plain" if kernels.obstacle(name, platform, tokens, size, backbone.dtype) else name,
+            product_dtype=backbone.product_dtype,
+        )
 
 
 def pixel_statistics(
