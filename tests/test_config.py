@@ -25,6 +25,10 @@ ARGUMENTS = {
         *("cifar10", "cifar100", "oxford_iiit_pet", "oxford_flowers102", "imagenet2012", "folder"),
         *("cifar10,short", "cifar100,cpu", "folder,probe", "imagenet2012,adamw"),
     ],
+    "pretrain": [
+        *(None, "imagenet", "imagenet21k", "folder", "cifar100", "cifar100-cpu"),
+        *("mae", "mae-cpu", "masked-patches", "masked-patches-cpu"),
+    ],
 }
 
 
@@ -127,6 +131,16 @@ BAD = {
     "model.class_token=False model.pooling=token": ["class_token", "pooling"],
     "model.variant=Ti/3": ["'Ti/3'", "8x8", "1, 2, 4, 8"],
     "mesh.devices=100": ["config.mesh.devices", "100"],
+    "train.objective=masked": ["config.train.objective", "'masked'", "'masked_autoencoder'"],
+    "train.loss=hinge": ["config.train.loss", "'hinge'", "'sigmoid'"],
+    "train.masked_share=0.5": ["config.train.masked_share is 0.5", "'classify' does not read", "=None"],
+    "decoder.width=64": ["config.decoder.width is 64", "'classify' does not read", "=128"],
+    "train.objective=masked_patches": ["config.train.label_smoothing is 0.1", "does not read", "=0.0"],
+    "train.objective=masked_patches train.label_smoothing=0 decoder.depth=1": ["config.decoder.depth is 1"],
+    "train.objective=masked_patches train.label_smoothing=0 model.pooling=map": ["pooling 'map'", "does not train"],
+    "train.objective=masked_autoencoder train.label_smoothing=0 model.position=rotary": ["'rotary'", "'input'"],
+    "train.objective=masked_autoencoder train.label_smoothing=0 decoder.width=50": ["decoder's width is 50"],
+    "train.objective=masked_autoencoder train.label_smoothing=0 model.variant=Ti/8": ["1 patch", "must be two"],
     "train.batch_size=63": ["config.train.batch_size", "63", "64"],
     "data.name=cifar11": ["cifar11", "cifar10"],
     "data.train=training": ["training", "train"],

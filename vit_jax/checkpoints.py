@@ -55,13 +55,15 @@ def list_all(flags: argparse.Namespace) -> int:
 
     checkpoints = _open(flags.workdirs[0])
     best = checkpoints.best()
-    print(f"{'step':>10}  {'written':<19}  {'size':>10}  validation accuracy")
+    print(f"{'step':>10}  {'written':<19}  {'size':>10}  validation")
     for step in checkpoints.steps():
         path = checkpoints.folder / str(step)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
         score = checkpoints.score(step)
-        shown = "-" if score is None else f"{100 * score:.2f} %{'  best' if best and best[0] == step else ''}"
+        # A run without an accuracy is scored by its loss, the sign turned.
+        shown = "-" if score is None else f"accuracy {100 * score:.2f} %" if score >= 0 else f"loss {-score:.4f}"
+        shown += "  best" if best and best[0] == step else ""
         print(f"{step:>10,}  {written}  {size / 2**20:>6.1f} MiB  {shown}")
     return 0
 

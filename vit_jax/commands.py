@@ -95,7 +95,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
-    which.add_argument("--best", action="store_true", help="the checkpoint with the best validation accuracy")
+    which.add_argument("--best", action="store_true", help="the checkpoint that is best on validation")
     parser.add_argument("--batch_size", type=int, help="examples at a time (default: the run's); changes no result")
     parser.add_argument("--data_dir", help="where TFDS keeps its sets (default: the run's)")
 
@@ -127,9 +127,7 @@ def open_run(flags: argparse.Namespace) -> Trained:
     with Checkpoints(folder, read_only=True) as checkpoints:
         best = checkpoints.best()
         if flags.best and best is None:
-            raise UserError(
-                f"--best: {folder} has no checkpoint with a validation accuracy\n  leave --best out: the newest"
-            )
+            raise UserError(f"--best: {folder} has no checkpoint that was validated\n  leave --best out: the newest")
         state = checkpoints.restore(parts.abstract_state(), best[0] if flags.best else flags.step)
     path = getattr(flags, "weights", None)  # not every command takes it
     if path is not None:

@@ -88,6 +88,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "pre_logits": Option(
             None, int, "width of a Dense + tanh layer before the classifier; None: no such layer", least=1
         ),
+        "head_bias": Option(0.0, float, "start of the biases of the classes; -10 suits the sigmoid loss"),
         "norm_after_pooling": Option(False, bool, "the last LayerNorm acts on the patches' mean, not before it"),
         "dropout": Option(0.0, float, "rate after the position embedding and the dense layers", least=0, below=1),
         "attention_dropout": Option(0.0, float, "rate on the attention weights", least=0, below=1),
@@ -245,6 +246,25 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "loss_weights": Option(
             None, str, "factors of several heads' losses: 'label=1,coarse_label=0.5'; None: 1 for each"
         ),
+        "objective": Option(
+            "classify",
+            str,
+            "what is learned: classes, or what hidden patches were; see docs/pretraining.md",
+            choices=("classify", "masked_patches", "masked_autoencoder"),
+        ),
+        "loss": Option(
+            "softmax",
+            str,
+            "of classes: cross-entropy over all of them, or of each by itself, summed",
+            choices=("softmax", "sigmoid"),
+        ),
+        "masked_share": Option(
+            None,
+            float,
+            "share of the patches that are hidden; None: 0.5 of masked_patches, 0.75 of masked_autoencoder",
+            least=0.001,
+            below=1,
+        ),
         "label_smoothing": Option(0.0, float, "share of the label spread over all classes", least=0, below=1),
         "evaluate_every": Option(0, int, "steps between evaluations; 0: at the end alone", least=0),
         "evaluation_batch_size": Option(None, int, "examples a step of evaluation; None: as batch_size", least=1),
@@ -252,6 +272,13 @@ OPTIONS: dict[str, dict[str, Option]] = {
             50, int, "the most updates that the device makes between two words with the host", least=1
         ),
         "max_minutes": Option(None, float, "save and stop after so many minutes; the same command goes on", least=0),
+    },
+    "decoder": {
+        "width": Option(128, int, "of masked_autoencoder's decoder: size of a token", least=4),
+        "depth": Option(2, int, "of it: blocks", least=1),
+        "heads": Option(4, int, "of it: attention heads", least=1),
+        "mlp_width": Option(512, int, "of it: hidden width of the MLPs", least=1),
+        "normalize_patches": Option(True, bool, "it tells pixels normalised within their patch, not as they are"),
     },
     "checkpoint": {
         "every": Option(0, int, "steps between checkpoints; 0: at the end, and at each new best validation", least=0),
@@ -265,7 +292,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
             choices=("keep", "new"),
         ),
         "keep": Option(2, int, "how many of the newest are kept", least=1),
-        "keep_best": Option(1, int, "how many of the best (by validation accuracy) are kept besides", least=0),
+        "keep_best": Option(
+            1, int, "how many of the best on validation (accuracy, else loss) are kept besides", least=0
+        ),
     },
     "mesh": {
         "devices": Option(None, int, "devices to use; None: all", least=1),
@@ -436,7 +465,7 @@ def _check_value(name: str, option: Option, value: Any) -> None:
 
 def _check_together(config: ConfigDict) -> None:
     from vit_jax.data import augment
-    from vit_jax.training import losses, model, profiling, seeds
+    from vit_jax.training import losses, model, objectives, profiling, seeds
 
     train = config.train
     if (train.steps is None) == (not train.epochs):
@@ -462,8 +491,10 @@ def _check_together(config: ConfigDict) -> None:
     seeds.check(config)
     _check_features(config)
     augment.check(config)
+    objectives.check(config)
     try:
-        model.build(config.model, classes=2, dtype="float32")
+        built = model.build(config.model, classes=2, dtype="float32")
+        objectives.make(config).module(built, (0.5,), (0.5,))
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None
 

@@ -38,9 +38,9 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
 
     trained = commands.open_run(flags)
     run, state = trained.run, trained.state
-    scorer = evaluate.make_scorer(run.model, run.augment, run.mesh)
-    size = run.evaluation_batch_size()
-    metrics = evaluate.evaluate(scorer, state.for_evaluation(), run.feeds(flags.split), size, flags.split)
+    scorer = evaluate.make_scorer(run.applied, run.augment, run.mesh, run.objective)
+    how = (run.feeds(flags.split), run.evaluation_batch_size(), flags.split)
+    metrics = evaluate.evaluate(scorer, state.for_evaluation(), *how, objective=run.objective)
     which = {"step": int(state.step)} if flags.weights is None else {"weights": flags.weights}
     return {**which, **metrics}
 

@@ -46,7 +46,8 @@ def compute(flags: argparse.Namespace) -> str:
     out = _out(flags)
     stored.check_place(out)
     trained = commands.open_run(flags)
-    run, parameters = trained.run, trained.state.for_evaluation()
+    run = trained.run
+    parameters = run.objective.backbone(trained.state.for_evaluation())
     kinds = sources.kinds(run.config.data.name, run.config.data.dir)
     source = runs.load(run.config, run.sources[flags.split].split, kinds)
     backbone = run.model.clone(classes=None)

@@ -4,7 +4,15 @@ import pytest
 
 from vit_jax import summary as command
 from vit_jax.models import variants
-from vit_jax.models.summary import forward_flops, layers, training_bytes
+from vit_jax.models.masked_autoencoder import MaskedAutoencoder
+from vit_jax.models.masked_patches import MaskedPatchPrediction
+from vit_jax.models.summary import (
+    forward_flops,
+    layers,
+    masked_autoencoder_flops,
+    masked_patches_flops,
+    training_bytes,
+)
 from vit_jax.models.vit import VisionTransformer
 
 
@@ -185,3 +193,15 @@ def test_a_mistake_ends_the_command_with_what_is_allowed(capsys, arguments, mess
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (2, "")
     assert err.startswith(message) and "Traceback" not in err
+
+
+@pytest.mark.parametrize("fields", [{}, {"class_token": False, "registers": 3}], ids=str)
+def test_flops_of_pre_training_are_those_of_the_traced_program(small, fields):
+    backbone = small(classes=None, pooling="none", **fields)
+    decoder = {"decoder_width": 8, "decoder_depth": 3, "decoder_heads": 2, "decoder_mlp_width": 20}
+    autoencoder = MaskedAutoencoder(backbone, masked=0.7, **decoder)
+    prediction = MaskedPatchPrediction(backbone, (0.5,) * 3, (0.5,) * 3)
+    images = jax.ShapeDtypeStruct((1, 16, 24, 3), jnp.float32)
+    for module, flops in ((autoencoder, masked_autoencoder_flops), (prediction, masked_patches_flops)):
+        shapes = jax.eval_shape(module.init, jax.random.key(0), images)
+        assert flops(module, (16, 24), 3) == products(jax.make_jaxpr(module.apply)(shapes, images).jaxpr)

@@ -6,7 +6,7 @@ from vit_jax import config as options
 from vit_jax.data import pipeline
 from vit_jax.data.augment import Augment
 from vit_jax.data.sources import LabelSet, Source
-from vit_jax.training import freezing, losses, parallel, state, step
+from vit_jax.training import freezing, losses, objectives, parallel, state, step
 from vit_jax.training import model as models
 from vit_jax.training import optimizer as optimizers
 
@@ -38,7 +38,9 @@ class Toy:
     def __init__(self, config, devices=1, resident="always"):
         kinds = losses.label_kinds(config.data)
         self.config, self.mesh, self.source = config, parallel.make_mesh(devices), toy_source(kinds=kinds)
-        self.model = models.build(config.model, classes=self.source.classes(), dtype=None)
+        self.objective = objectives.make(config)
+        built = models.build(config.model, classes=self.source.classes(), dtype=None)
+        self.model = self.objective.module(built, self.source.mean, self.source.std)
         self.optimizer = optimizers.make(config.optimizer, config.train.steps)
         augment = Augment(self.source.mean, self.source.std, **config.augment.to_dict())
         shapes = jax.eval_shape(lambda: state.initialize(self.model, (4, 4, 1), 0))
@@ -48,12 +50,10 @@ class Toy:
         self.augment = augment
 
     def start(self):
-        names = losses.metric_names(losses.loss_weights(self.config))
-
         def create():
             parameters = state.initialize(self.model, (4, 4, 1), self.config.train.seed)
             average = self.config.optimizer.average_decay > 0
-            return state.create(parameters, self.optimizer, average, names, self.mask)
+            return state.create(parameters, self.optimizer, average, self.objective.metrics, self.mask)
 
         return jax.jit(create, out_shardings=parallel.replicated(self.mesh))()
 

@@ -9,7 +9,7 @@ from vit_jax.data import pipeline
 from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import evaluate, parallel
+from vit_jax.training import evaluate, losses, parallel
 
 CLASSES = 7
 
@@ -27,7 +27,7 @@ def test_scores_are_those_of_sorting():
     logits = generator.normal(size=(200, CLASSES)).astype(np.float32)
     logits[:40] = logits[:40].round()  # ties
     labels = generator.integers(0, CLASSES, 200).astype(np.int32)
-    sums = evaluate.score(jnp.asarray(logits), jnp.asarray(labels), jnp.ones(200, bool))
+    sums = losses.score(jnp.asarray(logits), jnp.asarray(labels), jnp.ones(200, bool))
     accuracy, top5, loss = by_hand(logits, labels)
     assert sums["correct"] == round(200 * accuracy)
     assert sums["top5"] == round(200 * top5)
@@ -36,7 +36,7 @@ def test_scores_are_those_of_sorting():
 
 def test_what_is_not_a_number_is_not_correct_and_what_is_not_real_does_not_count():
     logits = jnp.asarray([[1.0, np.nan, 0], [3, 1, 0], [3, 1, 0], [np.inf, 0, 0]])
-    sums = evaluate.score(logits, jnp.asarray([0, 0, 0, 0], jnp.int32), jnp.asarray([True, True, False, True]))
+    sums = losses.score(logits, jnp.asarray([0, 0, 0, 0], jnp.int32), jnp.asarray([True, True, False, True]))
     assert {name: int(sums[name]) for name in ("examples", "correct", "top5")} == {
         "examples": 3,
         "correct": 1,

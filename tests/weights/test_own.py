@@ -7,7 +7,7 @@ import pytest
 from vit_jax import checkpoints as checkpoints_command
 from vit_jax import convert, weights
 from vit_jax.errors import UserError
-from vit_jax.training import checkpoint, model, optimizer, state
+from vit_jax.training import checkpoint, masked, model, optimizer, state
 from vit_jax.weights import own
 from vit_jax.weights.save import flattened
 
@@ -49,7 +49,8 @@ def workdir(tmp_path_factory, make_config):
 
 
 def test_the_names_that_training_has(workdir):
-    assert (own.FOLDER, own.METRIC) == (checkpoint.FOLDER, checkpoint.METRIC)
+    assert (own.FOLDER, own.METRIC, own.LOSS) == (checkpoint.FOLDER, checkpoint.METRIC, checkpoint.LOSS)
+    assert own.BACKBONE == masked.BACKBONE
     assert own.recognise(workdir[0]) and not own.recognise(workdir[0].parent)
 
 

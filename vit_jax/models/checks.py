@@ -115,3 +115,26 @@ def _check_position(model: "VisionTransformer") -> None:
             f"{name}, which needs heads of a multiple of {kind.head_multiple} channels, but {model.heads} heads of a "
             f"width of {model.width} have {size}: " + (f"{near} heads would" if near else "no number of heads would do")
         )
+
+
+def check_encoder(backbone: "VisionTransformer", positions_at_input: bool = False) -> None:
+    """Raises ValueError for a model that pre-training by masking cannot have as its encoder.
+
+    Args:
+        backbone: the model.
+        positions_at_input: whether its positions must not act in the layers.
+    """
+    if backbone.classes is not None or backbone.pooling != "none":
+        raise ValueError(
+            f"classes is {backbone.classes} and pooling {backbone.pooling!r}: an encoder has all of its tokens come "
+            "out, with classes None and pooling 'none'"
+        )
+    if backbone.stem is not None:
+        raise ValueError(f"stem is {backbone.stem}: what a patch of its feature map has seen cannot be hidden from it")
+    at = backbone.position_at or POSITIONS[backbone.position].at[0]
+    if positions_at_input and at != "input":
+        allowed = ", ".join(name for name, kind in POSITIONS.items() if "input" in kind.at)
+        raise ValueError(
+            f"position is {backbone.position!r}, which acts at {at!r} and so needs all patches: one of {allowed}, at "
+            "'input', lets some be seen alone"
+        )

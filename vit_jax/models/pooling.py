@@ -85,10 +85,12 @@ class Head(nn.Module):
     Attributes:
         classes: number of logits.
         pre_logits: width of a Dense + tanh layer before it, as in pre-training; None for none.
+        bias: what its biases start at.
     """
 
     classes: int
     pre_logits: int | None = None
+    bias: float = 0.0
 
     @nn.compact
     def __call__(self, features: Float[Array, "*leading width"]) -> Float[Array, "*leading classes"]:
@@ -97,7 +99,8 @@ class Head(nn.Module):
             features = jnp.tanh(
                 Dense(self.pre_logits, kernel_init=nn.initializers.lecun_normal(), name="pre_logits")(features)
             )
-        return Dense(self.classes, kernel_init=nn.initializers.zeros, name="logits")(features)
+        zeros, constant = nn.initializers.zeros, nn.initializers.constant(self.bias)
+        return Dense(self.classes, kernel_init=zeros, bias_init=constant, name="logits")(features)
 
 
 class Heads(nn.Module):
@@ -106,14 +109,17 @@ class Heads(nn.Module):
     Attributes:
         classes: number of logits of each.
         pre_logits: as in `Head`; each has its own.
+        bias: as in `Head`.
     """
 
     classes: Mapping[str, int]
     pre_logits: int | None = None
+    bias: float = 0.0
 
     @nn.compact
     def __call__(self, features: Float[Array, "*leading width"]) -> dict[str, Float[Array, "*leading _"]]:
-        return {name: Head(count, self.pre_logits, name=name)(features) for name, count in self.classes.items()}
+        heads = {name: Head(count, self.pre_logits, self.bias, name=name) for name, count in self.classes.items()}
+        return {name: head(features) for name, head in heads.items()}
 
 
 class HeadAlone(nn.Module):

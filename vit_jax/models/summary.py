@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vit_jax.models.masked_autoencoder import MaskedAutoencoder
+from vit_jax.models.masked_patches import LEVELS, MaskedPatchPrediction
+from vit_jax.models.masking import hidden_count
 from vit_jax.models.resnet import stem_flops, stem_output
 from vit_jax.models.vit import VisionTransformer, token_grid
 
@@ -27,7 +30,9 @@ class Layer(NamedTuple):
     flops: int
 
 
-def forward_flops(model: VisionTransformer, image_size: tuple[int, int], channels: int) -> int:
+def forward_flops(
+    model: VisionTransformer, image_size: tuple[int, int], channels: int, visible: int | None = None
+) -> int:
     """Floating-point operations of one image's forward pass: matrix products and convolutions, a multiply-add as two.
 
     A training step is taken as three times this: the backward pass has two products for each of the forward pass.
@@ -36,16 +41,35 @@ def forward_flops(model: VisionTransformer, image_size: tuple[int, int], channel
         model: the model.
         image_size: height and width, pixels.
         channels: values a pixel.
+        visible: patches that are encoded; None for all. All are embedded.
 
     Raises:
         ValueError: the patch does not divide the image.
     """
     rows, columns = token_grid(model, image_size)
-    tokens = rows * columns + int(model.class_token) + model.registers
+    tokens = (visible or rows * columns) + int(model.class_token) + model.registers
     stem = 0 if model.stem is None else stem_flops(model.stem, model.stem_width, image_size, channels)
     embedding = _embedding_flops(model, rows * columns, _inputs(model, image_size, channels))
     blocks = model.depth * (_attention_flops(model, tokens) + _mlp_flops(model, tokens))
     return stem + embedding + blocks + _pooling_flops(model, tokens) + sum(_head_flops(model, tokens).values())
+
+
+def masked_patches_flops(module: MaskedPatchPrediction, image_size: tuple[int, int], channels: int) -> int:
+    """`forward_flops` of masked patch prediction: the backbone and its layer of colours."""
+    backbone = module.backbone
+    rows, columns = token_grid(backbone, image_size)
+    return forward_flops(backbone, image_size, channels) + 2 * rows * columns * backbone.width * LEVELS**channels
+
+
+def masked_autoencoder_flops(module: MaskedAutoencoder, image_size: tuple[int, int], channels: int) -> int:
+    """`forward_flops` of a masked autoencoder: the encoder on what it sees, and the decoder on all patches."""
+    backbone, width, (rows, columns) = module.backbone, module.decoder_width, token_grid(module.backbone, image_size)
+    patches, extra = rows * columns, int(backbone.class_token) + backbone.registers
+    visible, tokens = patches - hidden_count(module.masked, patches), patches + extra
+    block = 2 * tokens * width * (4 * width + 2 * module.decoder_mlp_width) + 2 * 2 * tokens * tokens * width
+    ends = 2 * (visible + extra) * backbone.width * width
+    ends += 2 * patches * width * channels * backbone.patch_size**2
+    return forward_flops(backbone, image_size, channels, visible) + module.decoder_depth * block + ends
 
 
 def _inputs(model: VisionTransformer, image_size: tuple[int, int], channels: int) -> int:

@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
+from vit_jax.models import masking
 from vit_jax.models.checks import check
 from vit_jax.models.dropout import Dropout
 from vit_jax.models.encoder import BlockOptions, Encoder
@@ -37,6 +38,8 @@ class VisionTransformer(nn.Module):
             'none' (all tokens come out, and the head reads each).
         position: 'learned', 'learned_2d', 'sincos_2d', 'sinusoidal', 'none', 'relative' or 'rotary' (see `positions`).
         pre_logits: width of a Dense + tanh layer before the classifier; None for none.
+        head_bias: what the biases of the heads' logits start at; -10 where each class is told from all others by itself
+            (arXiv 2106.04560's code), since nearly all of them are not there.
         norm_after_pooling: whether the last LayerNorm acts on the mean of the patches and not on each token before it.
         dropout: rate after the position embedding and every dense layer but queries, keys and values.
         attention_dropout: rate on the attention weights.
@@ -99,6 +102,7 @@ class VisionTransformer(nn.Module):
     norm_after_pooling: bool = False
     attention_kernel: str = "plain"
     product_dtype: Dtype | None = None
+    head_bias: float = 0.0
 
     def __post_init__(self) -> None:
         # Models are arguments of compiled functions, and so have to be hashable.
@@ -117,6 +121,8 @@ class VisionTransformer(nn.Module):
         mask: Bool[Array, "#batch #heads #queries tokens"] | None = None,
         train: bool = False,
         grid: tuple[int, int] | None = None,
+        replace: Callable[[jax.Array], jax.Array] | None = None,
+        visible: Int[Array, "batch visible"] | None = None,
     ) -> Float[Array, "batch *outputs"] | dict[str, Float[Array, "batch *outputs"]]:
         """Logits in float32 [batch, classes], of images or of ready-made patches.
 
@@ -128,23 +134,27 @@ class VisionTransformer(nn.Module):
             mask: True where a token (third axis) may attend to another (fourth); class token and registers count first.
             train: dropout and stochastic depth are on; they draw from the generator 'dropout'.
             grid: rows and columns of ready-made patches; None where they make a square or their order is enough.
+            replace: of pre-training, what is done to the patches' embeddings before they get a position.
+            visible: likewise, the numbers of the patches that are encoded, each with its own position; None for all.
 
         Raises:
-            ValueError: the patch does not divide the images, or patches are given without a grid they make up.
+            ValueError: the patch does not divide the images, or patches are given without a grid they make up; or some
+                patches alone shall be visible to a model whose positions act in the layers.
         """
-        if inputs.ndim == 4:
-            grid = token_grid(self, inputs.shape[1:3])
-        else:
-            grid = _grid_of_patches(self, inputs.shape[1], grid)
+        grid = input_grid(self, inputs, grid)
         if self.stem is not None:
             inputs = ResNetStem(self.stem, self.stem_width, self.dtype, name="stem")(inputs)
         width = self.width - self.position_width
         tokens = PatchEmbedding(width, self.patch_size, self.dtype, name="embedding")(inputs.astype(self.dtype))
+        if replace is not None:
+            tokens = replace(tokens)
         place, at = self._place(grid), position_at(self)
         positions = Terms() if at == "layers" else POSITIONS[self.position](place, name="positions")()
         tokens = self._join(tokens, positions)
         if at == "input" and not self.position_width and positions.table is not None:
             tokens = tokens + positions.table.astype(tokens.dtype)
+        if visible is not None:
+            tokens = _only_visible(tokens, visible, place.extra, at)
         tokens = Dropout(self.dropout)(tokens, train)
         self.sow("intermediates", "embedded", tokens)
         tokens = self._encoder(place)(tokens, mask, train, positions if at == "shared" else Terms())
@@ -154,7 +164,7 @@ class VisionTransformer(nn.Module):
         if self.classes is None:
             return features.astype(jnp.float32)
         head = Heads if isinstance(self.classes, Mapping) else Head
-        return head(self.classes, self.pre_logits, name="head")(features)
+        return head(self.classes, self.pre_logits, self.head_bias, name="head")(features)
 
     def _place(self, grid: tuple[int, int]) -> Place:
         width = self.position_width or self.width
@@ -215,6 +225,24 @@ def token_grid(model: VisionTransformer, image_size: tuple[int, int]) -> tuple[i
         raise ValueError(
             f"of an image of {image_size[0]}x{image_size[1]} the stem leaves {height}x{width}: {error}"
         ) from None
+
+
+def input_grid(model: VisionTransformer, inputs: jax.Array, grid: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Rows and columns of patches of what the model is called with.
+
+    Raises:
+        ValueError: as in `VisionTransformer.__call__`.
+    """
+    if inputs.ndim == 4:
+        return token_grid(model, inputs.shape[1:3])
+    return _grid_of_patches(model, inputs.shape[1], grid)
+
+
+def _only_visible(tokens: jax.Array, visible: jax.Array, extra: int, at: str) -> jax.Array:
+    """Class token and registers, and of the patches those that are visible."""
+    if at != "input":
+        raise ValueError(f"positions act at {at!r}, and so need all patches: some alone can be seen with 'input'")
+    return jnp.concatenate([tokens[:, :extra], masking.take(tokens[:, extra:], visible)], axis=1)
 
 
 def _grid_of_patches(model: VisionTransformer, count: int, grid: tuple[int, int] | None) -> tuple[int, int]:

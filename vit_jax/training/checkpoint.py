@@ -28,6 +28,7 @@ from vit_jax.training.verify import SHOWN, Damaged
 FOLDER = "checkpoints"
 DAMAGED = "checkpoints-damaged"
 METRIC = "validation/accuracy"
+LOSS = "validation/loss"  # of a run that has no accuracy
 _REMOVING = "removing-"
 
 
@@ -51,7 +52,7 @@ class Checkpoints:
         Args:
             workdir: the run's folder.
             keep: how many of the newest are kept.
-            keep_best: how many of those with the best validation accuracy are kept besides.
+            keep_best: how many of those with the best `score` are kept besides.
             read_only: leave alone what another process may be writing there.
             say: is told of damaged checkpoints.
         """
@@ -106,21 +107,20 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def score(self, step: int) -> float | None:
-        """The validation accuracy that was measured at a step."""
+        """The validation accuracy that was measured at a step; of a run that has none, minus the validation loss."""
         score = self._score(step)
         return None if score == -math.inf else score
 
     def best(self) -> tuple[int, float] | None:
-        """The step with the best validation accuracy, and that; None where none was measured. Of equals, the newest."""
+        """The step with the best `score`, and that; None where none was measured. Of equals, the newest."""
         score, step = max(((self._score(step), step) for step in self.steps()), default=(-math.inf, 0))
         return (step, score) if score > -math.inf else None
 
     def _score(self, step: int) -> float:
         try:
-            score = self._read_beside(step)["metrics"].get(METRIC, -math.inf)
+            return goodness(self._read_beside(step)["metrics"])
         except Damaged:
             return -math.inf
-        return -math.inf if math.isnan(score) else score
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What was saved beside the state of a step (by default the newest): `config`, `seconds` of training, ...
@@ -356,6 +356,12 @@ class Checkpoints:
 
         verify.compare(path, content["digests"], verify.digests(path, read))
         return like.replace(**loaded)
+
+
+def goodness(metrics: dict[str, float]) -> float:
+    """What checkpoints are ranked by: validation accuracy; without one, minus the loss; else minus infinity."""
+    score = metrics.get(METRIC, -metrics.get(LOSS, math.inf))
+    return -math.inf if math.isnan(score) else score
 
 
 def _without_none(state: TrainState) -> dict[str, Any]:

@@ -1,22 +1,23 @@
 """Evaluation of a whole split, exactly: every example once, whatever the batch size or the number of devices."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vit_jax.data import pipeline
 from vit_jax.data.augment import AsTheyAre, Augment
-from vit_jax.models.pooling import HeadAlone
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import hardware, parallel
-from vit_jax.training.losses import cross_entropy
+from vit_jax.training.classification import CLASSIFY
+from vit_jax.training.objective import Objective
 
-TOP = 5
 # Enough to hide the dispatch; few enough to fit where batches are sent, and to stop soon when asked to.
 BATCHES_A_DISPATCH = 8
 
@@ -25,55 +26,23 @@ class Interrupted(Exception):
     """An evaluation was asked to stop before its end."""
 
 
-def score(
-    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], real: Bool[Array, " batch"]
-) -> dict[str, jax.Array]:
-    """Sums over the real examples of a batch: examples, correct, top5 (int32) and loss (float32).
-
-    An example with a logit that is not a number is never correct.
-    """
-    finite = jnp.isfinite(logits).all(axis=-1)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    # Of equal logits the first counts as the larger, as argmax has it: constant logits score by chance, not always.
-    before = jnp.arange(logits.shape[-1]) < labels[:, None]
-    rank = ((logits > own) | ((logits == own) & before)).sum(axis=-1)
-    counted = real & finite
-    return {
-        "examples": real.sum(),
-        "correct": (counted & (rank == 0)).sum(),
-        "top5": (counted & (rank < TOP)).sum(),
-        "loss": jnp.where(real, cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1])), 0.0).sum(),
-    }
-
-
-def mean_probability(views: Sequence[Float[Array, "batch classes"]]) -> Float[Array, "batch classes"]:
-    """Logits of the mean of the views' class probabilities."""
-    logs = jax.nn.log_softmax(jnp.stack(views).astype(jnp.float32), axis=-1)
-    return jax.nn.logsumexp(logs, axis=0) - jnp.log(len(views))
-
-
 def make_scorer(
-    model: VisionTransformer | HeadAlone, augment: Augment | AsTheyAre, mesh: Mesh
+    module: nn.Module, augment: Augment | AsTheyAre, mesh: Mesh, objective: Objective = CLASSIFY
 ) -> Callable[[Any, pipeline.Feed, jax.Array], dict[str, Any]]:
-    """The compiled function (parameters, feed, real [batches, batch]) -> sums as of `score` over all its batches.
+    """The compiled function (parameters, feed, numbers [batches, batch]) -> sums over all its batches.
 
-    Of a model with several heads, a dictionary of such sums.
+    The sums are those of `objective.score`. `numbers` are the examples' places in the split; -1 for what fills a batch
+    up and does not count.
     """
 
-    def one(logits: Any, labels: Any, real: jax.Array) -> dict[str, Any]:
-        if isinstance(logits, Mapping):
-            return {name: score(logits[name], labels[name], real) for name in labels}
-        return score(logits, labels, real)
-
-    def run(parameters: Any, feed: pipeline.Feed, real: jax.Array) -> dict[str, Any]:
-        def body(position: jax.Array, sums: dict[str, Any]) -> dict[str, Any]:
+    def run(parameters: Any, feed: pipeline.Feed, numbers: jax.Array) -> dict[str, Any]:
+        def one(position: jax.Array) -> dict[str, Any]:
             inputs, labels = pipeline.take(feed, position, parallel.spread(mesh))
-            views = [model.apply({"params": parameters}, view) for view in augment.views(inputs)]
-            logits = views[0] if len(views) == 1 else jax.tree.map(lambda *heads: mean_probability(heads), *views)
-            return jax.tree.map(jnp.add, sums, one(logits, labels, real[position]))
+            return objective.score(module, parameters, augment.views(inputs), labels, numbers[position])
 
-        zeros = _zeros(model.classes)
-        return jax.lax.fori_loop(0, real.shape[0], body, jax.tree.map(jnp.asarray, zeros))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, jnp.int32(0)))
+        body = lambda position, sums: jax.tree.map(jnp.add, sums, one(position))  # noqa: E731
+        return jax.lax.fori_loop(0, numbers.shape[0], body, zeros)
 
     options = hardware.compiler_options(mesh.devices.flat[0].platform)
     return jax.jit(run, out_shardings=parallel.replicated(mesh), compiler_options=options)
@@ -113,11 +82,6 @@ def _tables(
     return rows, *(np.pad(array, missing).reshape(-1, rows, batch_size) for array in (indices, real))
 
 
-def _zeros(classes: int | Mapping[str, int]) -> dict[str, Any]:
-    zeros = {"examples": 0, "correct": 0, "top5": 0, "loss": 0.0}
-    return {name: dict(zeros) for name in classes} if isinstance(classes, Mapping) else zeros
-
-
 def evaluate(
     scorer: Callable,
     parameters: Any,
@@ -125,31 +89,20 @@ def evaluate(
     batch_size: int,
     split: str,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    objective: Objective = CLASSIFY,
 ) -> dict[str, float | int]:
-    """Metrics of the whole split, named '<split>/accuracy', '/top5', '/loss' (means) and '/examples' (a count).
-
-    With several heads these are the first one's, and '<split>/<head>/accuracy', '/top5' and '/loss' are each one's.
+    """Metrics of the whole split, named '<split>/loss', '<split>/examples' and as `objective.summarise` says.
 
     Raises:
         Interrupted: `asked_to_stop()` was True before the end.
     """
     indices, real = pipeline.evaluation_indices(batch_size, len(batches.source))
     rows, tables, present = _tables(batches, indices, real)
-    totals = _zeros(batches.source.classes())
-    for feed, counted in zip(batches.feeds((table, rows) for table in tables), present, strict=True):
+    numbers = np.where(present, tables, -1)
+    totals = None
+    for feed, counted in zip(batches.feeds((table, rows) for table in tables), numbers, strict=True):
         if asked_to_stop():
             raise Interrupted
-        sums = scorer(parameters, feed, counted)
-        totals = jax.tree.map(lambda total, more: total + more.item(), totals, sums)
-    if not batches.source.others:
-        return {**_means(split, totals), f"{split}/examples": totals["examples"]}
-    first = totals[batches.source.label]
-    metrics = {**_means(split, first), f"{split}/examples": first["examples"]}
-    for name in batches.source.classes():
-        metrics |= _means(f"{split}/{name}", totals[name])
-    return metrics
-
-
-def _means(prefix: str, sums: dict[str, float | int]) -> dict[str, float]:
-    names = {"accuracy": "correct", "top5": "top5", "loss": "loss"}
-    return {f"{prefix}/{metric}": sums[name] / sums["examples"] for metric, name in names.items()}
+        sums = jax.tree.map(lambda more: more.item(), scorer(parameters, feed, counted))
+        totals = sums if totals is None else jax.tree.map(operator.add, totals, sums)
+    return objective.summarise(split, totals)

@@ -13,12 +13,12 @@ from vit_jax.models.vit import VisionTransformer, token_grid
 from vit_jax.training import hardware
 
 
-def build(section: ConfigDict, classes: int | Mapping[str, int], dtype: Dtype | None) -> VisionTransformer:
+def build(section: ConfigDict, classes: int | Mapping[str, int] | None, dtype: Dtype | None) -> VisionTransformer:
     """The model that `config.model` describes, for so many classes.
 
     Args:
         section: `config.model`.
-        classes: number of logits; of several heads, by name.
+        classes: number of logits; of several heads, by name; None for no head.
         dtype: arithmetic; None decides as `section.dtype` says.
 
     Raises:

@@ -35,7 +35,7 @@ class Program:
         self.feeds = {role: run.feeds(role) for role in run.sources}
         self.overlaps = run.mesh.devices.flat[0].platform != "cpu"
         self.rows = self._rows()
-        self.scorer = evaluate.make_scorer(run.applied, run.augment, run.mesh)
+        self.scorer = evaluate.make_scorer(run.applied, run.augment, run.mesh, run.objective)
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
     def _rows(self) -> int:

@@ -258,6 +258,8 @@ def progress_line(
         "rate": f"rate {metrics['train/learning_rate']:.2e}",
         "speed": f"{metrics.get('images_per_second', math.nan):,.0f} images/s",
     }
+    if "train/loss" in metrics and "train/accuracy" not in metrics:  # not every run has one
+        del parts["accuracy"]
     if "mfu" in metrics:
         parts["mfu"] = f"MFU {100 * metrics['mfu']:.1f} %"
     parts["left"] = f"left {clock(seconds_left)}"

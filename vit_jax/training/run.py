@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import optax
 from jax.sharding import Mesh
@@ -19,10 +20,11 @@ from vit_jax.errors import UserError
 from vit_jax.models.patches import patchify
 from vit_jax.models.pooling import HeadAlone
 from vit_jax.models.vit import VisionTransformer, token_grid
-from vit_jax.training import freezing, layers, losses, parallel
+from vit_jax.training import freezing, layers, losses, objectives, parallel
 from vit_jax.training import model as models
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training import state as states
+from vit_jax.training.objective import Objective
 from vit_jax.training.state import TrainState
 
 # Mean and standard deviation of ImageNet's red, green and blue, as most of its published models have them.
@@ -38,12 +40,14 @@ class Run:
         mesh: the devices.
         sources: by role: 'train', and 'validation' and 'test' where there are such.
         image_shape: height, width and channels.
-        model: for the set's classes.
-        applied: what steps and evaluation apply: the model, or its head alone where features are stored.
+        model: for the set's classes; in pre-training by masked patches, without a head.
+        applied: what steps and evaluation apply: `module`, or the model's head alone where features are stored.
         augment: for the set's channels; in the model's dtype.
         steps: updates in all.
         optimizer: the chain.
         mask: True where a parameter is trained; None where all are.
+        objective: what is learned.
+        module: whose parameters the state holds: the model, or what the objective builds around it.
     """
 
     config: ConfigDict
@@ -51,11 +55,13 @@ class Run:
     sources: dict[str, Source]
     image_shape: tuple[int, int, int]
     model: VisionTransformer
-    applied: VisionTransformer | HeadAlone
+    applied: nn.Module
     augment: Augment | AsTheyAre
     steps: int
     optimizer: optax.GradientTransformation
     mask: Any | None
+    objective: Objective
+    module: nn.Module
 
     @property
     def steps_an_epoch(self) -> float:
@@ -88,16 +94,15 @@ class Run:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
 
     def initial_state(self, parameters: Any | None = None) -> TrainState:
-        """The state before the first step, on every device; from `parameters` where they are given."""
+        """The state before the first step, on every device; from `parameters` of the model where they are given."""
         arguments = () if parameters is None else (parameters,)
         return jax.jit(self._create, out_shardings=parallel.replicated(self.mesh))(*arguments)
 
     def _create(self, parameters: Any | None = None) -> TrainState:
-        if parameters is None:
-            parameters = states.initialize(self.model, self.image_shape, self.config.train.seed)
+        initialize = functools.partial(states.initialize, self.module, self.image_shape, self.config.train.seed)
+        parameters = initialize() if parameters is None else self.objective.adopt(parameters, initialize)
         average = self.config.optimizer.average_decay > 0
-        names = losses.metric_names(losses.loss_weights(self.config))
-        return states.create(parameters, self.optimizer, average, names, self.mask)
+        return states.create(parameters, self.optimizer, average, self.objective.metrics, self.mask)
 
 
 def check(config: ConfigDict) -> Mesh:
@@ -139,6 +144,7 @@ def _check_patch(config: ConfigDict, shape: tuple[int, ...]) -> None:
         )
     try:
         token_grid(model, (shape[0], shape[1]))
+        objectives.check_shape(config, model, (shape[0], shape[1]))
     except ValueError as error:
         fitting = [size for size in range(1, min(shape[:2]) + 1) if shape[0] % size == shape[1] % size == 0]
         patches = f"patches of {', '.join(map(str, fitting))}; or " if model.stem is None else ""
@@ -168,20 +174,25 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) 
         loaded = {role: load(config, split, kinds) for role, split in splits.items()}
         image_shape = loaded["train"].images.shape[1:]
     train = loaded["train"]
-    model = models.build(config.model, classes=train.classes(), dtype=None)
+    objective, learns_labels = objectives.make(config), config.train.objective == "classify"
+    model = models.build(config.model, classes=train.classes() if learns_labels else None, dtype=None)
+    mean, std = normalization(data.normalization, train)
+    module = objective.module(model, mean, std)
     models.check_kernel(model, image_shape[:2])
     if data.features:
         applied, augment = HeadAlone(model.classes, model.pre_logits), AsTheyAre()
     else:
         arrange = functools.partial(patchify, patch_size=model.patch_size) if data.patches else None
-        mean, std = normalization(data.normalization, train)
-        augment = Augment(mean, std, arrange=arrange, dtype=model.dtype, **config.augment.to_dict())
-        applied = model
+        # Pixels that are to be told again are not rounded to the arithmetic of the model, which rounds them itself.
+        dtype = model.dtype if learns_labels else "float32"
+        augment = Augment(mean, std, arrange=arrange, dtype=dtype, **config.augment.to_dict())
+        applied = module
     steps = config.train.steps or max(1, round(config.train.epochs * len(train) / config.train.batch_size))
-    shapes = jax.eval_shape(lambda: states.initialize(model, image_shape, 0))
+    shapes = jax.eval_shape(lambda: states.initialize(module, image_shape, 0))
     mask = freezing.trained(config.optimizer, shapes)
     optimizer = optimizers.make(config.optimizer, steps, _factors(config.optimizer.layer_decay, shapes, model, mask))
-    return Run(config, mesh, loaded, image_shape, model, applied, augment, steps, optimizer, mask)
+    parts = (loaded, image_shape, model, applied, augment, steps, optimizer, mask, objective, module)
+    return Run(config, mesh, *parts)
 
 
 def _factors(decay: float, shapes: Any, model: VisionTransformer, mask: Any | None) -> Any | None:

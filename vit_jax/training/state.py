@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import freezing
 
 
@@ -42,7 +42,7 @@ class TrainState(flax.struct.PyTreeNode):
         return self.parameters if self.averaged is None else self.averaged
 
 
-def initialize(model: VisionTransformer, image_shape: tuple[int, int, int], seed: int) -> Any:
+def initialize(model: nn.Module, image_shape: tuple[int, int, int], seed: int) -> Any:
     """The model's parameters at random, for images of (height, width, channels)."""
     return model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
 

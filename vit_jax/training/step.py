@@ -1,8 +1,9 @@
 """The loss, one update, and many updates in one dispatch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,10 +13,9 @@ from ml_collections import ConfigDict
 
 from vit_jax.data import order, pipeline
 from vit_jax.data.augment import AsTheyAre, Augment
-from vit_jax.data.sources import LABEL
-from vit_jax.models.pooling import HeadAlone
-from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import freezing, hardware, losses, parallel
+from vit_jax.training import freezing, hardware, losses, objectives, parallel
+from vit_jax.training.classification import CLASSIFY
+from vit_jax.training.objective import Objective
 from vit_jax.training.optimizer import update_count
 from vit_jax.training.state import TrainState, empty_metrics
 
@@ -26,7 +26,7 @@ named_input = jax.named_scope("input")  # how profiles tell it from the update
 
 
 def make_update(
-    model: VisionTransformer | HeadAlone,
+    model: nn.Module,
     optimizer: optax.GradientTransformation,
     augment: Augment | AsTheyAre,
     config: ConfigDict,
@@ -43,21 +43,20 @@ def make_update(
     A step whose loss or gradient is not finite changes nothing but the counts. Behind a burst of such steps the
     program ends, and does nothing when it is called again.
     """
-    weights = losses.loss_weights(config)
+    objective = objectives.make(config)
 
     def step(state: TrainState, inputs: jax.Array, labels: Any, seed: int | Int[Array, ""]) -> TrainState:
         augment_key, dropout_key = order.keys(seed, state.step + state.shift)
-        targets = make_targets(labels, model.classes, config.train.label_smoothing)
-        batch = named_input(augment)(augment_key, inputs, targets)
+        batch = named_input(augment)(augment_key, inputs, objective.targets(labels, model))
         chosen = freezing.select(state.parameters, mask)
         gradients, metrics = accumulate(
-            model, state.parameters, *batch, dropout_key, config.train.accumulation, weights, mask
+            model, state.parameters, *batch, dropout_key, config.train.accumulation, objective, mask
         )
         metrics["gradient_norm"] = optax.global_norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, chosen)
         chosen = optax.apply_updates(chosen, updates)
         # Sums begin anew behind each record, at steps that depend on the step alone.
-        begins, zeros = state.step % config.log.every == 0, empty_metrics(losses.metric_names(weights))
+        begins, zeros = state.step % config.log.every == 0, empty_metrics(objective.metrics)
         sums = jax.tree.map(lambda old, new: jnp.where(begins, new, old), state.metrics, zeros)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
         metrics = {name: jnp.where(good, metric, 0.0) for name, metric in metrics.items()}
@@ -96,35 +95,27 @@ def record(state: TrainState) -> dict[str, jax.Array]:
     return {**state.metrics, **counts}
 
 
-def make_targets(labels: Any, classes: Any, smoothing: float) -> losses.Logits:
-    """Class probabilities [batch, classes] of labels [batch], smoothed; of a dictionary of labels, one of them."""
-    if isinstance(labels, Mapping):
-        return {name: make_targets(labels[name], classes[name], smoothing) for name in labels}
-    return optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
-
-
 def accumulate(
-    model: VisionTransformer | HeadAlone,
+    model: nn.Module,
     parameters: Any,
     inputs: Float[Array, "batch *example"],
     targets: losses.Logits,
     key: PRNGKeyArray,
     parts: int,
-    weights: Mapping[str, float] | None = None,
+    objective: Objective | None = None,
     mask: Any | None = None,
 ) -> tuple[Gradients, dict[str, jax.Array]]:
     """The batch's mean gradient and metrics, summed over `parts` microbatches, each with its own dropout key.
 
     The gradient is that of the trained parameters (`mask`), with None for the others; nothing is computed for those.
     """
-    weights = weights or {LABEL: 1.0}
+    objective = objective or CLASSIFY
     # What is never updated has no use for noise: heads learn from the features that they will see.
     train = not freezing.only_head(mask)
 
     def loss(chosen: Any, inputs: jax.Array, targets: losses.Logits, key: jax.Array) -> tuple[jax.Array, dict]:
         whole = freezing.merge(chosen, parameters)
-        logits = model.apply({"params": whole}, inputs, train=train, rngs={"dropout": key})
-        total, metrics = losses.measure(logits, targets, weights)
+        total, metrics = objective.measure(model, whole, inputs, targets, key, train)
         return total / parts, jax.tree.map(lambda metric: metric / parts, metrics)
 
     differentiate, chosen = jax.grad(loss, has_aux=True), freezing.select(parameters, mask)

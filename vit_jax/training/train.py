@@ -16,7 +16,6 @@ import vit_jax
 from vit_jax import weights
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
-from vit_jax.models.summary import forward_flops
 from vit_jax.training import (
     allocator,
     batch_size,
@@ -24,8 +23,8 @@ from vit_jax.training import (
     freezing,
     hardware,
     inputs,
-    losses,
     memory,
+    objectives,
     optimizer,
     parallel,
     profiling,
@@ -34,9 +33,10 @@ from vit_jax.training import (
     workdir,
 )
 from vit_jax.training import run as runs
-from vit_jax.training.checkpoint import METRIC, Checkpoints, SaveFailed
+from vit_jax.training.checkpoint import Checkpoints, SaveFailed, goodness
 from vit_jax.training.lock import Lock
 from vit_jax.training.meter import Clock, Meter
+from vit_jax.training.objective import Objective
 from vit_jax.training.program import Program
 from vit_jax.training.run import Run
 from vit_jax.training.state import TrainState
@@ -80,7 +80,8 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     summary = parallel.by_main(lambda: workdir.read_summary(folder))
     say = print if parallel.is_main() else lambda *_, **__: None
     if summary is not None and not changes:
-        say(f"{folder} is finished: {describe(summary)}\nto train anew, give another --workdir, or remove this one")
+        say(f"{folder} is finished: {describe(objectives.make(config), summary)}")
+        say("to train anew, give another --workdir, or remove this one")
         return summary
     greet(mesh, say)
     with contextlib.ExitStack() as stack:
@@ -119,14 +120,9 @@ def open_checkpoints(run: Run, folder: Path, changes: list[str], say: Callable[[
     return checkpoints
 
 
-def describe(summary: dict[str, Any]) -> str:
+def describe(objective: Objective, summary: dict[str, Any]) -> str:
     """'test accuracy 97.50 % (351 of 360) after 4,490 steps, 1:11 of training'."""
-    role = "test" if "test/examples" in summary else "validation"
-    accuracy, count = summary[f"{role}/accuracy"], summary[f"{role}/examples"]
-    return (
-        f"{role} accuracy {100 * accuracy:.2f} % ({round(accuracy * count):,} of {count:,}) after {summary['steps']:,} "
-        f"steps, {records.clock(summary['seconds'])} of training"
-    )
+    return f"{objective.headline(summary)} after {summary['steps']:,} steps, {records.clock(summary['seconds'])} of training"
 
 
 class Trainer:
@@ -177,8 +173,8 @@ class Trainer:
         self.tested: dict[str, float | int] = {}
         self.schedule = optimizer.schedule(self.config.optimizer, run.steps)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.parameters))
-        self.flops = forward_flops(run.model, run.image_shape[:2], run.image_shape[2])
-        self.names = losses.metric_names(losses.loss_weights(self.config))
+        self.flops = run.objective.forward_flops(run.module, run.image_shape[:2], run.image_shape[2])
+        self.metric = f"validation/{run.objective.watched}"
         self.meter = self._make_meter(metadata.get("seconds", 0.0), clock or Clock())
         # Steps a dispatch. Found out by the clock, but in a cluster, whose processes must cut the run alike, and beside
         # other seeds, which wait for each other.
@@ -200,7 +196,7 @@ class Trainer:
     def _make_meter(self, seconds: float, clock: Clock) -> Meter:
         run = self.run
         peak = hardware.peak(run.mesh.devices.flat[0].device_kind)
-        peak = peak * run.mesh.size if peak and run.applied is run.model else None
+        peak = peak * run.mesh.size if peak and run.applied is run.module else None
         # Forward and twice that backward; below a frozen backbone's heads there is no backward pass.
         passes = 1 if freezing.only_head(run.mask) else 3
         return Meter(self.beside * self.config.train.batch_size, passes * self.flops, peak, seconds, clock)
@@ -242,7 +238,7 @@ class Trainer:
         summary |= {"steps": self.run.steps, "seconds": self.meter.seconds(), "parameters": self.parameters}
         if parallel.is_main():
             records.write_json(self.folder / records.SUMMARY, summary)
-        self.progress.say(f"finished: {describe(summary)}")
+        self.progress.say(f"finished: {describe(self.run.objective, summary)}")
         self.progress.say(f"results are in {self.folder}: {', '.join(WRITTEN)}")
         return summary
 
@@ -350,7 +346,8 @@ class Trainer:
         if sums["streak"] >= BURST:
             raise Burst
         due = step == self.run.steps or step % self.config.log.every == 0
-        metrics = {f"train/{name}": sums[name] / sums["count"] for name in self.names} if sums["count"] else {}
+        names = self.run.objective.metrics if sums["count"] else ()
+        metrics = {f"train/{name}": sums[name] / sums["count"] for name in names}
         metrics["train/learning_rate"] = float(self.schedule(max(sums["updates"] - 1, 0)))
         if sums["skipped"]:
             metrics["train/skipped"] = sums["skipped"]
@@ -395,23 +392,19 @@ class Trainer:
         self.meter.run(self.step)
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether these hold a validation accuracy above that of every checkpoint so far."""
-        if not self.config.checkpoint.keep_best or METRIC not in metrics:
+        """Whether these hold a validation accuracy (or loss) better than that of every checkpoint so far."""
+        if not self.config.checkpoint.keep_best or self.metric not in metrics:
             return False
         self._wait()
         best = parallel.by_main(self.checkpoints.best)
-        return best is None or metrics[METRIC] > best[1]
+        return best is None or goodness({self.metric: metrics[self.metric]}) > best[1]
 
     def _evaluate(self, role: str) -> dict[str, float | int]:
-        size, batches, scorer = self.run.evaluation_batch_size(), self.program.feeds[role], self.program.scorer
-        metrics = evaluate.evaluate(scorer, self.state.for_evaluation(), batches, size, role, self._asked_to_stop)
-        accuracy, top5, loss, count = (metrics[f"{role}/{name}"] for name in ("accuracy", "top5", "loss", "examples"))
-        named = {name: metrics[f"{role}/{name}/accuracy"] for name in batches.source.others}
-        others = "".join(f", {name}: accuracy {100 * value:.2f} %" for name, value in named.items())
-        self.progress.say(
-            f"step {self.step}/{self.run.steps}  {role}: accuracy {100 * accuracy:.2f} %, top-5 {100 * top5:.2f} %, "
-            f"loss {loss:.4f}{others} on {count:,} examples"
-        )
+        batches, size = self.program.feeds[role], self.run.evaluation_batch_size()
+        arguments = (batches, size, role, self._asked_to_stop, self.run.objective)
+        metrics = evaluate.evaluate(self.program.scorer, self.state.for_evaluation(), *arguments)
+        said = self.run.objective.describe(role, metrics)
+        self.progress.say(f"step {self.step}/{self.run.steps}  {role}: {said}")
         return metrics
 
     def _save(self, metrics: dict[str, float]) -> None:
@@ -424,7 +417,7 @@ class Trainer:
             "settled": self.settled,
             "rolled_back_from": self.rolled_back_from,
         }
-        self.scores = {METRIC: metrics[METRIC]} if METRIC in metrics else {}
+        self.scores = {self.metric: metrics[self.metric]} if self.metric in metrics else {}
         try:
             self.checkpoints.save(self.state, metadata, self.scores)
         except SaveFailed as error:

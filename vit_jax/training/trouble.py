@@ -9,7 +9,7 @@ import numpy as np
 
 from vit_jax import integrity
 from vit_jax.data import order, pipeline
-from vit_jax.training import freezing, losses, step
+from vit_jax.training import freezing, step
 from vit_jax.training.run import Run
 from vit_jax.training.state import TrainState
 
@@ -28,15 +28,15 @@ def report(run: Run, state: TrainState, learning_rate: float) -> dict[str, Any]:
     source = run.sources["train"]
     labels = jax.tree.map(lambda kind: kind[batch], source.targets())
     augment_key, dropout_key = order.keys(train.seed, place)
-    targets = step.make_targets(labels, run.applied.classes, train.label_smoothing)
+    targets = run.objective.targets(labels, run.applied)
     inputs, targets = run.augment(augment_key, jnp.asarray(source.read(batch)), targets)
-    weights = losses.loss_weights(run.config)
     parameters = jax.device_get(state.parameters)
     gradients, metrics = jax.jit(
-        lambda *arrays: step.accumulate(run.applied, *arrays, train.accumulation, weights, run.mask)
+        lambda *arrays: step.accumulate(run.applied, *arrays, train.accumulation, run.objective, run.mask)
     )(parameters, inputs, targets, dropout_key)
     bad = integrity.not_finite(gradients)
-    first = first_module(run, parameters, inputs, dropout_key) or (f"gradient of {bad[0]}" if bad else "nothing")
+    first = first_module(run, parameters, inputs, targets, dropout_key)
+    first = first or (f"gradient of {bad[0]}" if bad else "nothing")
     norm = np.sqrt(sum(float(np.sum(np.square(np.asarray(leaf, np.float64)))) for leaf in jax.tree.leaves(gradients)))
     return {
         "step": int(state.step),
@@ -48,7 +48,7 @@ def report(run: Run, state: TrainState, learning_rate: float) -> dict[str, Any]:
     }
 
 
-def first_module(run: Run, parameters: Any, inputs: jax.Array, key: jax.Array) -> str | None:
+def first_module(run: Run, parameters: Any, inputs: jax.Array, targets: Any, key: jax.Array) -> str | None:
     """The first module, in the order of the computation, whose output is not finite; 'inputs' for the inputs.
 
     Within scanned or rematerialised blocks nothing can be seen; the module around them is then the first.
@@ -67,5 +67,5 @@ def first_module(run: Run, parameters: Any, inputs: jax.Array, key: jax.Array) -
 
     with nn.intercept_methods(look):
         train = not freezing.only_head(run.mask)
-        run.applied.apply({"params": parameters}, inputs, train=train, rngs={"dropout": jax.random.fold_in(key, 0)})
+        run.objective.measure(run.applied, parameters, inputs, targets, jax.random.fold_in(key, 0), train)
     return found[0] if found else None

@@ -255,7 +255,7 @@ def _take(
             flat[path] = value
         rows.append(row)
     rows += [Row("ignored", (name,), (), why) for name, why in description.ignored.items()]
-    rows += _initialise(flat, wanted, description, seed, new_head)
+    rows += _initialise(flat, wanted, description, seed, new_head, model.head_bias)
     if model.scan:
         flat, rows = stacked.stack(flat, model.depth), stacked.stack_rows(rows)
     report = Report(
@@ -357,6 +357,7 @@ def _initialise(
     description: Description,
     seed: int,
     new_head: bool,
+    head_bias: float,
 ) -> list[Row]:
     """Makes the heads that the file does not have; anything else that is missing is an error."""
     missing = [path for path in wanted if path not in flat]
@@ -367,13 +368,14 @@ def _initialise(
     had = ", ".join(f"{count} classes" for count in heads(description.model.classes).values()) or "no head to take"
     why = NEW_HEAD if new_head else f"the file has {had}"
     for number, path in enumerate(missing):
-        drawn = path.endswith("pre_logits/kernel")
+        drawn, start = path.endswith("pre_logits/kernel"), head_bias if path.endswith("/logits/bias") else 0.0
         if drawn:
             key = jax.random.fold_in(jax.random.key(seed), number)
             flat[path] = np.asarray(nn.initializers.lecun_normal()(key, wanted[path], jnp.float32))
         else:
-            flat[path] = np.zeros(wanted[path], np.float32)
-        rows.append(Row("initialised", (), (path,), f"{'drawn' if drawn else 'zero'}: {why}"))
+            flat[path] = np.full(wanted[path], start, np.float32)
+        how = "drawn" if drawn else f"{start:g}" if start else "zero"
+        rows.append(Row("initialised", (), (path,), f"{how}: {why}"))
     return rows
 
 

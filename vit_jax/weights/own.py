@@ -25,8 +25,9 @@ AVERAGE = "an average of our own checkpoints"
 
 # As training names them (vit_jax/training/checkpoint.py), which must not be imported here.
 FOLDER = "checkpoints"
-METRIC = "validation/accuracy"
+METRIC, LOSS = "validation/accuracy", "validation/loss"
 STATE = "state"
+BACKBONE = "backbone"
 WRITTEN = "_CHECKPOINT_METADATA"
 SEALED = "vit_jax.parameters"  # key of what stands in the header of a file of ours: config, steps and digests
 KIND = "parameters"  # the first word of the names in such a file
@@ -168,15 +169,19 @@ def _step(folder: Path, wanted: int | str | None) -> int:
     if wanted is None and steps:
         return steps[-1]
     if wanted == "best":
-        measured = {step: _beside(folder / str(step))["metrics"].get(METRIC) for step in steps}
-        ranked = [(value, step) for step, value in measured.items() if value is not None]
+        ranked = [(_goodness(_beside(folder / str(step))["metrics"]), step) for step in steps]
+        ranked = [(value, step) for value, step in ranked if value is not None]
         if ranked:
             return max(ranked)[1]
-        raise UserError(f"{folder} has no checkpoint with a validation accuracy; leave step out for the newest")
+        raise UserError(f"{folder} has no checkpoint that was validated; leave step out for the newest")
     if wanted not in steps:
         of = "" if wanted is None else f" of step {wanted}"
         raise UserError(f"{folder} has no checkpoint{of}; there are: {few(map(str, steps)) or 'none'}")
     return wanted
+
+
+def _goodness(metrics: Mapping[str, float]) -> float | None:
+    return metrics.get(METRIC, -metrics[LOSS] if LOSS in metrics else None)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -195,7 +200,10 @@ def _description(
     config: Mapping[str, Any],
     notes: tuple[str, ...],
 ) -> Description:
-    shapes = {name[len(kind) + 1 :]: array.shape for name, array in parameters.items()}
+    # Pre-training has the model inside another module.
+    inside = any(name.startswith(f"{kind}/{BACKBONE}/") for name in parameters)
+    prefix = f"{kind}/{BACKBONE}/" if inside else f"{kind}/"
+    shapes = {name[len(prefix) :]: array.shape for name, array in parameters.items() if name.startswith(prefix)}
     try:
         # What computes attention is a matter of the machine, and not of the parameters.
         section = {key: value for key, value in config["model"].items() if key != "attention_kernel"}
@@ -209,7 +217,7 @@ def _description(
         channels = shapes.get("stem/convolution_root/kernel", (0, 0, 0))[2]
     choices = Choices({})
     grid = _grid(shapes, model, (config.get("data") or {}).get("image_size"), choices)
-    prefix, scanned = f"{kind}/", any(name.startswith("encoder/blocks/") for name in shapes)
+    scanned = any(name.startswith("encoder/blocks/") for name in shapes)
     rules = []
     for path in parameter_shapes(model, grid, channels):
         if not scanned or not path.startswith("encoder/block_"):
@@ -223,6 +231,7 @@ def _description(
         for part, tree in others.items()
         for name in _flat(tree, f"{part}/")
     }
+    ignored |= {name: _of_pretraining(name) for name in parameters if not name.startswith(prefix)}
     check_names([*parameters, *ignored], rules, ignored, (), label)
     labels = (config.get("data") or {}).get("labels")
     return Description(
@@ -238,6 +247,11 @@ def _description(
         head_name=labels,
         normalization=(config.get("data") or {}).get("normalization", "set"),
     )
+
+
+def _of_pretraining(name: str) -> str:
+    """Why an array beside the model's is left out."""
+    return "the decoder of pre-training" if "/decoder/" in name else "pre-training's own"
 
 
 def _classes(shapes: Mapping[str, tuple[int, ...]]) -> int | dict[str, int] | None:

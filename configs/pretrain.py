@@ -1,0 +1,160 @@
+"""Pre-training: with labels as the paper does it (arXiv 2010.11929, Table 3), or without any.
+
+    python -m vit_jax.main --config=configs/pretrain.py:imagenet
+    python -m vit_jax.main --config=configs/pretrain.py:imagenet21k --config.data.dir=IMAGES
+    python -m vit_jax.main --config=configs/pretrain.py:folder --config.data.dir=IMAGES
+    python -m vit_jax.main --config=configs/pretrain.py:cifar100
+    python -m vit_jax.main --config=configs/pretrain.py:cifar100-cpu
+    python -m vit_jax.main --config=configs/pretrain.py:mae
+    python -m vit_jax.main --config=configs/pretrain.py:mae-cpu
+    python -m vit_jax.main --config=configs/pretrain.py:masked-patches
+    python -m vit_jax.main --config=configs/pretrain.py:masked-patches-cpu
+
+`imagenet`, `imagenet21k` and `folder` are for many accelerators, `cifar100`, `mae` and `masked-patches` for one, what
+ends in `-cpu` is for two cores. A smaller batch wants a learning rate smaller in proportion; or the same batch comes in
+parts: --config.train.accumulation.
+
+None of these is measured yet.
+"""
+
+from ml_collections import ConfigDict
+
+from vit_jax import config as options
+from vit_jax.errors import UserError
+
+
+def get_config(recipe: str = "imagenet") -> ConfigDict:
+    """One of the recipes below, by its name."""
+    if recipe not in RECIPES:
+        raise UserError(f"configs/pretrain.py:{recipe}: no such argument\n  allowed: {', '.join(RECIPES)}")
+    config = options.default()
+    RECIPES[recipe](config)
+    return config
+
+
+def paper(config: ConfigDict) -> None:
+    """What all of Table 3's rows have in common, for B/16: a tanh layer before the head, which fine-tuning drops."""
+    config.model.update(variant="B/16", pre_logits=768, dropout=0.1)
+    config.data.image_size = 224
+    # The published code's crop: any window of at least 5 % of the image, scaled to its size.
+    config.augment.update(resized_crop=True, crop_area_least=0.05, flip=True)
+    config.optimizer.update(name="adamw", warmup_steps=10_000, gradient_clip=1.0)
+    config.train.update(batch_size=4096, evaluate_every=5000, evaluation_batch_size=1024)
+    config.checkpoint.every = 5000
+
+
+def imagenet(config: ConfigDict) -> None:
+    """The row "ViT-*, ImageNet"; 1 % of train is held out, and the official validation split is the test."""
+    paper(config)
+    config.data.update(name="imagenet2012", train="train[:99%]", validation="train[99%:]", test="validation")
+    config.optimizer.update(learning_rate=3e-3, schedule="cosine", weight_decay=0.3)
+    config.train.epochs = 300
+
+
+def imagenet21k(config: ConfigDict) -> None:
+    """The row "ViT-B, ImageNet-21k", from a folder with a sub-folder for each class.
+
+    An image may show several of the 21,843 classes, of which it is labelled with one: each class is told from the
+    others by itself, as in the published code, from a start at which none is there.
+    """
+    paper(config)
+    config.model.head_bias = -10.0
+    config.data.update(name="folder", train="train[50000:]", test="train[:50000]")
+    config.optimizer.update(learning_rate=1e-3, schedule="linear", weight_decay=0.03)
+    config.train.update(epochs=90, loss="sigmoid")
+
+
+def folder(config: ConfigDict) -> None:
+    """ImageNet's row for some 100,000 images of your own: S/16, and batch, rate and warm-up a quarter.
+
+    The folder has train/CLASS/*.jpg and test/CLASS/*.jpg.
+    """
+    paper(config)
+    config.model.update(variant="S/16", pre_logits=384)
+    config.data.update(name="folder", train="train[:98%]", validation="train[98%:]")
+    config.optimizer.update(learning_rate=7.5e-4, schedule="cosine", weight_decay=0.3, warmup_steps=2500)
+    config.train.update(batch_size=1024, epochs=300, evaluate_every=1000)
+    config.checkpoint.every = 1000
+
+
+def cifar100(config: ConfigDict) -> None:
+    """ImageNet's row at 32 pixels: a batch of 512, and so an eighth of the rate, and a warm-up of ten epochs."""
+    config.model.update(variant="Ti/4", pre_logits=192, dropout=0.1)
+    config.data.update(name="cifar100", train="train[:98%]", validation="train[98%:]")
+    config.augment.update(crop_padding=4, crop_border="reflect", flip=True)
+    config.optimizer.update(learning_rate=3.75e-4, warmup_steps=1000, weight_decay=0.3, gradient_clip=1.0)
+    config.train.update(batch_size=512, epochs=300, evaluate_every=1000)
+    config.checkpoint.every = 1000
+
+
+def cifar100_cpu(config: ConfigDict) -> None:
+    """The model of configs/cifar10.py:cpu, so that its parameters can be a start for that; 2,000 steps."""
+    small(config)
+    config.data.update(name="cifar100", train="train[:98%]", validation="train[98%:]")
+    config.augment.update(crop_padding=2, flip=True)
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=200, weight_decay=0.05, gradient_clip=1.0)
+    config.train.update(steps=2000)
+
+
+def small(config: ConfigDict) -> None:
+    """What the recipes for two cores have in common."""
+    config.model.update(variant="Ti/4", width=128, depth=4, heads=2, mlp_width=256, pooling="mean")
+    config.model.position = "sincos_2d"
+    config.train.update(batch_size=128, evaluate_every=500, evaluation_batch_size=250)
+    config.checkpoint.every = 500
+
+
+def without_labels(config: ConfigDict) -> None:
+    """CIFAR-10's images; the model of configs/cifar10.py, but for positions that need not be learned."""
+    config.model.update(variant="Ti/4", depth=9, heads=12, mlp_width=384, position="sincos_2d")
+    config.data.update(name="cifar10", train="train[:98%]", validation="train[98%:]")
+    # Windows and mirror images are all the augmentation that hidden patches need (arXiv 2111.06377, section 4.1).
+    config.augment.update(resized_crop=True, crop_area_least=0.2, flip=True)
+    config.train.update(batch_size=512, epochs=800, evaluate_every=5000)
+    config.checkpoint.every = 5000
+
+
+def mae(config: ConfigDict) -> None:
+    """A masked autoencoder: 48 of 64 patches hidden, a decoder of two blocks, half as long as the published 1,600."""
+    without_labels(config)
+    config.train.objective = "masked_autoencoder"
+    config.decoder.update(width=96, depth=2, heads=3, mlp_width=384)
+    # The published rate, 1.5e-4 for 256 images, and the published betas.
+    config.optimizer.update(learning_rate=3e-4, beta2=0.95, weight_decay=0.05, warmup_steps=3800)
+
+
+def mae_cpu(config: ConfigDict) -> None:
+    """The same for the model of configs/cifar10.py:cpu: 4,000 steps."""
+    without_labels(config)
+    small(config)
+    config.train.update(objective="masked_autoencoder", epochs=None, steps=4000)
+    config.decoder.update(width=64, depth=1, heads=2, mlp_width=128)
+    config.optimizer.update(learning_rate=1e-3, beta2=0.95, weight_decay=0.05, warmup_steps=200)
+
+
+def masked_patches(config: ConfigDict) -> None:
+    """Appendix B.1.2's Adam, 2e-4 and cosine, with 32 of 64 patches corrupted."""
+    without_labels(config)
+    config.train.objective = "masked_patches"
+    config.optimizer.update(name="adam", learning_rate=2e-4, warmup_steps=3800)
+
+
+def masked_patches_cpu(config: ConfigDict) -> None:
+    """The same for the model of configs/cifar10.py:cpu: 2,000 steps, at a higher rate for they are few."""
+    without_labels(config)
+    small(config)
+    config.train.update(objective="masked_patches", epochs=None, steps=2000)
+    config.optimizer.update(name="adam", learning_rate=1e-3, warmup_steps=200)
+
+
+RECIPES = {
+    "imagenet": imagenet,
+    "imagenet21k": imagenet21k,
+    "folder": folder,
+    "cifar100": cifar100,
+    "cifar100-cpu": cifar100_cpu,
+    "mae": mae,
+    "mae-cpu": mae_cpu,
+    "masked-patches": masked_patches,
+    "masked-patches-cpu": masked_patches_cpu,
+}
