@@ -74,7 +74,8 @@ def make_run(tmp_path_factory):
         shapes, generator = built.abstract_state().parameters, np.random.default_rng(0)
         drawn = jax.tree.map(lambda leaf: generator.normal(0, 0.4, leaf.shape).astype(np.float32), shapes)
         records.write_json(folder / records.CONFIG, config.to_dict())
-        inputs.write(folder, built.sources["train"])
+        source = built.sources["train"]
+        inputs.write(folder, source, source.mean, source.std)
         with Checkpoints(folder) as checkpoints:
             checkpoints.save(built.initial_state(drawn), {"config": config.to_dict(), "seconds": 0.0})
         return folder

@@ -30,13 +30,13 @@ class Inputs:
     classes: Mapping[str, tuple[str, ...]]
 
 
-def of_source(source: Source) -> Inputs:
-    """What a source of images has."""
+def of_source(source: Source, mean: tuple[float, ...], std: tuple[float, ...]) -> Inputs:
+    """What a source of images has, and what they are normalised by."""
     names = {source.label: source.class_names, **{kind: one.class_names for kind, one in source.others.items()}}
-    return Inputs(source.name, tuple(source.images.shape[1:]), tuple(source.mean), tuple(source.std), names)
+    return Inputs(source.name, tuple(source.images.shape[1:]), tuple(mean), tuple(std), names)
 
 
-def write(folder: Path, source: Source) -> None:
+def write(folder: Path, source: Source, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     """Writes data.json into a workdir; nothing where the source is stored features, which have no mean and std.
 
     Raises:
@@ -45,7 +45,7 @@ def write(folder: Path, source: Source) -> None:
     if not source.mean:
         return
     try:
-        records.write_json(folder / FILE, dataclasses.asdict(of_source(source)))
+        records.write_json(folder / FILE, dataclasses.asdict(of_source(source, mean, std)))
     except OSError as error:
         raise UserError(f"{folder} cannot be written to: {error.strerror}\n  make room there") from error
 

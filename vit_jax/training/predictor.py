@@ -20,7 +20,6 @@ from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import inputs, losses, parallel, representation, workdir
 from vit_jax.training import run as runs
-from vit_jax.training.evaluate import mean_probability
 from vit_jax.training.inputs import Inputs
 
 BATCH_SIZE = 64
@@ -80,12 +79,14 @@ class Classifier:
         parameters: its own.
         augment: normalises images, and takes the views that evaluation takes.
         inputs: shape of the images, and the class names of each head.
+        loss: of `losses.LOSSES`, which says what logits mean: one class of many, or each by itself.
     """
 
     model: VisionTransformer
     parameters: dict[str, Any]
     augment: Augment
     inputs: Inputs
+    loss: str = "softmax"
 
 
 class Predictor:
@@ -120,8 +121,10 @@ class Predictor:
 
         def apply(parameters: Any, images: jax.Array) -> Any:
             views = [trained.model.apply({"params": parameters}, view) for view in trained.augment.views(images)]
-            return views[0] if len(views) == 1 else jax.tree.map(lambda *heads: mean_probability(heads), *views)
+            mean = lambda *heads: losses.mean_probability(heads, trained.loss)  # noqa: E731
+            return views[0] if len(views) == 1 else jax.tree.map(mean, *views)
 
+        self._probabilities = _PROBABILITIES[trained.loss]
         self._apply = jax.jit(apply, out_shardings=parallel.replicated(mesh))
 
     def __call__(self, images: Image | Iterable[Image], top: int = TOP) -> list[Prediction]:
@@ -178,12 +181,23 @@ class Predictor:
     def _prediction(self, name: str | int, logits: Mapping[str, np.ndarray], top: int) -> Prediction:
         heads = {}
         for kind, row in logits.items():
-            shifted = np.exp(row.astype(np.float64) - row.max())
-            probabilities = shifted / shifted.sum()
+            probabilities = self._probabilities(row.astype(np.float64))
             best = np.argsort(-probabilities, kind="stable")[:top]
             names = self.inputs.classes[kind]
             heads[kind] = tuple(Guess(names[place], float(probabilities[place])) for place in best)
         return Prediction(name, heads, logits)
+
+
+def _softmax(logits: Float[np.ndarray, " classes"]) -> Float[np.ndarray, " classes"]:
+    shifted = np.exp(logits - logits.max())
+    return shifted / shifted.sum()
+
+
+def _sigmoid(logits: Float[np.ndarray, " classes"]) -> Float[np.ndarray, " classes"]:
+    return np.exp(-np.logaddexp(0, -logits))
+
+
+_PROBABILITIES = {"softmax": _softmax, "sigmoid": _sigmoid}
 
 
 def _read(image: Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"] | str:
@@ -241,10 +255,11 @@ def of_run(folder: Path, step: int | str | None = None) -> Classifier:
         raise UserError(f"{folder}: the model has no head, and so no classes\n  give a run that learned some")
     known = inputs.read(folder)
     if known is None:
-        known = inputs.of_source(runs.load(config, config.data.train, losses.label_kinds(config.data)))
+        source = runs.load(config, config.data.train, losses.label_kinds(config.data))
+        known = inputs.of_source(source, *runs.normalization(config.data.normalization, source))
     views = {name: config.augment[name] for name in ("test_flip", "test_shift")}
     augment = Augment(known.mean, known.std, dtype=model.dtype, **views)
-    return Classifier(model, parameters, augment, known)
+    return Classifier(model, parameters, augment, known, config.train.loss)
 
 
 def of_file(

@@ -20,12 +20,13 @@ from vit_jax.errors import UserError
 from vit_jax.models import kernels
 from vit_jax.models.vit import VisionTransformer, token_grid
 from vit_jax.training import evaluate, freezing, hardware
+from vit_jax.training.run import IMAGENET
 
 # Mean and std, a channel, that published models normalise images by; 'data' is the set's own, as training here has it.
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = {
     "data": None,
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "imagenet": IMAGENET,
 }
 
 

@@ -116,13 +116,16 @@ def open_checkpoints(run: Run, folder: Path, changes: list[str], say: Callable[[
     checkpoints = Checkpoints(folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best, say=say)
     workdir.check_length(changes, run.steps, parallel.by_main(checkpoints.steps))
     parallel.by_main(lambda: workdir.record(folder, run.config, changes, say))
-    parallel.by_main(lambda: inputs.write(folder, run.sources["train"]))
+    source = run.sources["train"]
+    statistics = runs.normalization(run.config.data.normalization, source)
+    parallel.by_main(lambda: inputs.write(folder, source, *statistics))
     return checkpoints
 
 
 def describe(objective: Objective, summary: dict[str, Any]) -> str:
     """'test accuracy 97.50 % (351 of 360) after 4,490 steps, 1:11 of training'."""
-    return f"{objective.headline(summary)} after {summary['steps']:,} steps, {records.clock(summary['seconds'])} of training"
+    seconds = records.clock(summary["seconds"])
+    return f"{objective.headline(summary)} after {summary['steps']:,} steps, {seconds} of training"
 
 
 class Trainer:
