@@ -110,6 +110,7 @@ BAD = {
     "train.seeds=0,2147483648": ["config.train.seeds", "2147483648", "0 to 2147483647"],
     "train.seeds=2 train.seed=2147483647": ["config.train.seeds", "'2'"],
     "train.seeds=2 mesh.distributed=True": ["config.train.seeds", "config.mesh.distributed", "config.train.seed"],
+    "train.seeds=2 train.batch_size=auto": ["config.train.seeds", "config.train.batch_size='auto'"],
     "train.seeds_at_once=0": ["config.train.seeds_at_once", "at least 1"],
     "optimizer.learning_rate=nan": ["config.optimizer.learning_rate", "nan", "number"],
     "optimizer.learning_rate=inf": ["config.optimizer.learning_rate", "inf"],

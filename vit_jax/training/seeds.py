@@ -39,7 +39,14 @@ def listed(config: ConfigDict) -> list[int] | None:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError where `config.train.seeds` is no list of seeds, or does not go with the rest of the config."""
-    if listed(config) is not None and config.mesh.distributed:
+    if listed(config) is None:
+        return
+    if config.train.batch_size == "auto":
+        raise UserError(
+            f"config.train.seeds is {config.train.seeds!r}, with config.train.batch_size='auto'\n"
+            "  allowed: the same number for all seeds, as one of them alone finds it: config.train.batch_size=128"
+        )
+    if config.mesh.distributed:
         raise UserError(
             f"config.train.seeds is {config.train.seeds!r}, with config.mesh.distributed\n"
             "  allowed: on a cluster one seed a command: config.train.seed"
