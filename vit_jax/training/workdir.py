@@ -104,7 +104,7 @@ def has_begun(workdir: Path) -> bool:
     begun = (metrics.exists() and metrics.stat().st_size > 0) or any(
         (workdir / name).is_dir() and any((workdir / name).iterdir()) for name in (FOLDER, DAMAGED)
     )
-    return begun or any(_has_begun(own) for own in workdir.glob("seed-*"))  # of several seeds, see `seeds`
+    return begun or any(has_begun(own) for own in workdir.glob("seed-*"))  # of several seeds, see `seeds`
 
 
 def check_length(changes: list[str], steps: int, saved: list[int]) -> None:
