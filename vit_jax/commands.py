@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from vit_jax import config as options
 from vit_jax.errors import UserError
 from vit_jax.training import starting
 
