@@ -170,7 +170,8 @@ def learned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("learned")
     config = options.load("configs/digits.py")
     config.model.update(variant="Ti/1", width=32, depth=2, heads=2, mlp_width=64, position="learned", dropout=0.0)
-    config.augment.update(mixup=0.0, resized_crop=True, crop_area_least=0.5)
+    config.augment.update(mixup=0.0, rotation=0.0, scaling=0.0)
+    config.augment.update(resized_crop=True, crop_area_least=0.5, crop_ratio=1.1)
     config.optimizer.update(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1, average_decay=0.0)
     config.train.update(epochs=None, steps=600, evaluate_every=0, label_smoothing=0.0)
     return folder, fine_tuned(config, folder)["test/accuracy"]

@@ -108,13 +108,14 @@ def table(content: dict[str, Any]) -> str:
         rows.append(
             f"| {rate} | {accuracy:.2f} % | {loss:.4f} | {trial['steps']:,} | {records.clock(trial['seconds'])} |"
         )
+    final = {name: value for name, value in content["final"].items() if name != "folder"}
     splits, counts = content["splits"], {trial.get("validation/examples") for trial in content["trials"]} - {None}
     return "\n".join(
         [
             *rows,
             "",
             f"Trained on {splits['train']}, chosen by {splits['validation']} ({max(counts):,} examples): "
-            f"{content['best']:g}. With it, on {splits['everything']}: {train.describe(CLASSIFY, content['final'])}.",
+            f"{content['best']:g}. With it, on {splits['everything']}: {train.describe(CLASSIFY, final)}.",
         ]
     )
 
