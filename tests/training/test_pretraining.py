@@ -4,6 +4,7 @@ import json
 import shutil
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
@@ -149,7 +150,7 @@ def test_features_are_those_of_the_encoder(whole, tmp_path):
     features.compute(features.parse([f"--workdir={whole}", "--split=test", f"--out={tmp_path / 'test.npz'}"]))
     model, parameters, _ = weights.load(whole)
     run = runs.build(small(), runs.check(small()))
-    inputs = run.augment.normalize(run.sources["test"].read(np.arange(50)))
+    inputs = run.augment.normalize(jnp.asarray(run.sources["test"].read(np.arange(50))))
     with np.load(tmp_path / "test.npz") as stored:
         np.testing.assert_allclose(stored["features"], model.apply({"params": parameters}, inputs), atol=1e-5)
 
