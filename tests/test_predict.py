@@ -230,7 +230,7 @@ def test_a_file_of_weights(tmp_path, digits, capsys):
     ("arguments", "said"),
     [
         (["--workdir=RUN", "--step=7"], "has no checkpoint of step 7; there are: 0"),
-        (["--workdir=RUN", "--best"], "has no checkpoint with a validation accuracy"),
+        (["--workdir=RUN", "--best"], "has no checkpoint that was validated"),
         (["--workdir=RUN", "--top=0"], "--top is 0"),
         (["--workdir=RUN", "--batch_size=0"], "--batch_size is 0"),
         (["--workdir=RUN", "--classes=names.txt"], "--classes does not go with --workdir"),

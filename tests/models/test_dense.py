@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+import pytest
 
 from vit_jax.models.dense import Dense, rounded_product
 from vit_jax.models.vit import VisionTransformer
@@ -34,6 +35,7 @@ def test_a_dense_layer_keeps_everything_else_in_float32(draw):
     np.testing.assert_allclose(layer.apply(variables, inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_whole_model_are_within_a_hundredth(draw):
     """Relative norm of the difference to float32's, of the loss that a classifier has.
 

@@ -33,6 +33,7 @@ def all_but_one_slow(names, quick):
     return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_one_slow(OBJECTIVES, "masked_autoencoder"))
 def test_its_loss_falls(toy, make_config, name):
     run = toy(make_config(**options_of(name, train={"steps_per_dispatch": 300}, log={"every": 100})))

@@ -272,6 +272,7 @@ def vectorised(toy, make_config):
     return Vectorised(toy, make_config, 1)
 
 
+@pytest.mark.slow
 def test_in_one_program_each_makes_the_steps_that_it_makes_alone(vectorised):
     ends = vectorised.check([6, 4, 0])
     chex.assert_trees_all_equal(ends[2][0], vectorised.starts[2])  # no steps, no change
