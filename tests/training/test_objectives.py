@@ -46,6 +46,7 @@ def test_its_loss_falls(toy, make_config, name):
 MASKED = [name for name in OBJECTIVES if name != "classify"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_but_one_slow(MASKED, "masked_patches"))
 def test_eight_devices_make_the_losses_of_one(toy, make_config, name):
     ends = []

@@ -140,6 +140,7 @@ def test_what_is_printed_of_them():
     assert seeds.describe(summary) == "validation loss 0.5000 +- 0.2500 over 2 seeds (0.4000 ... 0.6000)"
 
 
+@pytest.mark.slow
 def test_one_after_another_each_is_the_run_that_it_is_alone(alone, one_after_another):
     folder, summary = one_after_another
     for name in ("seed-3", "seed-0"):
@@ -154,6 +155,7 @@ def test_one_after_another_each_is_the_run_that_it_is_alone(alone, one_after_ano
     assert not np.allclose(*kernels)
 
 
+@pytest.mark.slow
 def test_the_folder_of_all_seeds_is_no_run_itself(one_after_another, capsys):
     assert evaluate.main([f"--workdir={one_after_another[0]}"]) == 2
     assert "give one: seed-0, seed-3" in capsys.readouterr().err
@@ -167,6 +169,7 @@ def test_every_command_works_on_a_seeds_own_folder(one_after_another, capsys):
     assert checkpoints.main(["verify", str(folder / "seed-3")]) == 0
 
 
+@pytest.mark.slow
 def test_finished_seeds_are_left_alone_when_others_are_added_stopped_and_resumed(disturbed):
     assert disturbed.times[0] == disturbed.times[1]
     assert disturbed.stopped is None and not disturbed.summary_there
@@ -174,6 +177,7 @@ def test_finished_seeds_are_left_alone_when_others_are_added_stopped_and_resumed
     assert first["seeds"] == [3] and first["test/accuracy/each"] == disturbed.summary["test/accuracy/each"][:1]
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_shown_and_summed_up_anew_where_others_are_asked_for(small, one_after_another, capsys):
     folder, summary = one_after_another
     before = written(folder / "seed-3")
@@ -185,6 +189,7 @@ def test_what_is_finished_is_shown_and_summed_up_anew_where_others_are_asked_for
     assert written(folder / "seed-3") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections, words",
     [
@@ -283,6 +288,7 @@ def test_in_one_program_on_eight_devices_too(toy, make_config):
     Vectorised(toy, make_config, 8).check([6, 6, 6])
 
 
+@pytest.mark.slow
 def test_bad_numbers_of_one_seed_leave_the_others_their_bits(vectorised):
     starts = vectorised.starts
     good = vectorised.run(starts, [8, 8, 8])
