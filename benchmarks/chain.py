@@ -1,8 +1,8 @@
 """The paper's method from one end to the other, at the size of two cores: python benchmarks/chain.py [--scale=0.1].
 
-A small model is pre-trained on CIFAR-100, with labels; the same model is fine-tuned on CIFAR-10 from there, and trained
-on CIFAR-10 from scratch with the same number of steps, each with three seeds; and the features of the pre-trained and of
-a fine-tuned model are judged by few-shot regression and nearest neighbours. Every part is the command that a user would
+A small model is pre-trained on CIFAR-100, with labels; it is fine-tuned on CIFAR-10 from there, and the same model is
+trained on CIFAR-10 from scratch with as many steps, each with three seeds; and the features of the pre-trained and of a
+fine-tuned model are judged by few-shot regression and nearest neighbours. Every part is the command that a user would
 type (they are printed); the same call again goes on where it stopped.
 
 Prints one JSON line: accuracies (mean, standard deviation and each seed's), the margin of fine-tuning, the features'

@@ -14,8 +14,14 @@ import work as works
 from child import resident_mb, serve
 from work import Work
 
-if __name__ == "__main__" and Work(**json.loads(sys.argv[1])).device == "cpu":
-    os.environ["JAX_PLATFORMS"] = "cpu"
+from vit_jax.training import allocator
+
+if __name__ == "__main__":
+    asked = Work(**json.loads(sys.argv[1]))
+    if asked.device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    if asked.side != "plain_flax":
+        allocator.keep_memory()  # as commands do, before JAX is imported
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +33,7 @@ from vit_jax import config as options
 from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import allocator, hardware, optimizer, parallel, state
+from vit_jax.training import hardware, objectives, optimizer, parallel, state
 from vit_jax.training import model as models
 from vit_jax.training.losses import cross_entropy
 from vit_jax.training.run import Run
@@ -93,13 +99,8 @@ def built(work: Work) -> VisionTransformer:
 
 
 def as_training_does(name: str) -> dict[str, Any]:
-    """What training asks of the compiler and of the C library for our sides; nothing for others."""
-    platform = jax.devices()[0].platform
-    if name == "plain_flax":
-        return {}
-    if platform == "cpu":
-        allocator.keep_memory()
-    return {"compiler_options": hardware.compiler_options(platform)}
+    """What training asks of the compiler for our sides; nothing for others."""
+    return {} if name == "plain_flax" else {"compiler_options": hardware.compiler_options(jax.devices()[0].platform)}
 
 
 def start(work: Work, name: str) -> tuple[Any, Any]:
@@ -221,6 +222,8 @@ def run_of(work: Work, model: VisionTransformer) -> Run:
         steps=steps,
         optimizer=optimizer.make(config.optimizer, steps),
         mask=None,
+        objective=objectives.make(config),
+        module=model,
     )
 
 
@@ -228,7 +231,6 @@ class Trainer(Side):
     """The step that training runs: many in one dispatch, from the 8-bit images on, with all its checks and sums."""
 
     def __init__(self, work: Work):
-        as_training_does("ours")
         model, parameters = start(work, "ours")
         run = run_of(work, model)
         self.state = run.initial_state(parameters)

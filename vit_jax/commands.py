@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as options
 from vit_jax.errors import UserError
-from vit_jax.training import starting
+from vit_jax.training import allocator, starting
 
 if TYPE_CHECKING:
     from vit_jax.training.run import Run
@@ -38,6 +38,7 @@ class Trained:
 
 def finish(action: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit status; what it cannot do ends in its message and status 2."""
+    allocator.keep_memory()  # before anything imports JAX
     try:
         status = action() or 0
         sys.stdout.flush()

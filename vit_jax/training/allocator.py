@@ -8,6 +8,8 @@ to the system, which hands the pages out anew, zeroed, one by one, at each step:
 import ctypes
 import os
 import platform
+import sys
+from pathlib import Path
 
 # Of mallopt(3).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
@@ -20,12 +22,20 @@ _done: list[bool] = []
 def keep_memory() -> bool:
     """Has this process keep what it frees, for itself, until it ends; whether that could be arranged.
 
-    For Linux with the GNU C library; elsewhere nothing happens. Room in large pages is only marked as such, not taken.
+    For Linux with the GNU C library, where there is no accelerator. It must come before JAX is imported: a thread that
+    runs has a heap of its own already. Room in large pages is only marked as such, not taken.
     """
-    if _done:
-        return _done[0]
-    _done.append(platform.libc_ver()[0] == "glibc" and _arrange())
+    if not _done:
+        fitting = platform.libc_ver()[0] == "glibc" and "jax" not in sys.modules and not _has_accelerator()
+        _done.append(fitting and _arrange())
     return _done[0]
+
+
+def _has_accelerator() -> bool:
+    """Whether JAX may find one; asked before JAX can be."""
+    if os.environ.get("JAX_PLATFORMS"):
+        return os.environ["JAX_PLATFORMS"] != "cpu"
+    return any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd"))
 
 
 def _arrange() -> bool:

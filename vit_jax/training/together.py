@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
-from vit_jax.training import allocator, memory, records, seeds, workdir
+from vit_jax.training import memory, records, seeds, workdir
 from vit_jax.training import run as runs
 from vit_jax.training.lock import Lock
 from vit_jax.training.meter import Clock
@@ -43,8 +43,6 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
         UserError: as `train.train`; where some seeds have failed, for the first of them, once the others are finished.
     """
     mesh, wanted = runs.check(config), seeds.listed(config)
-    if mesh.devices.flat[0].platform == "cpu":
-        allocator.keep_memory()
     _claim(folder, config)
     summary = workdir.read_summary(folder)
     if summary is not None and summary["seeds"] == wanted and not _left(folder, config):

@@ -17,7 +17,6 @@ from vit_jax import weights
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
 from vit_jax.training import (
-    allocator,
     batch_size,
     evaluate,
     freezing,
@@ -73,8 +72,6 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     """
     parallel.initialize(config.mesh.distributed)
     mesh = runs.check(config)
-    if mesh.devices.flat[0].platform == "cpu":
-        allocator.keep_memory()
     config = batch_size.resolve(config, folder, mesh)
     changes = parallel.by_main(lambda: workdir.claim(folder, config))
     summary = parallel.by_main(lambda: workdir.read_summary(folder))
