@@ -81,6 +81,24 @@ def test_what_is_kept_is_not_asked_for_again():
     assert max(faults[1:]) < 50 < min(others[1:])
 
 
+def test_commands_keep_memory_before_jax_is_there():
+    script = """
+import sys
+from vit_jax import commands
+from vit_jax.training import allocator
+assert "jax" not in sys.modules
+commands.finish(lambda: print(allocator.keep_memory()))
+import jax
+allocator._done.clear()
+print(allocator.keep_memory())
+"""
+    run = lambda platform: subprocess.check_output(  # noqa: E731
+        [sys.executable, "-c", script], env={**os.environ, "JAX_PLATFORMS": platform}, text=True
+    ).split()
+    assert run("cpu") == [str(sys.platform.startswith("linux")), "False"]
+    assert run("cuda") == ["False", "False"]
+
+
 @needs_rounding
 @pytest.mark.slow
 def test_rounded_products_learn_as_exact_ones_do(make_config, tmp_path):
