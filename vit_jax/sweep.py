@@ -91,7 +91,7 @@ def _default_workdir(spec: str) -> Path:
 
 def table(content: dict[str, Any]) -> str:
     """The results as Markdown: a row a rate, what was chosen, and what came of it."""
-    from vit_jax.training import records, train
+    from vit_jax.training import records, trainer
     from vit_jax.training.classification import CLASSIFY
 
     rows = [
@@ -115,7 +115,7 @@ def table(content: dict[str, Any]) -> str:
             *rows,
             "",
             f"Trained on {splits['train']}, chosen by {splits['validation']} ({max(counts):,} examples): "
-            f"{content['best']:g}. With it, on {splits['everything']}: {train.describe(CLASSIFY, final)}.",
+            f"{content['best']:g}. With it, on {splits['everything']}: {trainer.describe(CLASSIFY, final)}.",
         ]
     )
 

@@ -104,7 +104,7 @@ def test_it_goes_on_with_other_numbers_of_devices(tmp_path, dtype):
 
 def stop_behind(patch, step):
     """The run is asked to stop once it has made so many steps."""
-    from vit_jax.training.train import Trainer
+    from vit_jax.training.trainer import Trainer
 
     patch.setattr(Trainer, "_asked_to_stop", lambda self: self.step >= step < self.run.steps)
 

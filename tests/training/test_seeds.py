@@ -15,6 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.training import parallel, records, seeds, together, train, workdir
 from vit_jax.training.program import Program, make_update_of_seeds
 from vit_jax.training.step import BURST
+from vit_jax.training.trainer import Trainer
 
 STEPS = 12
 SEEDS = (3, 0, 7)
@@ -83,7 +84,7 @@ class Disturbed:
         self.times = [written(folder / "seed-3")]
         with pytest.MonkeyPatch.context() as patch:
             second = lambda trainer: trainer.config.train.seed == 0 and trainer.step >= 7  # noqa: E731
-            patch.setattr(train.Trainer, "_asked_to_stop", second)
+            patch.setattr(Trainer, "_asked_to_stop", second)
             self.stopped = together.train(small(train={"seeds": "3,0"}), folder)
         self.summary_there = (folder / records.SUMMARY).exists()
         self.summary = together.train(small(train={"seeds": "3,0"}), folder)
@@ -322,7 +323,7 @@ def test_at_once_it_goes_on_exactly_also_from_different_steps(small, at_once, tm
     """Asked to stop at steps of its own each, the last time when one of them is finished."""
     config = small(train={"seeds": "3,0", "seeds_at_once": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "_asked_to_stop", lambda self: self.step >= stops[self.config.train.seed])
+        patch.setattr(Trainer, "_asked_to_stop", lambda self: self.step >= stops[self.config.train.seed])
         assert together.train(config, tmp_path) is None
     together.train(small(train={"seeds": "3,0"}), tmp_path)  # as many at once as it began with
     for name in ("seed-3", "seed-0"):
@@ -340,7 +341,7 @@ def test_at_once_on_a_set_that_is_sent(small, at_once, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_seed_that_fails_does_not_keep_the_others_from_their_ends(small, alone, tmp_path, monkeypatch, at_once):
-    real = train.Trainer._read
+    real = Trainer._read
 
     def read(self, step, sums):
         if self.config.train.seed == 3 and step > 6:
@@ -349,7 +350,7 @@ def test_a_seed_that_fails_does_not_keep_the_others_from_their_ends(small, alone
 
     config = small(train={"seeds": "3,0", "seeds_at_once": at_once})
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "_read", read)
+        patch.setattr(Trainer, "_read", read)
         with pytest.raises(UserError, match=r"^seed 3: the disk is away"):
             together.train(config, tmp_path)
     assert workdir.read_summary(tmp_path) is None and workdir.read_summary(tmp_path / "seed-0") is not None

@@ -23,7 +23,8 @@ from vit_jax.training.meter import Clock
 from vit_jax.training.program import Program, bytes_needed
 from vit_jax.training.state import TrainState
 from vit_jax.training.stopping import Stop
-from vit_jax.training.train import Trainer, greet, open_checkpoints
+from vit_jax.training.train import greet, open_checkpoints
+from vit_jax.training.trainer import Trainer
 
 # What of a device's memory a program of several seeds may take.
 SHARE = 0.9
