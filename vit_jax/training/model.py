@@ -19,15 +19,16 @@ def build(section: ConfigDict, classes: int | Mapping[str, int] | None, dtype: D
     Args:
         section: `config.model`.
         classes: number of logits; of several heads, by name; None for no head.
-        dtype: arithmetic; None decides as `section.dtype` says.
+        dtype: arithmetic; None decides as `section.dtype` says, and takes the attention kernel for the device.
 
     Raises:
         ValueError: the fields contradict each other, or there is no such variant.
     """
-    product_dtype = None
-    if dtype is None:
-        dtype, product_dtype = hardware.arithmetic(section.dtype)
     given = variants.fields_of_options(section.to_dict())
+    if dtype is not None:  # of a device nothing may be known yet: a cluster must be joined first
+        plain = "plain" if given["attention_kernel"] == "auto" else given["attention_kernel"]
+        return VisionTransformer(classes=classes, dtype=dtype, **{**given, "attention_kernel": plain})
+    dtype, product_dtype = hardware.arithmetic(section.dtype)
     if given["attention_kernel"] == "auto":
         size = given["width"] // given["heads"]
         given["attention_kernel"] = kernels.choose(jax.default_backend(), size, dtype)
