@@ -23,8 +23,9 @@ import numpy as np
 
 from vit_jax import config as options
 from vit_jax.data import pipeline
+from vit_jax.training import memory
 from vit_jax.training import run as runs
-from vit_jax.training.program import Program, bytes_needed
+from vit_jax.training.program import Program
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -85,7 +86,7 @@ def main(flags: argparse.Namespace) -> None:
             way.turns.append(way.turn())
     for way in ways:
         line = {"name": way.name, "seeds": flags.seeds, "images_per_second": round(statistics.median(way.turns), 1)}
-        line |= {"compile_s": round(way.compile_s, 1), "memory_mb": round(bytes_needed(way.update) / 2**20, 1)}
+        line |= {"compile_s": round(way.compile_s, 1), "memory_mb": round(memory.bytes_needed(way.update) / 2**20, 1)}
         if way.at_once:
             ratios = [b / a for a, b in zip(ways[0].turns, way.turns, strict=True)]
             line |= {"ratio": round(statistics.median(ratios), 3), "least": round(min(ratios), 3)}

@@ -364,7 +364,7 @@ def test_a_seed_that_fails_does_not_keep_the_others_from_their_ends(small, alone
 
 def test_as_many_at_once_as_memory_has_room_for(monkeypatch):
     """On an accelerator: programs of 5, then of 3 seeds are asked what they need. On a CPU: one."""
-    monkeypatch.setattr(together, "bytes_needed", lambda size: 250 * size)
+    monkeypatch.setattr(together.memory, "bytes_needed", lambda size: 250 * size)
     rooms = Rooms("gpu", limit=1000)
     assert together._fitting(rooms, 5, None) == 3 and rooms.sizes == [5, 3]
     assert together._fitting(rooms, 5, 2) == 2 and together._fitting(rooms, 1, None) == 1

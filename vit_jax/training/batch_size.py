@@ -14,8 +14,8 @@ from vit_jax import config as options
 from vit_jax.data.pipeline import Pipeline
 from vit_jax.errors import UserError
 from vit_jax.models.summary import training_bytes
+from vit_jax.training import memory, workdir
 from vit_jax.training import run as runs
-from vit_jax.training import workdir
 from vit_jax.training.run import Run
 from vit_jax.training.step import make_update
 
@@ -78,7 +78,7 @@ def find(run: Run, room: float) -> int:
         try:
             return planned_bytes(run, feeds["train"], size) + others <= room
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
+            if memory.is_exhausted(error):
                 return False
             raise
 
@@ -122,6 +122,4 @@ def planned_bytes(run: Run, feeds: Pipeline, size: int) -> int:
     """
     update = make_update(run.applied, run.optimizer, run.augment, run.config, run.mesh, run.mask)
     feed = feeds.abstract_feed(feeds.rows(size, run.config.train.steps_per_dispatch), size)
-    plan = update.lower(run.abstract_state(), feed, np.int32(0)).compile().memory_analysis()
-    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return held + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes
+    return memory.bytes_needed(update.lower(run.abstract_state(), feed, np.int32(0)).compile())

@@ -28,6 +28,15 @@ def explained(
         raise UserError(advice) from error
 
 
+def bytes_needed(compiled: jax.stages.Compiled) -> int:
+    """Bytes of each device that a compiled program takes: what goes in, what comes out, and what it needs meanwhile."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
+    passed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return passed + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
 def is_exhausted(error: Exception) -> bool:
     """Whether an error says that memory is too small."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)

@@ -96,12 +96,3 @@ def _stack_feeds(feeds: tuple[Feed, ...]) -> tuple[Feed, Feed]:
         return _stack(feeds), Feed(0, 0, None)
     indices = jnp.stack([feed.indices for feed in feeds])
     return Feed(feeds[0].images, feeds[0].labels, indices), Feed(None, None, 0)
-
-
-def bytes_needed(compiled: jax.stages.Compiled) -> int:
-    """Bytes of each device that a compiled program takes: what goes in, what comes out, and what it needs meanwhile."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return 0
-    passed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return passed + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes

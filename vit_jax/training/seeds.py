@@ -46,10 +46,10 @@ def check(config: ConfigDict) -> None:
             f"config.train.seeds is {config.train.seeds!r}, with config.train.batch_size='auto'\n"
             "  allowed: the same number for all seeds, as one of them alone finds it: config.train.batch_size=128"
         )
-    if config.log.profile is not None:
+    if config.log.profile is not None and config.train.seeds_at_once != 1:
         raise UserError(
             f"config.train.seeds is {config.train.seeds!r}, with config.log.profile={config.log.profile!r}\n"
-            "  allowed: a profile of a single run: config.train.seed"
+            "  allowed: one seed after another: config.train.seeds_at_once=1"
         )
     if config.mesh.distributed:
         raise UserError(

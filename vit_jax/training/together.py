@@ -20,7 +20,7 @@ from vit_jax.training import memory, records, seeds, workdir
 from vit_jax.training import run as runs
 from vit_jax.training.lock import Lock
 from vit_jax.training.meter import Clock
-from vit_jax.training.program import Program, bytes_needed
+from vit_jax.training.program import Program
 from vit_jax.training.state import TrainState
 from vit_jax.training.stopping import Stop
 from vit_jax.training.train import greet, open_checkpoints
@@ -137,7 +137,7 @@ def _fitting(program: Program, wanted: int, most: int | None) -> int:
     for groups in range(1, wanted):
         size = -(-wanted // groups)
         try:
-            if size > 1 and bytes_needed(program.compile(print, size)) <= SHARE * limit:
+            if size > 1 and memory.bytes_needed(program.compile(print, size)) <= SHARE * limit:
                 return size
         except jax.errors.JaxRuntimeError as error:
             if not memory.is_exhausted(error):
