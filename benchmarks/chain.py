@@ -5,8 +5,9 @@ trained on CIFAR-10 from scratch with as many steps, each with three seeds; and 
 fine-tuned model are judged by few-shot regression and nearest neighbours. Every part is the command that a user would
 type (they are printed); the same call again goes on where it stopped.
 
-Prints one JSON line: accuracies (mean, standard deviation and each seed's), the margin of fine-tuning, the features'
-accuracies before and after, and the seconds of each part.
+Prints one JSON line: accuracies (mean, standard deviation and each seed's), the margin of fine-tuning and how many times
+the larger of the two standard deviations that is, the features' accuracies before and after, and the seconds of each
+part. The curves: python docs/learning_curve.py WORKDIR/scratch WORKDIR/finetune curves.png
 """
 
 import argparse
@@ -36,7 +37,7 @@ def parts(flags: argparse.Namespace) -> dict[str, list[str]]:
     folder, scaled = Path(flags.workdir), lambda steps: max(1, round(steps * flags.scale))
     data = [f"--config.data.dir={flags.data_dir}"] if flags.data_dir else []
     short = [f"--config.train.steps={scaled(300)}", f"--config.optimizer.warmup_steps={scaled(50)}", *data]
-    short += ["--config.train.evaluate_every=0", f"--config.train.seeds={SEEDS}"]
+    short += [f"--config.train.evaluate_every={scaled(75)}", f"--config.train.seeds={SEEDS}"]
     judge = [f"--data={flags.target}", "--methods=fewshot,knn", *([f"--data_dir={flags.data_dir}"] * bool(data))]
     main, transfer = ["vit_jax.main"], ["vit_jax.transfer", *judge]
     return {
@@ -91,12 +92,14 @@ def main(arguments: list[str]) -> None:
     seconds = {name: round(run(command), 1) for name, command in parts(flags).items()}
     folder = Path(flags.workdir)
     scratch, finetuned = summary(folder / "scratch"), summary(folder / "finetune")
+    margin, spread = finetuned["mean"] - scratch["mean"], max(finetuned["std"], scratch["std"])
     line = {
         "name": "chain",
         "scale": flags.scale,
         "scratch": scratch,
         "finetune": finetuned,
-        "margin": round(finetuned["mean"] - scratch["mean"], 2),
+        "margin": round(margin, 2),
+        "margin_by_spread": round(margin / spread, 1) if spread else None,
         "before": judged(folder / "before"),
         "after": judged(folder / "after"),
         "seconds": seconds,
