@@ -5,9 +5,9 @@ trained on CIFAR-10 from scratch with as many steps, each with three seeds; and 
 fine-tuned model are judged by few-shot regression and nearest neighbours. Every part is the command that a user would
 type (they are printed); the same call again goes on where it stopped.
 
-Prints one JSON line: accuracies (mean, standard deviation and each seed's), the margin of fine-tuning and how many times
-the larger of the two standard deviations that is, the features' accuracies before and after, and the seconds of each
-part. The curves: python docs/learning_curve.py WORKDIR/scratch WORKDIR/finetune curves.png
+Prints one JSON line: accuracies (mean, standard deviation and each seed's), the margin of fine-tuning, also in units of
+the larger of the two standard deviations, the features' accuracies before and after, and the seconds of each part. The
+curves: python docs/learning_curve.py WORKDIR/scratch WORKDIR/finetune curves.png
 """
 
 import argparse

@@ -3,8 +3,8 @@
 python docs/learning_curve.py runs/digits docs/digits.png
 python docs/learning_curve.py runs/chain/scratch runs/chain/finetune docs/chain.png
 
-Of one run: training, validation and test. Of several: the test alone, a colour a run. A run of several seeds is drawn by
-the mean of its seeds, with a band from the least to the most.
+Of one run: training, validation and test. Of several: the test alone, a colour a run. A run of several seeds is drawn
+by the mean of its seeds, with a band from the least to the most.
 """
 
 import json
