@@ -1,6 +1,7 @@
 """Predictions: the logits that evaluation gives, whatever kind of file the image comes in; what is wrong is named."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -205,7 +206,7 @@ def test_the_data_set_is_not_needed_and_does_as_well(digits_run, digits, tmp_pat
     assert by_data.heads == by_record.heads
 
 
-def test_a_file_of_weights(tmp_path, digits, capsys):
+def test_a_file_of_weights(tmp_path, digits, monkeypatch, capsys):
     model = VisionTransformer(classes=3, patch_size=4, width=12, depth=1, heads=2, mlp_width=12)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     generator = np.random.default_rng(0)
@@ -224,6 +225,13 @@ def test_a_file_of_weights(tmp_path, digits, capsys):
     (tmp_path / "names.txt").write_text("cat\n")
     assert predict.main([*arguments, f"--classes={tmp_path / 'names.txt'}"]) == 2
     assert "has 3 classes, and 1 names are given" in capsys.readouterr().err
+    # As of the average of a run's checkpoints: that run's set, and so its mean and std, is not in the file.
+    model, parameters, report = weights.load(tmp_path / "model.npz")
+    by_set = dataclasses.replace(report, normalization="set")
+    monkeypatch.setattr(weights, "load", lambda *_, **__: (model, parameters, by_set))
+    assert predict.main(arguments) == 2
+    assert "normalised by their data set, which is not here" in capsys.readouterr().err
+    assert predict.main([*arguments, "--normalize=half"]) == 0
 
 
 @pytest.mark.parametrize(

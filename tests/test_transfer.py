@@ -175,13 +175,14 @@ def colour_file(tmp_path_factory):
 def test_a_file_of_others_on_images_as_it_knows_them(colour_file, tmp_path):
     """Images are resized to what its positions are for; its kernel is summed for grey ones; mean and std are 0.5."""
     path, model, parameters = colour_file
-    arguments = [f"--init={path}", "--data=digits", "--test=test[:50]", "--normalize=half", "--pooling=mean"]
+    arguments = [f"--init={path}", "--data=digits", "--test=test[:50]", "--pooling=mean"]
     assert transfer.main([*arguments, "--methods=knn", f"--out={tmp_path}"]) == 0
     images = sources.load("digits", "test[:50]", image_size=12).images.astype(np.float32).repeat(3, axis=3)
     tokens = model.clone(classes=None, pooling="none").apply({"params": parameters}, jnp.asarray(images / 127.5 - 1))
     made = stored.read(tmp_path / "features" / "test.npz")
     np.testing.assert_allclose(made.features, np.asarray(tokens)[:, 1:].mean(1), atol=1e-4)
-    assert json.loads((tmp_path / "transfer.json").read_text())["image_size"] == [12, 12]
+    found = json.loads((tmp_path / "transfer.json").read_text())
+    assert found["image_size"] == [12, 12] and found["normalize"] == "half"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,8 @@ def test_a_file_of_others_on_images_as_it_knows_them(colour_file, tmp_path):
         (["--init=RUN", "--label=colour"], "it has: label, parity"),
         (["--init=RUN", "--step=3"], "has no checkpoint of step 3; there are: 0"),
         (["--init=RUN", "--step=newest"], "allowed: a whole number, or best"),
-        (["--init=RUN", "--normalize=imagenet"], "is of 3 channels, and the images have 1"),
+        (["--init=RUN", "--normalize=data"], "allowed: set, half, imagenet"),
+        (["--init=RUN", "--normalize=imagenet"], "is 'imagenet', and the images have 1 channels"),
         (["--init=RUN", "--image_size=10"], "a patch of 4 does not divide an image of 10x10"),
         (["--init=FILE"], "--data is missing"),
         (["--init=FILE", "--data=digits", "--pre_logits"], "has no such layer"),

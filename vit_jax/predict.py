@@ -54,7 +54,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--classes", metavar="TXT", help="of a file: the class names, a line each")
     parser.add_argument("--image_size", type=int, metavar="N", help="of a file: pixels (default: as its positions)")
     parser.add_argument(
-        "--normalize", choices=("half", "imagenet"), help="of a file: mean and std 0.5 (default), or ImageNet's"
+        "--normalize",
+        choices=("half", "imagenet"),
+        help="of a file: mean and std 0.5 (default, of others' files), or ImageNet's",
     )
     parser.add_argument("--top", type=int, default=5, help="classes an image (default: %(default)s)")
     parser.add_argument("--csv", metavar="OUT", help="write path, rank, class and probability into this file")
@@ -120,7 +122,7 @@ def _open(flags: argparse.Namespace) -> "Predictor":
             names = Path(flags.classes).expanduser().read_text().splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"--classes={flags.classes} cannot be read: {error}") from error
-    how = {"class_names": names, "image_size": flags.image_size, "normalize": flags.normalize or "half"}
+    how = {"class_names": names, "image_size": flags.image_size, "normalize": flags.normalize}
     return Predictor(of_file(flags.init, **how), batch_size=flags.batch_size)
 
 

@@ -17,7 +17,7 @@ DESCRIPTION = """\
 Judges a backbone by its frozen features: least squares from a few examples a class, nearest neighbours, a linear probe.
 
   python -m vit_jax.transfer --init=runs/cifar10 --data=cifar100
-  python -m vit_jax.transfer --init=ViT-B_16.npz --data=cifar10 --normalize=half --shots=1,5,10 --draws=10
+  python -m vit_jax.transfer --init=ViT-B_16.npz --data=cifar10 --shots=1,5,10 --draws=10
   python -m vit_jax.transfer --init=augreg-b16-224 --data=folder --data_dir=photos --methods=knn,probe
   python -m vit_jax.transfer --features=runs/digits/features
 
@@ -54,7 +54,8 @@ def _add_data(group: Any) -> None:
     group.add_argument("--label", default="label", help="kind of label (default: %(default)s)")
     group.add_argument("--image_size", type=int, metavar="N", help="pixels (default: what the backbone is made for)")
     group.add_argument(
-        "--normalize", default="data", help="images by the set's own mean and std (data, the default), half or imagenet"
+        "--normalize",
+        help="images by the set's own mean and std (set), half or imagenet (default: as the backbone was trained)",
     )
     group.add_argument("--batch_size", type=int, default=256, help="images at a time (default: %(default)s)")
 
@@ -162,24 +163,25 @@ def _stored(flags: argparse.Namespace, wanted: "Settings") -> Parts:
 
 def _computed(flags: argparse.Namespace, wanted: "Settings") -> Parts:
     """The same, of features that the backbone computes, or has computed."""
-    from vit_jax.data import sources
+    from vit_jax.data import normalization, sources
     from vit_jax.training import parallel, representation, transfer
 
     name, data_dir, trained_size = _data(flags)
     splits, kinds = (flags.train, flags.test), (flags.label,)
     # Any size will do for now: which one it is, only the backbone tells.
     *_, channels = sources.check(name, splits, data_dir=data_dir, image_size=flags.image_size or 1, labels=kinds)
-    representation.constants(flags.normalize, channels)
     fitted = {"image_size": flags.image_size, "channels": channels}
     asked = {"step": commands.step_of(flags.step), "pooling": flags.pooling}
     asked["pre_logits"] = flags.label if flags.pre_logits else None
     backbone = representation.load(flags.init, **asked, **fitted)
+    normalize = flags.normalize or backbone.normalization
+    normalization.constants(normalize, channels, "--normalize")
     size = flags.image_size or backbone.image_size or trained_size
     loaded = [sources.load(name, split, data_dir=data_dir, image_size=size, labels=kinds) for split in splits]
     transfer.check(wanted, loaded[0].labels, loaded[0].class_names)
     out, mesh, made = _out(flags, name), parallel.make_mesh(None), []
     for role, source in zip(("train", "test"), loaded, strict=True):
-        file, how = out / "features" / f"{role}.npz", {"normalize": flags.normalize, "batch_size": flags.batch_size}
+        file, how = out / "features" / f"{role}.npz", {"normalize": normalize, "batch_size": flags.batch_size}
         features = representation.store(file, backbone, source, mesh, **how).features
         made.append(transfer.Examples(representation.after_pre_logits(backbone, features), source.labels))
     about = {
@@ -192,7 +194,7 @@ def _computed(flags: argparse.Namespace, wanted: "Settings") -> Parts:
         "test": flags.test,
         "label": flags.label,
         "image_size": list(loaded[0].images.shape[1:3]),
-        "normalize": flags.normalize,
+        "normalize": normalize,
     }
     return out, about, *made, loaded[0].class_names
 

@@ -129,7 +129,7 @@ def test_the_average_of_checkpoints_is_numpys(several, helpers, capsys, tmp_path
     assert checkpoints_command.main(["average", str(folder), f"--out={file}", *asked.split()]) == 0
     assert f"{len(ASKED[asked])} checkpoints" in capsys.readouterr().out
     model, parameters, report = weights.load(file, scan=made.scan)
-    assert model == made
+    assert model == made and report.normalization == "set"
     assert report.notes == (f"the mean of the parameters of steps {', '.join(map(str, ASKED[asked]))}",)
     taken = [states[step] for step in ASKED[asked]]
     wanted = jax.tree.map(lambda *leaves: np.mean(np.float64(leaves), axis=0).astype(np.float32), *taken)

@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 
 from vit_jax import weights
 from vit_jax.data import images as pictures
+from vit_jax.data import normalization
 from vit_jax.data.augment import Augment
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
@@ -256,7 +257,7 @@ def of_run(folder: Path, step: int | str | None = None) -> Classifier:
     known = inputs.read(folder)
     if known is None:
         source = runs.load(config, config.data.train, losses.label_kinds(config.data))
-        known = inputs.of_source(source, *runs.normalization(config.data.normalization, source))
+        known = inputs.of_source(source, *normalization.of_source(config.data.normalization, source))
     views = {name: config.augment[name] for name in ("test_flip", "test_shift")}
     augment = Augment(known.mean, known.std, dtype=model.dtype, **views)
     return Classifier(model, parameters, augment, known, config.train.loss)
@@ -266,7 +267,7 @@ def of_file(
     file: str | os.PathLike,
     class_names: Sequence[str] | None = None,
     image_size: int | None = None,
-    normalize: str = "half",
+    normalize: str | None = None,
 ) -> Classifier:
     """The model of a file of weights.
 
@@ -274,7 +275,8 @@ def of_file(
         file: a file, folder, URL or name that `weights.load` reads.
         class_names: one name a class; None for their numbers.
         image_size: pixels; None for what its positions are made for.
-        normalize: 'half' for a mean and std of 0.5 (Google's models), 'imagenet' for ImageNet's (DeiT, DINO, MAE).
+        normalize: 'half' for a mean and std of 0.5 (Google's models), 'imagenet' for ImageNet's (DeiT, DINO, MAE); None
+            for what the file says, and 'half' where it says nothing.
 
     Raises:
         UserError: it cannot be read, has no head, or does not go with the rest.
@@ -289,9 +291,13 @@ def of_file(
         raise UserError(f"{file} has {model.classes} classes, and {len(names)} names are given\n  give a name a class")
     if report.image_size is None:
         raise UserError(f"{file} does not tell the size of its images\n  give it: image_size, in pixels")
-    statistics = representation.constants(normalize, report.channels)
+    normalize = normalize or report.normalization
+    statistics = normalization.constants(normalize, report.channels, "normalize")
     if statistics is None:
-        raise UserError(f"normalize is {normalize!r}, and there is no data set\n  allowed: half, imagenet")
+        raise UserError(
+            f"{file} is of images that were normalised by their data set, which is not here\n"
+            "  predict with --workdir of its run; or give normalize, half or imagenet"
+        )
     shape = (*report.image_size, report.channels)
     augment = Augment(*statistics, dtype=model.dtype)
     return Classifier(model, parameters, augment, Inputs(str(file), shape, *statistics, {"label": names}))

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax import weights
-from vit_jax.data import pipeline, stored
+from vit_jax.data import normalization, pipeline, stored
 from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.data.stored import Stored
@@ -20,14 +20,6 @@ from vit_jax.errors import UserError
 from vit_jax.models import kernels
 from vit_jax.models.vit import VisionTransformer, token_grid
 from vit_jax.training import evaluate, freezing, hardware
-from vit_jax.training.run import IMAGENET
-
-# Mean and std, a channel, that published models normalise images by; 'data' is the set's own, as training here has it.
-NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = {
-    "data": None,
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": IMAGENET,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +32,7 @@ class Backbone:
         pre_logits: kernel and bias of the Dense + tanh layer before its head's logits, where they are asked for.
         image_size: height and width that its positions are for; None where any will do.
         channels: of its images.
+        normalization: of the images it was trained on, as `config.data.normalization` names it.
         about: where it comes from, in words.
     """
 
@@ -48,6 +41,7 @@ class Backbone:
     pre_logits: tuple[np.ndarray, np.ndarray] | None
     image_size: tuple[int, int] | None
     channels: int
+    normalization: str
     about: str
 
     def shape_of(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
@@ -109,7 +103,7 @@ def load(
     parameters = {name: part for name, part in parameters.items() if name != "head"}
     note = "; ".join(report.notes)
     about = f"{report.label}{f' ({note})' if note else ''}"
-    return Backbone(bare, parameters, layer, report.image_size, report.channels, about)
+    return Backbone(bare, parameters, layer, report.image_size, report.channels, report.normalization, about)
 
 
 def computing(model: VisionTransformer, name: str) -> VisionTransformer:
@@ -121,40 +115,13 @@ def computing(model: VisionTransformer, name: str) -> VisionTransformer:
     return model.clone(dtype=dtype, product_dtype=product_dtype, attention_kernel=kernel)
 
 
-def normalization(name: str, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of each channel of a source's images, by a name of `NORMALIZATIONS`.
-
-    Raises:
-        UserError: there is no such name, or it is of three channels and the images have others.
-    """
-    return constants(name, source.images.shape[3]) or (source.mean, source.std)
-
-
-def constants(name: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """The same where it needs no source; None for 'data', which does.
-
-    Raises:
-        UserError: as `normalization`.
-    """
-    if name not in NORMALIZATIONS:
-        raise UserError(f"--normalize={name}\n  allowed: {', '.join(NORMALIZATIONS)}")
-    found = NORMALIZATIONS[name]
-    if found is None or len(found[0]) == channels:
-        return found
-    if len(set(found[0])) == len(set(found[1])) == 1:
-        return found[0][:1] * channels, found[1][:1] * channels
-    raise UserError(
-        f"--normalize={name} is of 3 channels, and the images have {channels}\n  allowed: --normalize=data, or half"
-    )
-
-
 def store(
     path: Path,
     backbone: Backbone,
     source: Source,
     mesh: Mesh,
     *,
-    normalize: str = "data",
+    normalize: str | None = None,
     batch_size: int = 256,
     reading: pipeline.Reading | None = None,
 ) -> Stored:
@@ -165,14 +132,14 @@ def store(
         backbone: what computes them.
         source: whose they are; no augmentation is applied.
         mesh: the devices.
-        normalize: one of `NORMALIZATIONS`.
+        normalize: one of `normalization.NAMES`; None for what the backbone was trained with.
         batch_size: images at a time, rounded up so that the devices divide it.
         reading: how images are read that are not resident.
 
     Raises:
         UserError: the file cannot be written, or something else lies there.
     """
-    mean, std = normalization(normalize, source)
+    mean, std = normalization.of_source(normalize or backbone.normalization, source, "--normalize")
     image_shape = tuple(source.images.shape[1:])
     about = {
         "image_shape": list(image_shape),

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax.data import augment as augmentation
-from vit_jax.data import pipeline, sources, stored
+from vit_jax.data import normalization, pipeline, sources, stored
 from vit_jax.data.augment import AsTheyAre, Augment
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
@@ -26,9 +26,6 @@ from vit_jax.training import optimizer as optimizers
 from vit_jax.training import state as states
 from vit_jax.training.objective import Objective
 from vit_jax.training.state import TrainState
-
-# Mean and standard deviation of ImageNet's red, green and blue, as most of its published models have them.
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +123,7 @@ def check_data(config: ConfigDict, splits: list[str]) -> Mesh:
         return mesh
     where = {"data_dir": data.dir, "cache_dir": data.cache_dir, "image_size": data.image_size}
     shape = sources.check(data.name, splits, labels=losses.label_kinds(data), **where)
-    if data.normalization == "imagenet" and shape[2] != len(IMAGENET[0]):
-        raise UserError(
-            f"config.data.normalization is 'imagenet', and the images have {shape[2]} channels\n  allowed: set, half"
-        )
+    normalization.constants(data.normalization, shape[2])
     _check_patch(config, shape)
     augmentation.check_shape(config, shape)
     return mesh
@@ -176,7 +170,7 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) 
     train = loaded["train"]
     objective, learns_labels = objectives.make(config), config.train.objective == "classify"
     model = models.build(config.model, classes=train.classes() if learns_labels else None, dtype=None)
-    mean, std = normalization(data.normalization, train)
+    mean, std = normalization.of_source(data.normalization, train)
     module = objective.module(model, mean, std)
     models.check_kernel(model, image_shape[:2])
     if data.features:
@@ -197,13 +191,6 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) 
 
 def _factors(decay: float, shapes: Any, model: VisionTransformer, mask: Any | None) -> Any | None:
     return None if decay == 1 else freezing.select(layers.factors(decay, shapes, model.depth), mask)
-
-
-def normalization(name: str, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What `config.data.normalization` names: mean and standard deviation of each channel, of pixels in [0, 1]."""
-    channels = len(source.mean)
-    half = (0.5,) * channels, (0.5,) * channels
-    return {"set": (source.mean, source.std), "half": half, "imagenet": IMAGENET}[name]
 
 
 def load(config: ConfigDict, split: str, labels: Sequence[str]) -> Source:
@@ -232,11 +219,11 @@ def _stored(config: ConfigDict, roles: Iterable[str]) -> tuple[dict[str, Source]
                 f"config.data.features: {features.path} is of {theirs[0]} {theirs[1]}, not of {ours[0]} {ours[1]}\n"
                 f"  make it anew: python -m vit_jax.features --help; or say so: --config.data.{role}='{theirs[1]}'"
             )
-        normalization = features.about.get("normalization", config.data.normalization)
-        if normalization != config.data.normalization:
+        by = features.about.get("normalization", config.data.normalization)
+        if by != config.data.normalization:
             raise UserError(
                 f"config.data.normalization is {config.data.normalization!r}, and {features.path} is of images by "
-                f"{normalization!r}\n  allowed: --config.data.normalization={normalization}"
+                f"{by!r}\n  allowed: --config.data.normalization={by}"
             )
     return {role: features.source(kinds) for role, features in read.items()}, read["train"].image_shape
 

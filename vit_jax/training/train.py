@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 import vit_jax
+from vit_jax.data import normalization
 from vit_jax.training import batch_size, inputs, memory, objectives, parallel, workdir
 from vit_jax.training import run as runs
 from vit_jax.training.checkpoint import Checkpoints
@@ -76,6 +77,6 @@ def open_checkpoints(run: Run, folder: Path, changes: list[str], say: Callable[[
     workdir.check_length(changes, run.steps, parallel.by_main(checkpoints.steps))
     parallel.by_main(lambda: workdir.record(folder, run.config, changes, say))
     source = run.sources["train"]
-    statistics = runs.normalization(run.config.data.normalization, source)
+    statistics = normalization.of_source(run.config.data.normalization, source)
     parallel.by_main(lambda: inputs.write(folder, source, *statistics))
     return checkpoints

@@ -264,6 +264,7 @@ def _take(
         model,
         image_size,
         channels,
+        description.normalization,
         tuple(rows),
         description.decisions,
         description.notes,

@@ -39,6 +39,7 @@ class Report:
         model: the model loaded.
         image_size: height and width of the images that its table of positions is for; None where any will do.
         channels: of its images.
+        normalization: of the images it was trained on, as `config.data.normalization` names it.
         rows: one for each rule, and for what was ignored or initialised.
         decisions: fields of the model that the arrays do not tell, and who told them.
         notes: what else a user should know.
@@ -49,6 +50,7 @@ class Report:
     model: VisionTransformer
     image_size: tuple[int, int] | None
     channels: int
+    normalization: str
     rows: tuple[Row, ...]
     decisions: tuple[Decision, ...] = ()
     notes: tuple[str, ...] = ()
