@@ -40,7 +40,7 @@ def parts(flags: argparse.Namespace) -> dict[str, list[str]]:
     # The points of the curves cost more than the steps between them.
     short += [f"--config.train.evaluate_every={75 if flags.scale == 1 else 0}", f"--config.train.seeds={SEEDS}"]
     judge = [f"--data={flags.target}", "--methods=fewshot,knn", *([f"--data_dir={flags.data_dir}"] * bool(data))]
-    judge += [f"--train=train[:{min(100, max(1, round(100 * flags.scale)))}%]"]
+    judge += [f"--train=train[:{max(1, round(100 * flags.scale))}%]"] * (flags.scale < 1)
     main, transfer = ["vit_jax.main"], ["vit_jax.transfer", *judge]
     return {
         "pretrain": [

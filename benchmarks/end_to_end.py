@@ -9,8 +9,9 @@ speed: images a second of the run with data, augmentation, records, evaluation a
 to its last, by the clock on the wall (`whole`; two evaluations and a checkpoint are between), and of its training
 alone, as metrics.jsonl has it (`training`), beside the bare step of the same model and batch, a fixed batch in a loop,
 measured in the same turn by another process.
-`ratio` is whole / bare, the median of the turns' own ratios. --config.SECTION.KEY=VALUE goes to the command; --images
-takes so many images of noise in place of the config's data set. Two JSON lines.
+`training_ratio` is training / bare and `ratio` whole / bare, medians of the turns' own; evaluations, which score the
+whole test split however few the steps are, count in the latter alone. --config.SECTION.KEY=VALUE goes to the command;
+--images takes so many images of noise in place of the config's data set. Two JSON lines.
 """
 
 import argparse
@@ -157,14 +158,17 @@ def speed(command: Command, flags: argparse.Namespace, folder: Path, source: Sou
         training = statistics.median(line["images_per_second"] for _, line in seen[1:] if "images_per_second" in line)
         turns.append((whole, training, alone))
     side.close()
-    ratios = [whole / alone for whole, _, alone in turns]
+    ratios = {"training_ratio": [training / alone for _, training, alone in turns]}
+    ratios |= {"ratio": [whole / alone for whole, _, alone in turns]}
     medians = {
         name: round(statistics.median(turn[place] for turn in turns), 1)
         for place, name in enumerate(("whole", "training", "bare"))
     }
     about = {"device": side.report["device"], "batch_size": batch, "steps": flags.steps}
-    ends = {"ratio_least": round(min(ratios), 3), "ratio_most": round(max(ratios), 3)}
-    return about | medians | {"ratio": round(statistics.median(ratios), 3)} | ends
+    for name, each in ratios.items():
+        medians |= {name: round(statistics.median(each), 3)}
+        medians |= {f"{name}_least": round(min(each), 3), f"{name}_most": round(max(each), 3)}
+    return about | medians
 
 
 def main(arguments: list[str]) -> None:

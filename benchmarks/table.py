@@ -51,6 +51,7 @@ COLUMNS: dict[str, list[tuple[str, str]]] = {
         ("images/s, whole run", "whole"),
         ("training alone", "training"),
         ("bare step", "bare"),
+        ("training / bare", "training_ratio"),
         ("whole / bare", "ratio"),
     ],
     "breakdown": [*MODEL, ("ms a step", "ms"), ("share", "share")],
