@@ -5,9 +5,9 @@
         --config.checkpoint.init_from=augreg-b16-224
     python -m vit_jax.main --config=configs/finetune.py:cifar100,cpu --config.checkpoint.init_from=runs/cifar10-cpu
 
-For an accelerator, and not yet measured, but for `cifar10,cpu` (docs/finetuning.md). The model is the one that init_from
-holds: a run's folder or any file of docs/weights.md. The learning rate is a set's own matter: python -m vit_jax.sweep
-finds it.
+For an accelerator, and not yet measured, but for `cifar10,cpu` (docs/finetuning.md). The model is the one that
+init_from holds: a run's folder or any file of docs/weights.md. The learning rate is a set's own matter: python -m
+vit_jax.sweep finds it.
 
 The argument is a set (cifar10, cifar100, oxford_iiit_pet, oxford_flowers102, imagenet2012, folder), and, with commas
 between them, how:
@@ -79,8 +79,8 @@ def cpu(config: ConfigDict) -> None:
     short(config)
     config.data.image_size = 48
     config.augment.crop_area_least = 0.5
-    # Of .003, .01, .03 and .1, by 1,000 images held out of CIFAR-10, from configs/pretrain.py:cifar100-cpu, 300 steps at
-    # 32 pixels: 48.4, 51.4, 53.6 and 52.3 %.
+    # Of .003, .01, .03 and .1, by 1,000 images held out of CIFAR-10, from configs/pretrain.py:cifar100-cpu, 300 steps
+    # at 32 pixels: 48.4, 51.4, 53.6 and 52.3 %.
     config.optimizer.learning_rate = 0.03
     config.train.update(batch_size=128, evaluation_batch_size=250)
 
