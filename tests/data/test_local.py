@@ -68,7 +68,7 @@ def test_what_is_decoded_when_read_is_what_is_kept_decoded(tree):
 def test_the_second_look_decodes_nothing(tree, monkeypatch, capsys):
     first = load(tree, decoded=False)
     assert "looking through folder train: 16 images, once" in capsys.readouterr().err
-    monkeypatch.setattr(sources.pictures, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("vit_jax.data.images.decode", lambda *_: pytest.fail("decoded again"))
     second = load(tree, decoded=False)
     assert (first.mean, first.labels.tolist()) == (second.mean, second.labels.tolist())
     assert capsys.readouterr().err == ""
@@ -276,7 +276,7 @@ def test_too_few_class_names_are_refused(stored):
 
 
 def test_the_check_of_a_config_reads_folders_without_decoding(tree, monkeypatch):
-    monkeypatch.setattr(sources.pictures, "decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("vit_jax.data.images.decode", lambda *_: pytest.fail("decoded"))
     config = options.default()
     config.data.update(name="folder", dir=str(tree), image_size=8)
     config.train.steps = 1

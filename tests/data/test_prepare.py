@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from vit_jax.data import prepare, sources
+from vit_jax.data import tfds as prepared
 from vit_jax.errors import UserError
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -242,7 +243,7 @@ def test_an_interrupted_prepare_never_looks_finished(stand10, tmp_path, name):
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path), name], capture_output=True, timeout=60)
     assert run.returncode == -getattr(signal, name), run.stderr.decode()
     data_dir = tmp_path / "tfds"
-    assert sources._builder("cifar10", data_dir) is None
+    assert prepared.builder_of("cifar10", data_dir) is None
     for stale in (data_dir / "cifar10").glob("incomplete.*"):
         os.utime(stale, (0, 0))
     prepare.prepare(stand10.archive, data_dir=data_dir, source=stand10.folder)

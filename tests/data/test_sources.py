@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import cache, prepare, sources, splits
+from vit_jax.data import cache, digits, prepare, sources, splits
 from vit_jax.errors import UserError
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -80,7 +80,7 @@ RECORDED_TEST = [9, 6, 6, 0, 6, 9, 3, 6, 5, 1, 9, 8]
 
 def test_digits_are_those_of_scikit_learn_bit_for_bit():
     published = pytest.importorskip("sklearn.datasets").load_digits()
-    train, test = sources.digits_split(published.target)
+    train, test = digits.split(published.target)
     expected = np.floor(published.images * 255 / 16 + 0.5).astype(np.uint8)[..., None]
     for split, indices in (("train", train), ("test", test)):
         source = sources.load("digits", split)
@@ -226,7 +226,7 @@ def test_the_second_load_decodes_nothing_and_slices_copy_nothing(tiny, tmp_path,
     data_dir, _ = tiny
     first = sources.load("tiny", "train", data_dir=data_dir, cache_dir=tmp_path)
     assert "decoding tiny train: 30 images, once; kept in " in capsys.readouterr().err
-    monkeypatch.setattr(sources.pictures, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("vit_jax.data.images.decode", lambda *_: pytest.fail("decoded again"))
     second = sources.load("tiny", "train[10:20]", data_dir=data_dir, cache_dir=tmp_path)
     chex.assert_trees_all_equal(np.asarray(second.images), np.asarray(first.images[10:20]))
     assert (
@@ -270,7 +270,7 @@ def test_a_damaged_cache_is_made_again(tiny, tmp_path, damage):
 
 def test_an_interrupted_decoding_leaves_nothing(tiny, tmp_path, monkeypatch):
     data_dir, _ = tiny
-    monkeypatch.setattr(sources.pictures, "decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("vit_jax.data.images.decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sources.load("tiny", "train", data_dir=data_dir, cache_dir=tmp_path)
     assert not list(tmp_path.glob("*/*"))

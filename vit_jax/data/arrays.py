@@ -4,8 +4,34 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax.data import images, lazy
+from vit_jax.data import folder, images, lazy
+from vit_jax.data.description import LABEL, Description
 from vit_jax.errors import UserError
+
+
+def describe(root: Path, skipped: Path | None) -> Description:
+    """What is known of images and labels in NumPy's files.
+
+    Args:
+        root: their folder.
+        skipped: of no use here: nothing in them can be broken alone.
+
+    Raises:
+        UserError: as `find`; or splits of different channels.
+    """
+    del skipped
+    splits = find(root)
+    shapes = {images.shape[1:] for images, _ in splits.values()}
+    if len({shape[2] for shape in shapes}) > 1:
+        raise UserError(f"data set 'arrays': the splits of {root} differ in their channels: {sorted(shapes)}")
+    shape = shapes.pop() if len(shapes) == 1 else (None, None, shapes.pop()[2])
+    stored = lambda split: records(root, split, *splits[split])  # noqa: E731
+    decode = lambda split, images, labels: lazy.decode_all(stored(split), images, labels)  # noqa: E731
+    sizes = {split: len(labels) for split, (_, labels) in splits.items()}
+    names = class_names(root, splits)
+    files = sorted(path for suffix in ("*.npz", "*.npy") for path in root.glob(suffix))
+    key = f"arrays-{folder.fingerprint(root, [(path.name, 0) for path in files])}"
+    return Description("arrays", sizes, {LABEL: names}, shape, key, decode, stored)
 
 
 def find(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -8,10 +8,34 @@ import sys
 from pathlib import Path
 
 from vit_jax.data import cache, images, lazy
+from vit_jax.data.description import LABEL, Description
 from vit_jax.errors import UserError
 
 SPLITS = ("train", "validation", "val", "test")
 _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError)  # what Pillow raises for bytes it cannot read
+
+
+def describe(root: Path, skipped: Path | None) -> Description:
+    """What is known of a folder of images; RGB whatever the files hold.
+
+    Args:
+        root: the folder.
+        skipped: where lists of broken files are kept, which are then left out; None keeps all.
+
+    Raises:
+        UserError: as `find`; or there are no files.
+    """
+    class_names, files = find(root)
+    if not files:
+        raise UserError(f"data set 'folder': {root} has no files in its classes")
+    key = f"folder-{fingerprint(root, [file for split in files.values() for file in split])}"
+    if skipped is not None:
+        files = {split: whole(root, found, skipped / key / f"{split}-broken.json") for split, found in files.items()}
+        key += "-whole"
+    stored = lambda split: records(root, files[split])  # noqa: E731
+    decode = lambda split, images, labels: lazy.decode_all(stored(split), images, labels)  # noqa: E731
+    sizes = {split: len(found) for split, found in files.items()}
+    return Description("folder", sizes, {LABEL: class_names}, (None, None, 3), key, decode, stored)
 
 
 def find(root: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]]]:

@@ -15,6 +15,7 @@ from jaxtyping import Int32, UInt8
 from vit_jax.data import cache
 
 _CHUNK = 64  # images a thread decodes at a time
+_STRETCH = 256  # the same, where a whole split is decoded for good
 
 Size = tuple[int, int, int]  # height, width, channels
 
@@ -119,6 +120,17 @@ def in_threads(work: Callable, starts: Sequence[int]) -> list:
     """What `work` makes of each, in order, by several threads."""
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         return list(threads.map(work, starts))
+
+
+def decode_all(records: Records, images: np.ndarray, labels: np.ndarray) -> None:
+    """Reads and decodes a whole stored split into `images` and `labels`, with several threads."""
+
+    def work(start: int) -> None:
+        for place in range(start, min(start + _STRETCH, len(labels))):
+            images[place], labels[place] = records.read(place, images.shape[1:])
+
+    # Pillow decodes and resizes without holding the interpreter's lock.
+    in_threads(work, range(0, len(labels), _STRETCH))
 
 
 def _open(folder: Path, count: int) -> Known | None:

@@ -6,28 +6,22 @@ downloaded and prepared at their first use (vit_jax/data/prepare.py).
 """
 
 import dataclasses
-import difflib
 import functools
-import hashlib
 import os
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Int32, Integer, UInt8
 
-from vit_jax.data import arrays, cache, folder, lazy, prepare
-from vit_jax.data import images as pictures
+from vit_jax.data import arrays, cache, digits, folder, lazy, prepare, tfds
 from vit_jax.data import splits as split_expressions
-from vit_jax.data.images import resize_and_crop
+from vit_jax.data.description import LABEL, Description
 from vit_jax.errors import UserError
 
-_NAME = re.compile(r"^(?P<set>\w+)(/[\w.\-]+)?(:(?P<version>[\d.*]+))?$")
-_CHUNK = 256  # examples that one thread reads and decodes at a time
-
 ImageSize = int | tuple[int, int] | None
-LABEL = "label"  # what TFDS calls the label of a set that has one
+LOCAL: dict[str, Callable[[Path, Path | None], Description]] = {"folder": folder.describe, "arrays": arrays.describe}
+SETS: dict[str, Callable[[], Description]] = {"digits": digits.describe}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,33 +96,6 @@ class Source:
             records, stored = self.images.locate(place)
             return records.describe(stored)
         return f"example {place:,} of {self.name} {self.split}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What is known of a set before anything of it is decoded.
-
-    Attributes:
-        name: the set.
-        sizes: the examples of each stored split.
-        labels: the class names of each kind of label.
-        shape: height, width and channels; height and width are None where images differ in size.
-        key: the folder in the cache, which changes when the stored set does; None for a set that needs no cache.
-        decode: decode(split, images, labels) fills arrays of a whole stored split with its images, at their size, and
-            the labels of the kind `label`.
-        records: records(split) are its examples as they are stored; None for a set that is always kept decoded.
-        read_labels: read_labels(split, kind, labels) fills an array with the labels of another kind; None where there
-            is none.
-    """
-
-    name: str
-    sizes: Mapping[str, int]
-    labels: Mapping[str, tuple[str, ...]]
-    shape: tuple[int | None, int | None, int]
-    key: str | None
-    decode: Callable[[str, np.ndarray, np.ndarray], None]
-    records: Callable[[str], lazy.Records] | None = None
-    read_labels: Callable[[str, str, np.ndarray], None] | None = None
 
 
 def load(
@@ -304,7 +271,7 @@ def _data_dir(name: str, data_dir: str | os.PathLike | None) -> Path:
 def _missing_archive(name: str, data_dir: Path) -> prepare.Archive | None:
     """The archive to prepare `name` from, where there is one and the set is not prepared yet."""
     archive = prepare.ARCHIVES.get(name)
-    return archive if archive and _builder(name, data_dir) is None else None
+    return archive if archive and tfds.builder_of(name, data_dir) is None else None
 
 
 def _describe(name: str, data_dir: Path, skipped: Path | None) -> Description:
@@ -313,7 +280,7 @@ def _describe(name: str, data_dir: Path, skipped: Path | None) -> Description:
         return SETS[name]()
     if name in LOCAL:
         return LOCAL[name](data_dir, skipped)
-    return describe_tfds(name, data_dir)
+    return tfds.describe(name, data_dir, SETS)
 
 
 def _target_size(description: Description, image_size: ImageSize) -> tuple[int, int]:
@@ -341,236 +308,3 @@ def _stored_split(description: Description, split: str, size: tuple[int, int], r
         return cache.in_memory(shape, fill)
     folder = root / description.key / f"{split}-{size[0]}x{size[1]}"
     return cache.open_or_make(folder, shape, fill, title=f"{description.name} {split}")
-
-
-# --- digits ---------------------------------------------------------------------------------------------------------
-
-
-def describe_digits() -> Description:
-    """The 1,797 handwritten digits of scikit-learn (UCI optdigits), 8x8 grey pixels: 1,437 to train and 360 to test."""
-    with np.load(Path(__file__).with_name("digits.npz")) as stored:
-        digits, labels = stored["images"], stored["labels"]
-    train, test = digits_split(labels)
-    chosen = {"train": train, "test": test}
-
-    def decode(split: str, images_out: np.ndarray, labels_out: np.ndarray) -> None:
-        scaled = np.rint(digits[chosen[split]] * (255 / 16)).astype(np.uint8)[..., None]  # pixels are stored as 0 to 16
-        images_out[:] = np.stack([resize_and_crop(image, images_out.shape[1:3]) for image in scaled])
-        labels_out[:] = labels[chosen[split]]
-
-    def read_labels(split: str, kind: str, labels_out: np.ndarray) -> None:
-        labels_out[:] = labels[chosen[split]] % 2  # of the kinds besides `label` there is this one alone
-
-    sizes = {split: len(indices) for split, indices in chosen.items()}
-    names = {LABEL: tuple("0123456789"), "parity": ("even", "odd")}
-    return Description("digits", sizes, names, (8, 8, 1), None, decode, read_labels=read_labels)
-
-
-def digits_split(
-    labels: Integer[np.ndarray, " examples"], tests: int = 360
-) -> tuple[Integer[np.ndarray, " train"], Integer[np.ndarray, " test"]]:
-    """The indices of the train and the test split of `digits`: stratified, shuffled, and fixed for ever.
-
-    Philox with key 0, a stream of 64-bit numbers that NumPy promises not to change, gives each example a first number,
-    then each a second one. The examples of a class with the lowest first numbers are the test split: a class of n has
-    n * tests / examples of them, rounded down, and one more where the remainder is among the largest, until there are
-    `tests`. Both splits are ordered by the second numbers, so that any slice of them is a random sample.
-    """
-    first, second = np.random.Philox(key=0).random_raw(2 * len(labels)).reshape(2, -1)
-    quotas, remainders = np.divmod(np.bincount(labels) * tests, len(labels))
-    quotas[np.argsort(-remainders, kind="stable")[: tests - quotas.sum()]] += 1
-    by_first = np.argsort(first, kind="stable")
-    is_test = np.zeros(len(labels), bool)
-    for label, quota in enumerate(quotas):
-        is_test[by_first[labels[by_first] == label][:quota]] = True
-    by_second = np.argsort(second, kind="stable")
-    return by_second[~is_test[by_second]], by_second[is_test[by_second]]
-
-
-# --- TensorFlow Datasets --------------------------------------------------------------------------------------------
-
-
-def describe_tfds(name: str, data_dir: Path) -> Description:
-    """A prepared image-classification set of TFDS, with 8-bit `image` and `label`, in array_record files.
-
-    Raises:
-        UserError: unknown, not prepared, prepared as something else, damaged, or without such features.
-    """
-    builder = _builder(name, data_dir)
-    if builder is None:
-        raise _not_prepared(name, data_dir)
-    image, labels = _features(name, builder)
-    stored = {split: info for split, info in builder.info.splits.items() if info.num_examples}
-    missing = [path for info in stored.values() for path in info.filepaths if not path.exists()]
-    if missing:
-        raise UserError(f"data set {name!r}: {missing[0]} is missing.\nRemove {builder.data_dir} and prepare it again.")
-    sizes = {split: info.num_examples for split, info in stored.items()}
-    key = f"{builder.info.full_name.replace('/', '_')}-{_fingerprint(builder)}"
-    records = functools.cache(functools.partial(_records, builder))
-    decode = lambda split, images, labels: _decode_all(records(split), images, labels)  # noqa: E731
-    read_labels = functools.partial(_read_labels, builder)
-    return Description(name, sizes, labels, image.shape, key, decode, records, read_labels)
-
-
-def _builder(name: str, data_dir: Path):
-    """TFDS's reader of a prepared set, made from its files alone; None where nothing is prepared."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import read_only_builder
-    from tensorflow_datasets.core.registered import DatasetNotFoundError
-
-    if not _NAME.match(name):
-        raise UserError(f"data set {name!r}: a name is written name, name/config or name/config:version.")
-    try:
-        builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
-    except DatasetNotFoundError:
-        return None
-    except Exception as error:  # TFDS raises many kinds for files that it cannot understand
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"data set {name!r}: cannot be read from {data_dir}: {reason}") from error
-    array_record = tfds.core.FileFormat.ARRAY_RECORD
-    if array_record not in builder.info.available_file_formats():
-        raise _wrong_format(name, builder)
-    builder.info.set_file_format(array_record, override=True, override_if_initialized=True)
-    return builder
-
-
-def _wrong_format(name: str, builder) -> UserError:
-    base = _NAME.match(name)["set"]
-    way_out = f"With TensorFlow, once: tfds build {name} --file_format=array_record --data_dir=NEW, then copy it there"
-    if base in prepare.ARCHIVES:
-        way_out = f"Move that folder away, then run: python -m vit_jax.data.prepare {base}"
-    found = builder.info.file_format.value
-    return UserError(
-        f"data set {name!r}: {builder.data_dir} holds {found} files; array_record is needed.\n{way_out},\n"
-        "or give another folder as config.data.dir."
-    )
-
-
-def _features(name: str, builder):
-    """The feature `image`, checked to be of the kind that is read here, and the class names of each label there is."""
-    import tensorflow_datasets as tfds
-
-    features = dict(builder.info.features.items())
-    image, label = (features.get(key) for key in ("image", "label"))
-    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-        raise UserError(
-            f"data set {name!r}: features `image` (an image) and `label` (a class) are needed.\n"
-            f"It has: {', '.join(sorted(features))}."
-        )
-    if image.np_dtype != np.uint8 or len(image.shape) != 3 or image.shape[-1] not in (1, 3, 4):
-        raise UserError(
-            f"data set {name!r}: its images are {image.np_dtype} of shape {image.shape}; "
-            "8-bit images of 1, 3 or 4 channels are needed."
-        )
-    kinds = {key: value for key, value in features.items() if isinstance(value, tfds.features.ClassLabel)}
-    return image, {key: tuple(kinds[key].names) for key in (LABEL, *(key for key in kinds if key != LABEL))}
-
-
-def _not_prepared(name: str, data_dir: Path) -> UserError:
-    import tensorflow_datasets as tfds
-
-    base = _NAME.match(name)["set"]
-    known = tfds.list_builders(with_community_datasets=False)
-    if base in prepare.ARCHIVES:  # here only with a config or a version, as the plain name is prepared at its use
-        return UserError(f"data set {name!r}: not prepared in {data_dir}; give the plain name {base!r}.")
-    if base in known:
-        return UserError(
-            f"data set {name!r}: not prepared in {data_dir}.\n"
-            f"On any machine with TensorFlow, once: tfds build {name} --file_format=array_record\n"
-            f"then copy the folder ~/tensorflow_datasets/{base} from there into {data_dir} (config.data.dir)."
-        )
-    own = [entry.name for entry in data_dir.iterdir() if entry.is_dir()] if data_dir.is_dir() else []
-    near = difflib.get_close_matches(base, sorted({*known, *own, *SETS}), n=4)
-    return UserError(
-        f"data set {name!r}: not known to TFDS, and not prepared in {data_dir} (config.data.dir).\n"
-        + (f"Nearest known names: {', '.join(near)}." if near else "Known: digits, cifar10, cifar100 and TFDS's sets.")
-    )
-
-
-def _fingerprint(builder) -> str:
-    """Twelve characters that change when the prepared files do."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(builder.data_dir).iterdir()):
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-def _records(builder, split: str) -> lazy.Records:
-    import tensorflow_datasets as tfds
-
-    stored = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record")
-    set_name = builder.info.full_name
-
-    def read(place: int, size: lazy.Size):
-        try:
-            example = stored[place]
-            return pictures.decode(example["image"], size), example["label"]
-        except Exception as error:  # array_record, protobuf and Pillow raise many kinds for damaged bytes
-            raise UserError(
-                f"data set {set_name}: cannot read example {place:,} of {split}: {str(error).partition(chr(10))[0]}.\n"
-                f"Remove {builder.data_dir} and prepare it again."
-            ) from error
-
-    return lazy.Records(len(stored), read, lambda place: f"example {place:,} of {set_name} {split}")
-
-
-def _decode_all(records: lazy.Records, images: np.ndarray, labels: np.ndarray) -> None:
-    """Reads and decodes a whole stored split into `images` and `labels`, with several threads."""
-
-    def work(start: int) -> None:
-        for place in range(start, min(start + _CHUNK, len(labels))):
-            images[place], labels[place] = records.read(place, images.shape[1:])
-
-    # Pillow decodes and resizes without holding the interpreter's lock.
-    lazy.in_threads(work, range(0, len(labels), _CHUNK))
-
-
-def _read_labels(builder, split: str, kind: str, labels: np.ndarray) -> None:
-    """Reads the labels of one kind of a whole stored split; no image is decoded."""
-    import tensorflow_datasets as tfds
-
-    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record")
-    for start in range(0, len(labels), _CHUNK):
-        places = list(range(start, min(start + _CHUNK, len(labels))))
-        labels[places] = [example[kind] for example in records.__getitems__(places)]
-
-
-# --- folders of images, and NumPy's files ---------------------------------------------------------------------------
-
-
-def describe_folder(root: Path, skipped: Path | None) -> Description:
-    """A folder of images, see `vit_jax.data.folder`; RGB whatever the files hold."""
-    class_names, files = folder.find(root)
-    if not files:
-        raise UserError(f"data set 'folder': {root} has no files in its classes")
-    key = f"folder-{folder.fingerprint(root, [file for split in files.values() for file in split])}"
-    if skipped is not None:
-        files = {
-            split: folder.whole(root, found, skipped / key / f"{split}-broken.json") for split, found in files.items()
-        }
-        key += "-whole"
-    records = lambda split: folder.records(root, files[split])  # noqa: E731
-    decode = lambda split, images, labels: _decode_all(records(split), images, labels)  # noqa: E731
-    sizes = {split: len(found) for split, found in files.items()}
-    return Description("folder", sizes, {LABEL: class_names}, (None, None, 3), key, decode, records)
-
-
-def describe_arrays(root: Path, skipped: Path | None) -> Description:
-    """Images and labels in NumPy's files, see `vit_jax.data.arrays`."""
-    splits = arrays.find(root)
-    shapes = {images.shape[1:] for images, _ in splits.values()}
-    if len({shape[2] for shape in shapes}) > 1:
-        raise UserError(f"data set 'arrays': the splits of {root} differ in their channels: {sorted(shapes)}")
-    shape = shapes.pop() if len(shapes) == 1 else (None, None, shapes.pop()[2])
-    records = lambda split: arrays.records(root, split, *splits[split])  # noqa: E731
-    decode = lambda split, images, labels: _decode_all(records(split), images, labels)  # noqa: E731
-    sizes = {split: len(labels) for split, (_, labels) in splits.items()}
-    names = arrays.class_names(root, splits)
-    files = sorted(path for suffix in ("*.npz", "*.npy") for path in root.glob(suffix))
-    key = f"arrays-{folder.fingerprint(root, [(path.name, 0) for path in files])}"
-    return Description("arrays", sizes, {LABEL: names}, shape, key, decode, records)
-
-
-LOCAL: dict[str, Callable[[Path, Path | None], Description]] = {"folder": describe_folder, "arrays": describe_arrays}
-SETS: dict[str, Callable[[], Description]] = {"digits": describe_digits}
