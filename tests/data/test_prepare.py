@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vit_jax.data import prepare, sources
+from vit_jax.data import archives, prepare, sources
 from vit_jax.data import tfds as prepared
 from vit_jax.errors import UserError
 
@@ -37,7 +37,7 @@ NAMES = {
 class Stand:
     """A small archive in CIFAR's form: its description, its extracted folder, the packed file, and its records."""
 
-    archive: prepare.Archive
+    archive: archives.Archive
     folder: Path
     packed: Path
     records: dict[str, np.ndarray]
@@ -45,7 +45,7 @@ class Stand:
 
 def make_stand(root, name, records_a_file=7):
     """Writes random records in the form of the set `name`; sizes and SHA-256 are put in place of the published ones."""
-    published = prepare.ARCHIVES[name]
+    published = archives.ARCHIVES[name]
     rng = np.random.default_rng(0)
     folder = root / published.folder
     folder.mkdir(parents=True)
@@ -103,7 +103,7 @@ def assert_prepared(stand, data_dir):
 
 
 def test_sizes_and_checksums_are_those_that_tfds_publishes():
-    for name, archive in prepare.ARCHIVES.items():
+    for name, archive in archives.ARCHIVES.items():
         (url,) = tfds.builder(name, data_dir="/nowhere").url_infos.items()
         assert (archive.url, archive.size, archive.sha256) == (url[0], int(url[1].size), url[1].checksum)
 
@@ -202,7 +202,7 @@ def test_an_archive_with_a_member_missing_is_named(stand10, tmp_path):
     stand10.packed.write_bytes(buffer.getvalue())
     sums = {"size": len(buffer.getvalue()), "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
     with pytest.raises(UserError, match=r"has no data_batch_1\.bin"):
-        prepare.read_files(dataclasses.replace(stand10.archive, **sums), stand10.packed)
+        archives.read_files(dataclasses.replace(stand10.archive, **sums), stand10.packed)
 
 
 def test_files_of_another_format_are_not_taken_for_prepared(stand10, tmp_path):
@@ -306,7 +306,7 @@ def served(stand10):
 
 def test_download_then_prepare(served, tmp_path, monkeypatch, capsys):
     stand, handler = served
-    monkeypatch.setitem(prepare.ARCHIVES, "cifar10", stand.archive)
+    monkeypatch.setitem(archives.ARCHIVES, "cifar10", stand.archive)
     sources.check("cifar10", ["train[:50%]", "test"], data_dir=tmp_path / "tfds")
     assert handler.asked == [] and not (tmp_path / "tfds").exists()
     source = sources.load("cifar10", "train", data_dir=tmp_path / "tfds", cache_dir=tmp_path / "cache")
@@ -319,7 +319,7 @@ def test_download_then_prepare(served, tmp_path, monkeypatch, capsys):
 
 def test_a_bad_split_is_known_before_the_download(served, tmp_path, monkeypatch):
     stand, handler = served
-    monkeypatch.setitem(prepare.ARCHIVES, "cifar10", stand.archive)
+    monkeypatch.setitem(archives.ARCHIVES, "cifar10", stand.archive)
     for function, split in ((sources.load, "valid"), (sources.check, ["train", "valid"])):
         with pytest.raises(UserError, match="no split 'valid'"):
             function("cifar10", split, data_dir=tmp_path)
@@ -331,11 +331,11 @@ def test_an_interrupted_download_goes_on(served, tmp_path, ranges):
     stand, handler = served
     handler.limit, handler.ranges = 1000, ranges
     with pytest.raises(UserError, match=rf"stopped at 1,000 of {stand.archive.size:,} bytes(.|\n)*--from") as caught:
-        prepare.download(stand.archive, tmp_path)
+        archives.download(stand.archive, tmp_path)
     assert str(caught.value).count("\n") < 3
     assert [path.name for path in tmp_path.glob("*.gz*")] == ["cifar-10-binary.tar.gz.part"]
     handler.limit = None
-    path = prepare.download(stand.archive, tmp_path)
+    path = archives.download(stand.archive, tmp_path)
     assert path.read_bytes() == handler.content
     assert handler.asked == [None, "bytes=1000-"]
     assert [path.name for path in tmp_path.glob("*.gz*")] == ["cifar-10-binary.tar.gz"]
@@ -348,17 +348,17 @@ def test_other_bytes_than_the_published_ones_are_refused(served, tmp_path, conte
     stand, handler = served
     right, handler.content = handler.content, content(handler.content)
     with pytest.raises(UserError, match=r"is not the published file(.|\n)*--from"):
-        prepare.download(stand.archive, tmp_path)
+        archives.download(stand.archive, tmp_path)
     assert not list(tmp_path.glob("*.gz*"))
     handler.content = right
-    assert prepare.download(stand.archive, tmp_path).exists()
+    assert archives.download(stand.archive, tmp_path).exists()
 
 
 def test_a_refusal_by_the_server_is_told(served, tmp_path):
     stand, handler = served
     handler.status = 404
     with pytest.raises(UserError, match=r"cannot be downloaded from http://127.0.0.1.*404(.|\n)*--from"):
-        prepare.download(stand.archive, tmp_path)
+        archives.download(stand.archive, tmp_path)
 
 
 @pytest.mark.parametrize("function", [sources.load, sources.check])
@@ -366,7 +366,7 @@ def test_no_connection_is_told_with_the_way_out(stand10, tmp_path, monkeypatch, 
     with socket.socket() as closed:  # a port that nobody listens on
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/cifar-10-binary.tar.gz"
-        monkeypatch.setitem(prepare.ARCHIVES, "cifar10", dataclasses.replace(stand10.archive, url=url))
+        monkeypatch.setitem(archives.ARCHIVES, "cifar10", dataclasses.replace(stand10.archive, url=url))
         with pytest.raises(UserError, match=rf"{url}(.|\n)*--from") as caught:
             function("cifar10", "train" if function is sources.load else ["train"], data_dir=tmp_path)
     assert str(caught.value).count("\n") < 3
@@ -381,7 +381,7 @@ def test_a_name_server_that_does_not_answer_is_not_waited_for(stand10, monkeypat
 
     monkeypatch.setattr(socket, "create_connection", connect)
     with pytest.raises(UserError, match=r"no answer from 127\.0\.0\.1"):
-        prepare.check_reachable(stand10.archive, timeout=0.2)
+        archives.check_reachable(stand10.archive, timeout=0.2)
     answer.set()  # only now: it was given up before any answer came
 
 
@@ -437,7 +437,7 @@ assert "tensorflow" not in sys.modules
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_tfds_in_a_fresh_process_reads_the_real_set(tmp_path, name):
-    archive = prepare.ARCHIVES[name]
+    archive = archives.ARCHIVES[name]
     prepare.prepare(archive, data_dir=tmp_path, source=Path(REAL))
     files = [str(Path(REAL) / archive.folder / file) for file in archive.members]
     arguments = [sys.executable, "-c", FRESH, name, ",".join(files), str(len(archive.label_keys))]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import cache, digits, prepare, sources, splits
+from vit_jax.data import archives, cache, digits, prepare, sources, splits
 from vit_jax.errors import UserError
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -431,7 +431,7 @@ def test_version_and_data_dir_are_honoured(tiny, tmp_path, monkeypatch):
     ],
 )
 def test_cifar_is_all_there(tmp_path, name, mean, std):
-    prepare.prepare(prepare.ARCHIVES[name], data_dir=tmp_path, source=Path(REAL))
+    prepare.prepare(archives.ARCHIVES[name], data_dir=tmp_path, source=Path(REAL))
     train = sources.load(name, "train", data_dir=tmp_path, cache_dir=tmp_path / "cache")
     test = sources.load(name, "test", data_dir=tmp_path, cache_dir=tmp_path / "cache")
     classes = len(train.class_names)

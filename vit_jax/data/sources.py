@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int32, Integer, UInt8
 
-from vit_jax.data import arrays, cache, digits, folder, lazy, prepare, tfds
+from vit_jax.data import archives, arrays, cache, digits, folder, lazy, prepare, tfds
 from vit_jax.data import splits as split_expressions
 from vit_jax.data.description import LABEL, Description
 from vit_jax.errors import UserError
@@ -247,8 +247,8 @@ def check(
         for split in splits:
             split_expressions.parse(split, archive.sizes)
         _check_labels(name, archive.label_keys, labels)
-        prepare.check_reachable(archive)
-        return (*_size(prepare.SHAPE, image_size), prepare.SHAPE[2])
+        archives.check_reachable(archive)
+        return (*_size(archives.SHAPE, image_size), archives.SHAPE[2])
     description = _describe(name, data_dir, None)
     _check_labels(name, description.labels, labels)
     size = _target_size(description, image_size)
@@ -268,9 +268,9 @@ def _data_dir(name: str, data_dir: str | os.PathLike | None) -> Path:
     return prepare.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
 
 
-def _missing_archive(name: str, data_dir: Path) -> prepare.Archive | None:
+def _missing_archive(name: str, data_dir: Path) -> archives.Archive | None:
     """The archive to prepare `name` from, where there is one and the set is not prepared yet."""
-    archive = prepare.ARCHIVES.get(name)
+    archive = archives.ARCHIVES.get(name)
     return archive if archive and tfds.builder_of(name, data_dir) is None else None
 
 

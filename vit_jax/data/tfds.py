@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vit_jax.data import archives, lazy
 from vit_jax.data import images as pictures
-from vit_jax.data import lazy, prepare
 from vit_jax.data.description import LABEL, Description
 from vit_jax.errors import UserError
 
@@ -74,7 +74,7 @@ def builder_of(name: str, data_dir: Path):
 def _wrong_format(name: str, builder) -> UserError:
     base = _NAME.match(name)["set"]
     way_out = f"With TensorFlow, once: tfds build {name} --file_format=array_record --data_dir=NEW, then copy it there"
-    if base in prepare.ARCHIVES:
+    if base in archives.ARCHIVES:
         way_out = f"Move that folder away, then run: python -m vit_jax.data.prepare {base}"
     found = builder.info.file_format.value
     return UserError(
@@ -108,7 +108,7 @@ def _not_prepared(name: str, data_dir: Path, others: Collection[str]) -> UserErr
 
     base = _NAME.match(name)["set"]
     known = tfds.list_builders(with_community_datasets=False)
-    if base in prepare.ARCHIVES:  # here only with a config or a version, as the plain name is prepared at its use
+    if base in archives.ARCHIVES:  # here only with a config or a version, as the plain name is prepared at its use
         return UserError(f"data set {name!r}: not prepared in {data_dir}; give the plain name {base!r}.")
     if base in known:
         return UserError(

@@ -1,0 +1,283 @@
+"""The published archives of CIFAR-10 and CIFAR-100: downloaded, verified, and read."""
+
+import dataclasses
+import hashlib
+import http.client
+import os
+import socket
+import sys
+import tarfile
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from vit_jax.errors import UserError
+
+SHAPE = (32, 32, 3)  # height, width and channels of every image of the archives
+_STALL_SECONDS = 30  # a download that brings nothing for so long has ended
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """A published archive of 32x32 images in CIFAR's binary form, and how its parts are recognised.
+
+    A record is one byte for each of `label_keys`, then 3,072 bytes: planes of 32x32 pixels, red, green, blue.
+
+    Attributes:
+        name: the set's name in TFDS.
+        url, size, sha256: of the archive; bytes.
+        folder: the folder inside the archive.
+        members: the SHA-256 of each file of records.
+        splits: which files of records make up each split, in order.
+        label_keys: the names of the label bytes, in order.
+        label_files: for each of `label_keys`, the file of its class names, one a line.
+        sizes: the examples of each split.
+    """
+
+    name: str
+    url: str
+    size: int
+    sha256: str
+    folder: str
+    members: Mapping[str, str]
+    splits: Mapping[str, tuple[str, ...]]
+    label_keys: tuple[str, ...]
+    label_files: tuple[str, ...]
+    sizes: Mapping[str, int]
+
+    @property
+    def filename(self) -> str:
+        """The last part of the url."""
+        return self.url.rpartition("/")[2]
+
+
+ARCHIVES = {
+    "cifar10": Archive(
+        name="cifar10",
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        size=170_052_171,
+        sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+        folder="cifar-10-batches-bin",
+        members={
+            "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+            "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+            "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+            "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+            "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+            "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+        },
+        splits={"train": tuple(f"data_batch_{k}.bin" for k in range(1, 6)), "test": ("test_batch.bin",)},
+        label_keys=("label",),
+        label_files=("batches.meta.txt",),
+        sizes={"train": 50_000, "test": 10_000},
+    ),
+    "cifar100": Archive(
+        name="cifar100",
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        size=168_513_733,
+        sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+        folder="cifar-100-binary",
+        members={
+            "train.bin": "f31298fc616915fa142368359df1c4ca2ae984d6915ca468b998a5ec6aeebf29",
+            "test.bin": "d8b1e6b7b3bee4020055f0699b111f60b1af1e262aeb93a0b659061746f8224a",
+        },
+        splits={"train": ("train.bin",), "test": ("test.bin",)},
+        label_keys=("coarse_label", "label"),
+        label_files=("coarse_label_names.txt", "fine_label_names.txt"),
+        sizes={"train": 50_000, "test": 10_000},
+    ),
+}
+
+
+# --- reading what was published -------------------------------------------------------------------------------------
+
+
+def read_files(archive: Archive, source: Path) -> dict[str, bytes]:
+    """The verified files of records and the files of class names, from the archive or from a folder.
+
+    Raises:
+        UserError: `source` or one of the files is missing, is truncated or otherwise damaged, or is the Python version.
+    """
+    source = source.expanduser()
+    if not source.exists():
+        raise UserError(f"{archive.name}: there is no {source}.\n{what_is_wanted(archive)}")
+    if source.is_dir():
+        inner = source / archive.folder
+        if not inner.is_dir() and (source / archive.filename).is_file():
+            return read_files(archive, source / archive.filename)
+        source = inner if inner.is_dir() else source
+        read = _folder_reader(source)
+    else:
+        if "python" in source.name:
+            raise _python_version(archive, source)
+        verify(archive, source)
+        read = _archive_reader(archive, source)
+    return {file: _read_file(archive, source, file, read) for file in (*archive.members, *archive.label_files)}
+
+
+def _folder_reader(folder: Path) -> Callable[[str], bytes | None]:
+    return lambda file: (folder / file).read_bytes() if (folder / file).is_file() else None
+
+
+def _archive_reader(archive: Archive, path: Path) -> Callable[[str], bytes | None]:
+    wanted = {f"{archive.folder}/{file}": file for file in (*archive.members, *archive.label_files)}
+    try:
+        with tarfile.open(path) as tar:
+            found = {wanted[m.name]: tar.extractfile(m).read() for m in tar if m.name in wanted and m.isfile()}
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{archive.name}: {path} is damaged: {error}.\n{what_is_wanted(archive)}") from error
+    return found.get
+
+
+def _read_file(archive: Archive, source: Path, file: str, read: Callable[[str], bytes | None]) -> bytes:
+    data = read(file)
+    if data is None:
+        if source.is_dir() and any((source / name).exists() for name in ("data_batch_1", "meta", "batches.meta")):
+            raise _python_version(archive, source)
+        if source.is_dir() and any((source / name).is_dir() for name in ("cifar-10-batches-py", "cifar-100-python")):
+            raise _python_version(archive, source)
+        raise UserError(f"{archive.name}: {source} has no {file}.\n{what_is_wanted(archive)}")
+    expected = archive.members.get(file)
+    if expected and hashlib.sha256(data).hexdigest() != expected:
+        raise UserError(
+            f"{archive.name}: {file} in {source} is truncated or damaged ({len(data):,} bytes; its SHA-256 is not "
+            f"the published one).\n{what_is_wanted(archive)}"
+        )
+    return data
+
+
+def verify(archive: Archive, path: Path) -> None:
+    """Raises UserError unless the file has the size and the SHA-256 of the published archive."""
+    size = path.stat().st_size
+    if size != archive.size:
+        raise UserError(
+            f"{archive.name}: {path} has {size:,} bytes where {archive.size:,} were published: "
+            f"{'truncated' if size < archive.size else 'another file'}.\n{what_is_wanted(archive)}"
+        )
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != archive.sha256:
+        raise UserError(
+            f"{archive.name}: {path} is damaged: its SHA-256 is {found[:12]}..., that of the published file "
+            f"{archive.sha256[:12]}...\n{what_is_wanted(archive)}"
+        )
+
+
+def _python_version(archive: Archive, source: Path) -> UserError:
+    return UserError(
+        f"{archive.name}: {source} is the Python (pickle) version; {archive.filename} is wanted: {archive.url}"
+    )
+
+
+def what_is_wanted(archive: Archive) -> str:
+    """The last lines of a message to someone whose files will not do."""
+    return f"Wanted: {archive.filename} from {archive.url}\nor the folder {archive.folder} extracted from it."
+
+
+# --- downloading ----------------------------------------------------------------------------------------------------
+
+
+def check_reachable(archive: Archive, timeout: float = 2.0) -> None:
+    """Raises UserError unless the host of the archive (or the proxy towards it) accepts a connection in `timeout` s."""
+    url = urllib.parse.urlsplit(archive.url)
+    proxy = urllib.request.getproxies().get(url.scheme)
+    if proxy and not urllib.request.proxy_bypass(url.hostname):
+        url = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    address = (url.hostname, url.port or (80 if url.scheme == "http" else 443))
+    outcome: list[OSError | None] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection(address, timeout=timeout).close()
+            outcome.append(None)
+        except OSError as error:
+            outcome.append(error)
+
+    # In a thread, because looking up the host's name obeys no timeout.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout + 0.1)
+    if not outcome or outcome[0] is not None:
+        raise _unreachable(archive, f"no answer from {address[0]}" if not outcome else outcome[0])
+
+
+def download(archive: Archive, folder: Path) -> Path:
+    """Downloads the archive to `folder`, or goes on with a download that was interrupted; verifies it.
+
+    Raises:
+        UserError: no connection, a refusal by the server, an interruption, or other bytes than those published.
+    """
+    path = folder / archive.filename
+    if path.exists():
+        verify(archive, path)
+        return path
+    check_reachable(archive)
+    part = path.with_name(path.name + ".part")
+    print(f"downloading {archive.url}, {archive.size / 1e6:,.0f} MB, to {path}", file=sys.stderr, flush=True)
+    try:
+        _fetch(archive, part)
+    except urllib.error.HTTPError as error:
+        raise _unreachable(archive, f"the server answers {error.code} {error.reason}") from error
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise _interrupted(archive, part, getattr(error, "reason", error)) from error
+    if part.stat().st_size < archive.size:
+        raise _interrupted(archive, part, "the connection was closed")
+    try:
+        verify(archive, part)
+    except UserError:
+        part.unlink()
+        raise _another_file(archive) from None
+    os.replace(part, path)
+    return path
+
+
+def _fetch(archive: Archive, part: Path) -> None:
+    """Appends to `part` what is missing of the archive, with one line of progress on a terminal."""
+    have = part.stat().st_size if part.exists() else 0
+    if have >= archive.size:
+        return
+    headers = {"User-Agent": "vit_jax"} | ({"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(urllib.request.Request(archive.url, headers=headers), timeout=_STALL_SECONDS) as reply:
+        resumed = reply.status == 206 and (reply.headers["Content-Range"] or "").startswith(f"bytes {have}-")
+        have = have if resumed else 0
+        if reply.headers["Content-Length"] and int(reply.headers["Content-Length"]) != archive.size - have:
+            raise _another_file(archive)
+        with part.open("ab" if resumed else "wb") as file:
+            # One byte too many is enough to know that it is another file.
+            while have <= archive.size and (block := reply.read(2**20)):
+                file.write(block)
+                have += len(block)
+                if sys.stderr.isatty():
+                    print(f"\r{have / 1e6:,.0f} of {archive.size / 1e6:,.0f} MB", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+
+def _from_command(archive: Archive) -> str:
+    return f"python -m vit_jax.data.prepare {archive.name} --from {archive.filename}"
+
+
+def _unreachable(archive: Archive, reason: object) -> UserError:
+    return UserError(
+        f"{archive.name}: not prepared yet, and cannot be downloaded from {archive.url}: {reason}.\n"
+        f"Get that file on any machine, then run:\n{_from_command(archive)}"
+    )
+
+
+def _another_file(archive: Archive) -> UserError:
+    return UserError(
+        f"{archive.name}: what {archive.url} sends is not the published file: its size or SHA-256 differs.\n"
+        f"Run it again later, or get that file elsewhere and run:\n{_from_command(archive)}"
+    )
+
+
+def _interrupted(archive: Archive, part: Path, reason: object) -> UserError:
+    have = part.stat().st_size if part.exists() else 0
+    return UserError(
+        f"{archive.name}: the download from {archive.url} stopped at {have:,} of {archive.size:,} bytes: {reason}.\n"
+        f"Run it again to go on from there, or get that file elsewhere and run:\n{_from_command(archive)}"
+    )
