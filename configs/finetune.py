@@ -5,15 +5,15 @@
         --config.checkpoint.init_from=augreg-b16-224
     python -m vit_jax.main --config=configs/finetune.py:cifar100,cpu --config.checkpoint.init_from=runs/cifar10-cpu
 
-For an accelerator, and not yet measured, but for `cifar10,cpu` (docs/finetuning.md). The model is the one that
-init_from holds: a run's folder or any file of docs/weights.md. The learning rate is a set's own matter: python -m
-vit_jax.sweep finds it.
+For an accelerator, but for `cpu`; measured is `cifar10,cpu` alone, at 32 pixels (docs/finetuning.md). The model is the
+one that init_from holds: a run's folder or any file of docs/weights.md. The learning rate is a set's own matter:
+python -m vit_jax.sweep finds it.
 
 The argument is a set (cifar10, cifar100, oxford_iiit_pet, oxford_flowers102, imagenet2012, folder), and, with commas
 between them, how:
 
     short   500 steps, where the set has more
-    cpu     500 steps of 128 images at 48 pixels, for models that were trained at 32
+    cpu     500 steps of 128 images at 48 pixels and a rate of 0.03, for small models that were trained at 32
     probe   the head alone is trained, on a backbone that stays as it is
     adamw   AdamW with layer-wise decay of the rate and strong augmentation (arXiv 2111.06377, table 9)
 """

@@ -170,6 +170,8 @@ def _computed(flags: argparse.Namespace, wanted: "Settings") -> Parts:
     splits, kinds = (flags.train, flags.test), (flags.label,)
     # Any size will do for now: which one it is, only the backbone tells.
     *_, channels = sources.check(name, splits, data_dir=data_dir, image_size=flags.image_size or 1, labels=kinds)
+    if flags.normalize is not None:
+        normalization.constants(flags.normalize, channels, "--normalize")
     fitted = {"image_size": flags.image_size, "channels": channels}
     asked = {"step": commands.step_of(flags.step), "pooling": flags.pooling}
     asked["pre_logits"] = flags.label if flags.pre_logits else None

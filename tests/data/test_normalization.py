@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from vit_jax.data import normalization, sources
@@ -10,6 +12,8 @@ def test_by_name():
     assert normalization.of_source("half", digits) == ((0.5,), (0.5,))
     assert normalization.constants("half", 3) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert normalization.constants("set", 3) is None
+    features = dataclasses.replace(digits, mean=(), std=())
+    assert normalization.of_source("imagenet", features) == ((), ())
     # As torchvision and timm have them.
     assert normalization.constants("imagenet", 3) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

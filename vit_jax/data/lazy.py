@@ -1,4 +1,4 @@
-"""Splits that are not kept decoded: their images are decoded each time they are read."""
+"""Examples as they are stored: decoded each time they are read, or a whole split at once."""
 
 import concurrent.futures
 import dataclasses

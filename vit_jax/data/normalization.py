@@ -35,9 +35,11 @@ def constants(name: str, channels: int, option: str = OPTION) -> Statistics | No
 
 
 def of_source(name: str, source: Source, option: str = OPTION) -> Statistics:
-    """The same for the images of a source, whose own are 'set'.
+    """As `constants`; for 'set' the mean and standard deviation of the source. Of stored features nothing: they have none.
 
     Raises:
         UserError: as `constants`.
     """
+    if not source.mean:  # what was normalised are the images that the features are of
+        return source.mean, source.std
     return constants(name, len(source.mean), option) or (source.mean, source.std)

@@ -1,8 +1,8 @@
 """From the name of a data set to a `Source`: its images and labels as arrays of 8-bit integers on the host.
 
-`digits` lies inside the package. Every other name is a set of TensorFlow Datasets (TFDS), prepared as array_record
-files and read without TensorFlow: decoded once, kept on disk, memory-mapped from then on. CIFAR-10 and CIFAR-100 are
-downloaded and prepared at their first use (vit_jax/data/prepare.py).
+`digits` lies inside the package; `folder` and `arrays` are files of your own. Every other name is a set of TensorFlow
+Datasets (TFDS), prepared as array_record files and read without TensorFlow: decoded once, kept on disk, memory-mapped
+from then on. CIFAR-10 and CIFAR-100 are downloaded (archives.py) and prepared (prepare.py) at their first use.
 """
 
 import dataclasses

@@ -291,12 +291,15 @@ def of_file(
         raise UserError(f"{file} has {model.classes} classes, and {len(names)} names are given\n  give a name a class")
     if report.image_size is None:
         raise UserError(f"{file} does not tell the size of its images\n  give it: image_size, in pixels")
+    if normalize is not None and normalize not in normalization.CONSTANTS:
+        allowed = ", ".join(normalization.CONSTANTS)
+        raise UserError(f"normalize is {normalize!r}, and there is no data set\n  allowed: {allowed}")
     normalize = normalize or report.normalization
     statistics = normalization.constants(normalize, report.channels, "normalize")
     if statistics is None:
         raise UserError(
             f"{file} is of images that were normalised by their data set, which is not here\n"
-            "  predict with --workdir of its run; or give normalize, half or imagenet"
+            "  predict by its run, --workdir, which an average has none of; or give normalize, half or imagenet"
         )
     shape = (*report.image_size, report.channels)
     augment = Augment(*statistics, dtype=model.dtype)
