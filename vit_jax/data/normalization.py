@@ -35,7 +35,7 @@ def constants(name: str, channels: int, option: str = OPTION) -> Statistics | No
 
 
 def of_source(name: str, source: Source, option: str = OPTION) -> Statistics:
-    """As `constants`; for 'set' the mean and standard deviation of the source. Of stored features nothing: they have none.
+    """As `constants`; for 'set' the mean and standard deviation of the source. Of stored features, nothing.
 
     Raises:
         UserError: as `constants`.

@@ -299,7 +299,7 @@ def of_file(
     if statistics is None:
         raise UserError(
             f"{file} is of images that were normalised by their data set, which is not here\n"
-            "  predict by its run, --workdir, which an average has none of; or give normalize, half or imagenet"
+            "  predict with --workdir of a run; or give normalize, half or imagenet"
         )
     shape = (*report.image_size, report.channels)
     augment = Augment(*statistics, dtype=model.dtype)
