@@ -125,6 +125,9 @@ def test_the_model_and_the_normalisation_are_those_of_the_run_to_start_from(tmp_
     found = models.build(config.model, classes=10, dtype="float32")
     assert found == made.clone(stochastic_depth=0.2, pre_logits=None)
     assert config.data.normalization == "set"
+    assert config.model.position_grid is None  # what images the run had, nothing says
+    (tmp_path / "data.json").write_text('{"image_shape": [8, 8, 1]}')
+    assert commands.make_config("configs/finetune.py:cifar10", given).model.position_grid == 8 // made.patch_size
     assert options.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
 
 

@@ -76,6 +76,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "position": Option("learned", str, "position embedding; see docs/models.md"),
         "position_at": Option(None, str, "where it acts: input, layers or shared; None: where its kind usually does"),
         "position_width": Option(0, int, "channels it is concatenated in; 0: it is added", least=0),
+        "position_grid": Option(
+            None, int, "patches a side of the grid that sincos_2d is of; None: as the images have", least=1
+        ),
         "mlp": Option("gelu", str, "MLP of the blocks: gelu or swiglu"),
         "gelu": Option("tanh", str, "form of the GELU: tanh or exact"),
         "qkv_bias": Option(True, bool, "queries, keys and values have a bias"),

@@ -49,6 +49,17 @@ def test_sinusoidal_follows_its_formula(randomise):
     np.testing.assert_array_equal(added[0], np.concatenate([np.zeros((3, 8)), sinusoidal(12, 8)]).astype(np.float32))
 
 
+def test_sine_cosine_2d_keeps_the_coordinates_of_another_grid():
+    np.testing.assert_array_equal(sine_cosine_2d(4, 4, 8, side=4), sine_cosine_2d(4, 4, 8))
+    # Twelve rows and six columns where eight of each were: centres 2/3 of a row and 4/3 of a column apart.
+    made = sine_cosine_2d(12, 6, 8, side=8).reshape(12, 6, 4, 2)
+    for row, column in ((0, 0), (11, 5), (7, 2)):
+        right, down = (column + 0.5) * 4 / 3 - 0.5, (row + 0.5) * 2 / 3 - 0.5
+        np.testing.assert_allclose(
+            made[row, column, :, 0], np.array([f(x) for x in (right, down) for f in (np.sin, np.cos)]), atol=1e-6
+        )
+
+
 def test_sine_cosine_2d_follows_its_formula(randomise):
     table = sine_cosine_2d(3, 4, 12)
     for patch in range(12):

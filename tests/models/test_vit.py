@@ -139,6 +139,8 @@ WRONG = [
     ({"position": "sincos_2d", "position_width": 8, "position_at": "shared"}, "at the input can be concatenated"),
     ({"position": "sincos_2d", "position_width": 16}, "position_width is 16: it must be below the width, 16"),
     ({"position": "sincos_2d", "position_width": 6}, "must be a multiple of 4 wide, not 6"),
+    ({"position": "learned", "position_grid": 8}, "position_grid is 8 and position is 'learned'"),
+    ({"position": "sincos_2d", "position_grid": 0}, "position_grid is 0 .* at least 1"),
     ({"position": "learned_2d", "width": 15, "heads": 3}, "must be a multiple of 2 wide, not 15"),
     ({"position": "rotary", "width": 18, "heads": 6}, "6 heads of a width of 18 have 3: no number of heads would do"),
     ({"position": "rotary", "width": 24, "heads": 4}, r"have 6: \[1, 2, 3, 6\] heads would"),

@@ -7,7 +7,7 @@ import pytest
 from vit_jax import checkpoints as checkpoints_command
 from vit_jax import convert, weights
 from vit_jax.errors import UserError
-from vit_jax.training import checkpoint, masked, model, optimizer, state
+from vit_jax.training import checkpoint, inputs, masked, model, optimizer, state
 from vit_jax.weights import own
 from vit_jax.weights.save import flattened
 
@@ -50,7 +50,7 @@ def workdir(tmp_path_factory, make_config):
 
 def test_the_names_that_training_has(workdir):
     assert (own.FOLDER, own.METRIC, own.LOSS) == (checkpoint.FOLDER, checkpoint.METRIC, checkpoint.LOSS)
-    assert own.BACKBONE == masked.BACKBONE
+    assert own.BACKBONE == masked.BACKBONE and own.INPUTS == inputs.FILE
     assert own.recognise(workdir[0]) and not own.recognise(workdir[0].parent)
 
 
@@ -101,6 +101,20 @@ def test_averaged_parameters_of_any_model_for_any_images(tmp_path, make_config, 
     images = np.ones((1, 16, 8, 1), np.float32)
     assert np.array_equal(helpers.outputs(found, parameters, images), np.zeros((1, 2)))
     assert any(row.detail == "grid 4x4 -> 8x4" for row in report.rows) == (fields.get("position") != "rotary")
+
+
+def test_fixed_positions_keep_the_grid_that_was_trained_on(make_config, tmp_path):
+    config, made, one = start(make_config, seed=0, model={"position": "sincos_2d"})
+    with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(one, {"config": config.to_dict()})
+    assert weights.load(tmp_path, image_size=16)[0] == made  # nothing says what it was trained on
+    (tmp_path / own.INPUTS).write_text('{"image_shape": [8, 8, 1]}')
+    assert weights.load(tmp_path)[0] == weights.load(tmp_path, image_size=8)[0] == made
+    assert weights.load(tmp_path, image_size=16)[0] == made.clone(position_grid=4)
+    report = weights.load_into(tmp_path, made, 16, 1)[1]
+    assert any("config.model.position_grid=4 keeps them" in note for note in report.notes)
+    report = weights.load_into(tmp_path, made.clone(position_grid=4), 16, 1)[1]
+    assert not any("position_grid" in note for note in report.notes)
 
 
 @pytest.fixture(scope="module", params=[{}, {"scan": True, "optimizer": {"average_decay": 0.9}}], ids=str)

@@ -105,6 +105,10 @@ def _check_position(model: "VisionTransformer") -> None:
             )
         if model.position_width >= model.width:
             raise ValueError(f"position_width is {model.position_width}: it must be below the width, {model.width}")
+    if model.position_grid is not None and (model.position != "sincos_2d" or model.position_grid < 1):
+        raise ValueError(
+            f"position_grid is {model.position_grid} and {name}: at least 1, and with 'sincos_2d' alone; or None"
+        )
     width = model.position_width or model.width
     if width % kind.width_multiple:
         raise ValueError(f"{name}, whose table must be a multiple of {kind.width_multiple} wide, not {width}")

@@ -40,6 +40,7 @@ class Place:
         width: of the table's rows.
         head_size: channels of a query.
         heads: attention heads.
+        grid: rows and columns (equally many) of the grid whose coordinates the patches have; None for their own.
     """
 
     rows: int
@@ -49,6 +50,7 @@ class Place:
     width: int
     head_size: int
     heads: int
+    grid: int | None = None
 
     @property
     def extra(self) -> int:
@@ -132,14 +134,18 @@ class Sinusoidal(Position):
 
 
 class SineCosine2d(Position):
-    """Sines and cosines of column and row (arXiv 2104.02057, section 4; 2205.01580)."""
+    """Sines and cosines of column and row (arXiv 2104.02057, section 4; 2205.01580).
+
+    With `place.grid` the patches stand where they would on a grid of that size, so that a model which has learned from
+    one sees no coordinates that are new to it: what resampling is to a learned table.
+    """
 
     fixed = True
     width_multiple = 4
 
     def __call__(self) -> Terms:
         place = self.place
-        return Terms(table=_for_tokens(sine_cosine_2d(place.rows, place.columns, place.width), place))
+        return Terms(table=_for_tokens(sine_cosine_2d(place.rows, place.columns, place.width, place.grid), place))
 
 
 class Relative(Position):
@@ -196,12 +202,15 @@ def sinusoidal(count: int, width: int) -> Float[np.ndarray, "count width"]:
     return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(count, width).astype(np.float32)
 
 
-def sine_cosine_2d(rows: int, columns: int, width: int) -> Float[np.ndarray, "patches width"]:
+def sine_cosine_2d(rows: int, columns: int, width: int, side: int | None = None) -> Float[np.ndarray, "patches width"]:
     """A quarter each: sine and cosine of the column, sine and cosine of the row, at frequencies from 1 to 1/10000.
 
-    This is big_vision's form, whose frequencies end at 1/10000 itself; MoCo v3's stop one step short of it.
+    This is big_vision's form, whose frequencies end at 1/10000 itself; MoCo v3's stop one step short of it. Rows and
+    columns are counted from 0; with `side`, their centres are brought to those of a grid of side x side.
     """
     row, column = (axis.ravel() for axis in np.mgrid[:rows, :columns])
+    if side is not None:
+        row, column = ((axis + 0.5) * side / count - 0.5 for axis, count in ((row, rows), (column, columns)))
     frequencies = 10_000.0 ** -np.linspace(0, 1, width // 4)
     right, down = np.outer(column, frequencies), np.outer(row, frequencies)
     return np.concatenate([np.sin(right), np.cos(right), np.sin(down), np.cos(down)], axis=1).astype(np.float32)

@@ -30,6 +30,7 @@ STEM_WIDTH = 64  # of all of them
 # Options of a config that are fields of the model under the same name, and change its parameters or its function.
 PLAIN = (
     *("registers", "pooling", "position", "position_at", "position_width", "mlp", "gelu", "qkv_bias", "qk_norm"),
+    "position_grid",
     *("layer_scale", "parallel", "layer_norm_epsilon", "norm_after_pooling"),
 )
 

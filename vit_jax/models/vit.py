@@ -51,6 +51,8 @@ class VisionTransformer(nn.Module):
             layer, the same); None for where the kind usually does: 'input' for tables, 'layers' for the last two.
         position_width: 0 where a table is added to the tokens; else so many of a token's `width` channels, the last,
             hold the (fixed) table, concatenated to an embedding of the patch in the other width - position_width.
+        position_grid: patches a side of the grid whose coordinates 'sincos_2d' has, whatever the images' own is
+            (that of training, say); None for the images' own.
         mlp: 'gelu', or 'swiglu' (of a gate and an MLP as wide as `mlp_width` each).
         gelu: 'tanh' or 'exact'.
         qkv_bias: whether queries, keys and values have a bias.
@@ -103,6 +105,7 @@ class VisionTransformer(nn.Module):
     attention_kernel: str = "plain"
     product_dtype: Dtype | None = None
     head_bias: float = 0.0
+    position_grid: int | None = None
 
     def __post_init__(self) -> None:
         # Models are arguments of compiled functions, and so have to be hashable.
@@ -168,7 +171,8 @@ class VisionTransformer(nn.Module):
 
     def _place(self, grid: tuple[int, int]) -> Place:
         width = self.position_width or self.width
-        return Place(*grid, int(self.class_token), self.registers, width, self.width // self.heads, self.heads)
+        size = self.width // self.heads
+        return Place(*grid, int(self.class_token), self.registers, width, size, self.heads, self.position_grid)
 
     def _join(self, tokens: jax.Array, positions: Terms) -> jax.Array:
         """The concatenated position, where there is one, then class token and registers before the patches."""

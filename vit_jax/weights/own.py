@@ -12,7 +12,7 @@ import numpy as np
 from vit_jax import integrity
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.vit import VisionTransformer, token_grid
 from vit_jax.weights import files
 from vit_jax.weights import rules as forms
 from vit_jax.weights.describe import Choices, Description, check_names, few, pixels_of_a_patch
@@ -27,6 +27,7 @@ AVERAGE = "an average of our own checkpoints"
 FOLDER = "checkpoints"
 METRIC, LOSS = "validation/accuracy", "validation/loss"
 STATE = "state"
+INPUTS = "data.json"
 BACKBONE = "backbone"
 WRITTEN = "_CHECKPOINT_METADATA"
 SEALED = "vit_jax.parameters"  # key of what stands in the header of a file of ours: config, steps and digests
@@ -66,7 +67,19 @@ def describe(path: Path, step: int | str | None) -> tuple[Description, Mapping[s
     step = _step(folder, named if step is None else step)
     kind, parameters, others, config = _read(folder, step)
     notes = (f"the {'averaged ' if kind == 'averaged' else ''}parameters of step {step}",)
-    return _description(LABEL, parameters, kind, others, config, notes), parameters
+    size = _image_size(folder.parent, config)
+    return _description(LABEL, parameters, kind, others, config, notes, size), parameters
+
+
+def _image_size(workdir: Path, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the images that a run was trained on, where it tells."""
+    side = (config.get("data") or {}).get("image_size")
+    if side is not None:
+        return side, side
+    try:
+        return tuple(json.loads((workdir / INPUTS).read_text())["image_shape"][:2])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _read(folder: Path, step: int) -> tuple[str, dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
@@ -142,7 +155,8 @@ def describe_file(stored: Stored) -> tuple[Description, Mapping[str, np.ndarray]
     if changed:
         raise UserError(f"the file is damaged: {few(changed)} not as written")
     notes = (f"the mean of the parameters of steps {few(map(str, content['steps']))}",)
-    return _description(AVERAGE, parameters, KIND, {}, content["config"], notes), parameters
+    size = _image_size(Path(), content["config"])
+    return _description(AVERAGE, parameters, KIND, {}, content["config"], notes, size), parameters
 
 
 def _beside(path: Path) -> dict[str, Any]:
@@ -199,6 +213,7 @@ def _description(
     others: Mapping[str, Any],
     config: Mapping[str, Any],
     notes: tuple[str, ...],
+    image_size: tuple[int, int] | None,
 ) -> Description:
     # Pre-training has the model inside another module.
     inside = any(name.startswith(f"{kind}/{BACKBONE}/") for name in parameters)
@@ -246,7 +261,16 @@ def _description(
         notes,
         head_name=labels,
         normalization=(config.get("data") or {}).get("normalization", "set"),
+        fixed_grid=_fixed_grid(model, image_size),
     )
+
+
+def _fixed_grid(model: VisionTransformer, image_size: tuple[int, int] | None) -> int | None:
+    """Patches a side, where the model's positions are sines and cosines of a square grid's rows and columns."""
+    if model.position != "sincos_2d" or model.position_grid is not None or image_size is None:
+        return model.position_grid
+    rows, columns = token_grid(model, image_size)
+    return rows if rows == columns else None
 
 
 def _of_pretraining(name: str) -> str:

@@ -78,12 +78,13 @@ def _with_table(
     if image_size is None:
         raise UserError(f"position {kind!r} becomes a table of one image size: give image_size=(height, width)")
     grid = token_grid(model, image_size)
-    place = Place(*grid, int(model.class_token), 0, model.width, model.width // model.heads, model.heads)
+    size = model.width // model.heads
+    place = Place(*grid, int(model.class_token), 0, model.width, size, model.heads, model.position_grid)
     own = {path.removeprefix("positions/"): array for path, array in flat.items() if path.startswith("positions/")}
     table = POSITIONS[kind](place).apply({"params": own}).table
     rest = {path: array for path, array in flat.items() if not path.startswith("positions/")}
     note = f"position {kind!r} is written as the table that it is for images of {image_size[0]}x{image_size[1]}"
-    return model.clone(position="learned"), {**rest, "positions/table": np.asarray(table)}, (note,)
+    return model.clone(position="learned", position_grid=None), {**rest, "positions/table": np.asarray(table)}, (note,)
 
 
 def format_of(path: Path, to: str | None = None) -> str:
