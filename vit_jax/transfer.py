@@ -177,7 +177,6 @@ def _computed(flags: argparse.Namespace, wanted: "Settings") -> Parts:
     asked["pre_logits"] = flags.label if flags.pre_logits else None
     backbone = representation.load(flags.init, **asked, **fitted)
     normalize = flags.normalize or backbone.normalization
-    normalization.constants(normalize, channels, "--normalize")
     size = flags.image_size or backbone.image_size or trained_size
     loaded = [sources.load(name, split, data_dir=data_dir, image_size=size, labels=kinds) for split in splits]
     transfer.check(wanted, loaded[0].labels, loaded[0].class_names)

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from vit_jax.data.sources import LABEL, LabelSet, Source
+from vit_jax.data.description import LABEL
+from vit_jax.data.sources import LabelSet, Source
 from vit_jax.errors import UserError
 
 SUFFIX = ".npz"

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from vit_jax.data.sources import LABEL
+from vit_jax.data.description import LABEL
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import losses
 from vit_jax.training.objective import Objective, last_split

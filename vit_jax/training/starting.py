@@ -36,7 +36,6 @@ def take_model(config: ConfigDict) -> None:
     config.model.variant = found.pop("variant")
     if found["pooling"] == "none":  # the head that read every token goes
         found["pooling"] = options.OPTIONS["model"]["pooling"].default
-    found["position_grid"] = description.fixed_grid  # images may have another grid here
     for key, value in found.items():
         if config.model[key] == options.OPTIONS["model"][key].default:
             config.model[key] = value

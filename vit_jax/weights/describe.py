@@ -46,8 +46,6 @@ class Description:
         head_name: what its only head classifies, where that is known: the name it has beside others.
         normalization: of the images it was trained on, as `config.data.normalization` names it; of files of others,
             what Google's and most of timm's had.
-        fixed_grid: patches a side of the images it was trained on, where that is known and its positions are sines and
-            cosines of rows and columns: another grid is stretched to it.
     """
 
     label: str
@@ -62,7 +60,6 @@ class Description:
     head_refusal: str | None = None
     head_name: str | None = None
     normalization: str = "half"
-    fixed_grid: int | None = None
 
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of the images that the table of positions is for."""

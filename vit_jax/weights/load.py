@@ -74,8 +74,6 @@ def load(path_or_name: str | os.PathLike, **overrides: Any) -> tuple[VisionTrans
             )
         model = _overridden(description.model, overrides)
         size = pair(overrides.get("image_size")) or description.image_size()
-        if size is not None and _on_another_grid(description, model, size):
-            model = model.clone(position_grid=description.fixed_grid)
         channels = overrides.get("channels", description.channels)
         # A new head is one linear layer: what stands before the old one goes with it.
         if not _same_head(description, model):
@@ -123,11 +121,9 @@ def load_into(
             for name in FUNCTION
             if getattr(theirs, name) != getattr(model, name)
         )
-        if model.position_grid is None and _on_another_grid(description, model, pair(image_size)):
-            side = description.fixed_grid
-            notes += (
-                f"its positions are those of {side}x{side} patches: config.model.position_grid={side} keeps them",
-            )
+        side = theirs.position_grid
+        if model.position_grid is None and side not in (None, *token_grid(model, pair(image_size))):
+            notes += (f"its positions are of {side}x{side} patches: config.model.position_grid={side} keeps them",)
         description = dataclasses.replace(description, notes=(*description.notes, *notes))
         return _take(source, description, arrays, model, pair(image_size), channels, seed, new_head)
 
@@ -211,12 +207,6 @@ def _check_told(description: Description, overrides: Mapping[str, Any]) -> None:
     for name in TOLD:
         if name in overrides and name not in decided and getattr(description.model, name) != overrides[name]:
             raise UserError(f"{name} is {overrides[name]!r}, but the file tells: {getattr(description.model, name)!r}")
-
-
-def _on_another_grid(description: Description, model: VisionTransformer, size: tuple[int, int]) -> bool:
-    """Whether the file's fixed positions are known to be of another grid than the model has for images of that size."""
-    side = description.fixed_grid
-    return side is not None and token_grid(model, size) != (side, side)
 
 
 def _overridden(model: VisionTransformer, overrides: Mapping[str, Any]) -> VisionTransformer:

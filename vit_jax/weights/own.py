@@ -78,7 +78,7 @@ def _image_size(workdir: Path, config: Mapping[str, Any]) -> tuple[int, int] | N
         return side, side
     try:
         return tuple(json.loads((workdir / INPUTS).read_text())["image_shape"][:2])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -224,6 +224,7 @@ def _description(
         section = {key: value for key, value in config["model"].items() if key != "attention_kernel"}
         fields = variants.fields_of_options(section)
         model = VisionTransformer(classes=_classes(shapes), **{**fields, "scan": False})
+        model = _with_grid(model, image_size)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"its config describes no model of this version: {error}") from None
     kernel = shapes.get("embedding/projection/kernel", (0,))
@@ -261,16 +262,15 @@ def _description(
         notes,
         head_name=labels,
         normalization=(config.get("data") or {}).get("normalization", "set"),
-        fixed_grid=_fixed_grid(model, image_size),
     )
 
 
-def _fixed_grid(model: VisionTransformer, image_size: tuple[int, int] | None) -> int | None:
-    """Patches a side, where the model's positions are sines and cosines of a square grid's rows and columns."""
+def _with_grid(model: VisionTransformer, image_size: tuple[int, int] | None) -> VisionTransformer:
+    """The model, bound to the (square) grid that it was trained on where its positions are computed from one."""
     if model.position != "sincos_2d" or model.position_grid is not None or image_size is None:
-        return model.position_grid
+        return model
     rows, columns = token_grid(model, image_size)
-    return rows if rows == columns else None
+    return model.clone(position_grid=rows) if rows == columns else model
 
 
 def _of_pretraining(name: str) -> str:
