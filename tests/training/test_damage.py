@@ -98,8 +98,9 @@ def damage_and_restore(saved, folder, kind, seed):
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_no_damage_is_loaded_silently(saved, tmp_path, kind):
-    outcomes = collections.Counter(damage_and_restore(saved, tmp_path / "copy", kind, seed) for seed in range(5))
-    assert outcomes["older"] + outcomes["refused"] >= 1, outcomes
+    """Up to two of three meet bytes that no restore needs, by the storage's choice: forty in a row do not."""
+    outcomes = (damage_and_restore(saved, tmp_path / "copy", kind, seed) for seed in range(40))
+    assert any(outcome != "same" for outcome in outcomes)
 
 
 @pytest.mark.slow
