@@ -1,5 +1,8 @@
+import errno
+import gc
 import math
 import os
+import resource
 import tempfile
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from vit_jax.errors import UserError
-from vit_jax.training.checkpoint import METRIC, Checkpoints
+from vit_jax.training.checkpoint import METRIC, Checkpoints, SaveFailed
 from vit_jax.training.state import TrainState
 
 # With VIT_JAX_TEST_THOROUGH=1 all of them; in CI a part, for its time.
@@ -75,6 +78,27 @@ def test_the_newest_and_the_best_are_kept(trained, tmp_path, scores, kept, best)
     with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:
         assert checkpoints.steps() == kept
         assert checkpoints.best() == (best and (best, scores[best - 1]))
+
+
+def test_a_save_that_the_disk_refuses_is_told_of_in_a_line(trained, tmp_path, capfd, caplog):
+    """A limit on the size of files is a disk that refuses, by the system itself."""
+    _, state = trained
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            checkpoints.save(state, {})
+            with pytest.raises(SaveFailed) as failed:
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert str(failed.value) == f"[Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}"
+        assert checkpoints.steps() == [] and list(checkpoints.folder.iterdir()) == []
+        checkpoints.save(state, {})
+        checkpoints.wait()
+        chex.assert_trees_all_equal(state, checkpoints.restore(abstract(state)))
+    gc.collect()  # tasks whose errors nobody took speak when they go
+    assert "".join(capfd.readouterr()) + caplog.text == ""
 
 
 def test_a_step_that_is_not_there_is_said(trained, tmp_path):

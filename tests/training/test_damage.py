@@ -1,6 +1,7 @@
 """Checkpoints that were damaged on the disk: none is loaded without a word."""
 
 import collections
+import gc
 import json
 import os
 import random
@@ -125,6 +126,17 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_told_of(saved, tmp_path):
     assert int(state.step) == 2
     assert (tmp_path / "run" / DAMAGED / "3").is_dir()
     assert len(told) == 1 and "checkpoints/3 is damaged: " in told[0] and "set aside in " in told[0]
+
+
+def test_of_a_damaged_checkpoint_no_more_is_printed_than_that_line(saved, tmp_path, capfd, caplog):
+    source, _, like = saved
+    shutil.copytree(source, tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints" / "3" / "state").rglob("d/*"):
+        file.write_bytes(b"x" * file.stat().st_size)
+    with Checkpoints(tmp_path / "run", say=lambda line: None) as checkpoints:
+        assert int(checkpoints.restore_newest(like).step) == 2
+    gc.collect()  # tasks whose errors nobody took speak when they go
+    assert "".join(capfd.readouterr()) + caplog.text == ""
 
 
 def test_where_all_are_damaged_nothing_is_started_anew(saved, tmp_path):

@@ -1,11 +1,39 @@
 """The one door to Orbax: arrays, and what stands beside them, to a folder and back."""
 
 import contextlib
+import functools
+import logging
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+
+# What Orbax and asyncio log of arrays that could not be read or written, in words that only this has.
+_OF_ORBAX = re.compile(
+    r"Failed to get metadata for checkpointable|_SignalingThread\.run\(\) raised|never retrieved.*(orbax|zarr|OCDBT)",
+    re.DOTALL,
+)
+
+
+@functools.cache
+def _hush() -> None:
+    """Keeps off the screen what Orbax leaves behind where a read or a write fails: who asked for it says so in a line.
+
+    Its other reads go on, find their event loop closed or raise what nobody takes, and each thread that a failed write
+    goes through logs it: hundreds of lines of tracebacks, some of them long after.
+    """
+    unraisable = sys.unraisablehook
+
+    def of_others(report: Any) -> None:
+        if str(report.exc_value) != "Event loop is closed":
+            unraisable(report)
+
+    sys.unraisablehook = of_others
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not _OF_ORBAX.search(record.getMessage()))
 
 
 @contextlib.contextmanager
@@ -13,6 +41,7 @@ def _alone() -> Iterator[Any]:
     """Orbax, reading in this process by itself: nobody waits at its barriers for one that has found damage."""
     from orbax.checkpoint import v1 as ocp
 
+    _hush()
     if jax.process_count() == 1:
         yield ocp
         return
@@ -31,6 +60,7 @@ def write(path: Path, arrays: dict[str, Any], beside: dict[str, Any]) -> None:
     """
     from orbax.checkpoint import v1 as ocp
 
+    _hush()
     ocp.save_checkpointables(path, {"state": arrays}, custom_metadata=beside)
 
 

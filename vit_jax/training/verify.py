@@ -1,5 +1,7 @@
 """Whether a checkpoint is what was written, and that of the model at hand."""
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,4 +56,8 @@ def one_line(error: BaseException) -> str:
     """What an error says, in one line of bearable length."""
     while error.__cause__ is not None:  # what the outer ones only wrap
         error = error.__cause__
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = " ".join(str(error).split())
+    number = re.search(r"\[os_error_code='(\d+)'\]", text)  # TensorStore's, behind lines of paths
+    if number:
+        text = str(OSError(int(number[1]), os.strerror(int(number[1]))))
+    return text[:200] or type(error).__name__
