@@ -66,8 +66,8 @@ case "${1:-}" in
 test)
     shift
     cd "$root"
-    # Two at a time, each a file: one of them mostly compiles, on one core.
-    exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
+    # Two at a time, each a file: one of them mostly compiles, on one core. tests/conftest.py sorts the files.
+    exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
     ;;
 *) exec "$venv/bin/python" -m vit_jax.main "$@" ;;
 esac

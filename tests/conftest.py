@@ -1,6 +1,7 @@
 """Before any test: eight host devices, no TensorFlow, and every shape annotation of vit_jax checked as it is called."""
 
 import atexit
+import collections
 import importlib.util
 import os
 import shutil
@@ -46,6 +47,27 @@ install_import_hook("vit_jax", "typechecker.check")
 import pytest  # noqa: E402
 
 GOLDENS = "VIT_JAX_TEST_GOLDENS"
+IMAGES = "VIT_JAX_TEST_DATA"
+# These run longest, the longest first: a worker that finds one of them last leaves the other idle.
+LONG = (
+    "tests/test_reliability.py",
+    "tests/test_cifar10.py",
+    "tests/test_finetune.py",
+    "tests/training/test_resuming.py",
+    "tests/test_benchmarks.py",
+    "tests/test_main.py",
+    "tests/training/test_seeds.py",
+    "tests/training/test_pretraining.py",
+    "tests/training/test_cluster.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Sorts the files by what they cost: those named above, then those of many tests."""
+    many = collections.Counter(item.path for item in items)
+    long = {ROOT / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: (long.get(item.path, len(LONG)), -many[item.path], item.path))
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +76,26 @@ def goldens() -> Path:
     folder = Path(os.environ.get(GOLDENS, Path(__file__).resolve().parents[2] / "shared" / "goldens"))
     if not (folder / "params_token.npz").is_file():
         pytest.skip(f"no reference numbers in {folder}: name their folder in {GOLDENS}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images() -> Path:
+    """The folder with the extracted archives of CIFAR-10 and CIFAR-100."""
+    if IMAGES not in os.environ:
+        pytest.skip(f"{IMAGES} names no folder with the extracted CIFAR archives")
+    return Path(os.environ[IMAGES])
+
+
+@pytest.fixture(scope="session")
+def real_sets(images, tmp_path_factory) -> Path:
+    """A data folder with CIFAR-10 and CIFAR-100, prepared from the published files; all workers share it."""
+    from vit_jax.data import archives, prepare
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "sets"
+    for name in ("cifar10", "cifar100"):
+        prepare.prepare(archives.ARCHIVES[name], data_dir=folder, source=images)  # one waits while another prepares
     return folder
 
 

@@ -21,8 +21,6 @@ from vit_jax.data import tfds as prepared
 from vit_jax.errors import UserError
 
 tfds = pytest.importorskip("tensorflow_datasets")
-REAL = os.environ.get("VIT_JAX_TEST_DATA")
-needs_real = pytest.mark.skipif(not REAL, reason="VIT_JAX_TEST_DATA names no folder with the extracted CIFAR archives")
 
 NAMES = {
     "cifar10": {"batches.meta.txt": ["airplane", *(f"class{k}" for k in range(9))]},
@@ -420,29 +418,28 @@ raw = sys.argv[2].split(",")
 for split, files in (("train", raw[:-1]), ("test", raw[-1:])):
     rows = np.concatenate([np.fromfile(file, np.uint8).reshape(-1, int(sys.argv[3]) + 3072) for file in files])
     assert len(read[split]) == len(rows) == {"train": 50000, "test": 10000}[split]
-    seen = set()
-    for example in read[split]:
+    seen, places = set(), range(0, len(rows), 5)
+    for place in places:
+        example = read[split][place]
         name, _, index = example["id"].decode().partition("_")
         row = rows[int(index)]
         assert (name, len(index)) == (split, 5) and example["label"] == row[int(sys.argv[3]) - 1]
         assert (example["image"].transpose(2, 0, 1).ravel() == row[-3072:]).all()
         seen.add(int(index))
-    assert len(seen) == len(rows)
+    assert len(seen) == len(places)
 print(",".join(tfds.builder(sys.argv[1]).info.features["label"].names))
 assert "tensorflow" not in sys.modules
 """
 
 
-@needs_real
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_tfds_in_a_fresh_process_reads_the_real_set(tmp_path, name):
+def test_tfds_in_a_fresh_process_reads_the_real_set(images, real_sets, name):
     archive = archives.ARCHIVES[name]
-    prepare.prepare(archive, data_dir=tmp_path, source=Path(REAL))
-    files = [str(Path(REAL) / archive.folder / file) for file in archive.members]
+    files = [str(images / archive.folder / file) for file in archive.members]
     arguments = [sys.executable, "-c", FRESH, name, ",".join(files), str(len(archive.label_keys))]
-    environment = {**os.environ, "TFDS_DATA_DIR": str(tmp_path)}
+    environment = {**os.environ, "TFDS_DATA_DIR": str(real_sets)}
     run = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr
-    expected = (Path(REAL) / archive.folder / archive.label_files[-1]).read_text().split()
+    expected = (images / archive.folder / archive.label_files[-1]).read_text().split()
     assert run.stdout.strip().split(",") == expected and len(expected) == {"cifar10": 10, "cifar100": 100}[name]

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import archives, cache, digits, prepare, sources, splits
+from vit_jax.data import cache, digits, sources, splits
 from vit_jax.errors import UserError
 
 tfds = pytest.importorskip("tensorflow_datasets")
-REAL = os.environ.get("VIT_JAX_TEST_DATA")
-needs_real = pytest.mark.skipif(not REAL, reason="VIT_JAX_TEST_DATA names no folder with the extracted CIFAR archives")
 
 
 def write_tfds(
@@ -421,7 +419,6 @@ def test_version_and_data_dir_are_honoured(tiny, tmp_path, monkeypatch):
 # --- real CIFAR ---
 
 
-@needs_real
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mean", "std"),
@@ -430,10 +427,9 @@ def test_version_and_data_dir_are_honoured(tiny, tmp_path, monkeypatch):
         ("cifar100", (0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615)),
     ],
 )
-def test_cifar_is_all_there(tmp_path, name, mean, std):
-    prepare.prepare(archives.ARCHIVES[name], data_dir=tmp_path, source=Path(REAL))
-    train = sources.load(name, "train", data_dir=tmp_path, cache_dir=tmp_path / "cache")
-    test = sources.load(name, "test", data_dir=tmp_path, cache_dir=tmp_path / "cache")
+def test_cifar_is_all_there(real_sets, tmp_path, name, mean, std):
+    train = sources.load(name, "train", data_dir=real_sets, cache_dir=tmp_path)
+    test = sources.load(name, "test", data_dir=real_sets, cache_dir=tmp_path)
     classes = len(train.class_names)
     assert np.bincount(train.labels).tolist() == [50_000 // classes] * classes
     assert np.bincount(test.labels).tolist() == [10_000 // classes] * classes
