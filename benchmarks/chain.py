@@ -24,7 +24,7 @@ SEEDS = 3
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="length of every part, relative (default: 1)")
+    parser.add_argument("--scale", type=float, default=1.0, help="length of every part; below 1, of the sets too")
     parser.add_argument("--workdir", default="runs/chain", help="where the runs go (default: %(default)s)")
     parser.add_argument("--data_dir", help="of TFDS; default: TFDS_DATA_DIR or ~/tensorflow_datasets")
     parser.add_argument("--source", default="cifar100", help="the set to pre-train on (default: %(default)s)")
@@ -36,11 +36,15 @@ def parts(flags: argparse.Namespace) -> dict[str, list[str]]:
     """The commands, by name, in order."""
     folder, scaled = Path(flags.workdir), lambda steps: max(1, round(steps * flags.scale))
     data = [f"--config.data.dir={flags.data_dir}"] if flags.data_dir else []
+    small = flags.scale < 1
+    # Short runs would spend most of their time on scoring.
+    data += ["--config.data.test=test[:30%]"] * small
     short = [f"--config.train.steps={scaled(300)}", f"--config.optimizer.warmup_steps={scaled(50)}", *data]
     # The points of the curves cost more than the steps between them.
-    short += [f"--config.train.evaluate_every={75 if flags.scale == 1 else 0}", f"--config.train.seeds={SEEDS}"]
-    judge = [f"--data={flags.target}", "--methods=fewshot,knn", *([f"--data_dir={flags.data_dir}"] * bool(data))]
-    judge += [f"--train=train[:{max(1, round(100 * flags.scale))}%]"] * (flags.scale < 1)
+    short += [f"--config.train.evaluate_every={0 if small else 75}", f"--config.train.seeds={SEEDS}"]
+    judge = [f"--data={flags.target}", "--methods=fewshot,knn"]
+    judge += [f"--data_dir={flags.data_dir}"] if flags.data_dir else []
+    judge += [f"--train=train[:{max(1, round(100 * flags.scale))}%]", "--test=test[:30%]"] * small
     main, transfer = ["vit_jax.main"], ["vit_jax.transfer", *judge]
     return {
         "pretrain": [
