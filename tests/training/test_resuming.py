@@ -9,13 +9,15 @@ import chex
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from PIL import Image
 
 from vit_jax import config as options
 from vit_jax.errors import UserError
-from vit_jax.training import events, records, train
+from vit_jax.training import events, records, run, train
 from vit_jax.training.checkpoint import Checkpoints
 
 STEPS = 24
+LOST = "20.png"
 # With VIT_JAX_TEST_THOROUGH=1 all of them; in CI a part, for its time.
 THOROUGH = bool(os.environ.get("VIT_JAX_TEST_THOROUGH"))
 
@@ -210,6 +212,47 @@ def test_a_last_save_that_never_lands_is_no_success(tmp_path, monkeypatch):
     monkeypatch.undo()
     train.train(everything_on(), tmp_path)  # there is room again
     assert json.loads((tmp_path / records.SUMMARY).read_text())["steps"] == STEPS
+
+
+def folder_of_images(folder):
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 48), ("test", 8)):
+        for number in range(count):
+            path = folder / split / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    return folder
+
+
+@pytest.mark.slow
+def test_an_image_that_is_lost_on_the_way_costs_no_step(tmp_path, capsys, monkeypatch):
+    """What was trained until then is saved; with the image back the run ends as if it had never been gone."""
+    images = folder_of_images(tmp_path / "images")
+    config = everything_on(
+        data={"name": "folder", "dir": str(images), "image_size": 8, "validation": None},
+        augment={"rotation": 0.0},
+        train={"batch_size": 8, "steps": 12, "steps_per_dispatch": 2, "evaluate_every": 0},
+        checkpoint={"every": 100},
+    )
+    config.data.update(train="train", test="test", normalization="half")
+    config.data.update(decoded=False, resident="never", workers=1, ahead=1)
+    train.train(config, tmp_path / "whole")
+    path, build = images / "train" / "a" / LOST, run.build
+
+    def built(*arguments, **named):  # every image was looked at by now
+        made = build(*arguments, **named)
+        path.rename(tmp_path / LOST)
+        return made
+
+    monkeypatch.setattr(run, "build", built)
+    with pytest.raises(UserError, match=LOST):
+        train.train(config, tmp_path / "run")
+    (step,) = Checkpoints(tmp_path / "run", read_only=True).steps()
+    assert 0 < step < 6 and f"step {step} is saved" in capsys.readouterr().out
+    monkeypatch.undo()
+    (tmp_path / LOST).rename(path)
+    train.train(config, tmp_path / "run")
+    chex.assert_trees_all_equal(state(tmp_path / "run", 12), state(tmp_path / "whole", 12))
 
 
 def test_lines_that_met_a_full_disk_are_written_later(tmp_path):
