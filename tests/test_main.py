@@ -116,9 +116,8 @@ def test_the_learning_rate_in_the_records_is_the_schedules(undisturbed):
     assert rates[160] == pytest.approx(2e-3 * 0.5 * (1 + np.cos(np.pi * 139 / 280)), rel=1e-4)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_random_steps_it_ends_as_if_undisturbed(start, undisturbed, tmp_path, seed):
-    chance = random.Random(seed)
+def test_killed_at_random_steps_it_ends_as_if_undisturbed(start, undisturbed, tmp_path):
+    chance = random.Random(0)
     kills = 0
     for share in (0.2, 0.6):
         process = start(tmp_path, *SMALL)

@@ -111,12 +111,6 @@ def kill_and_go_on(start, folder, kills, inside, seed):
 
 
 @pytest.mark.slow
-def test_killed_inside_a_save_it_ends_as_if_undisturbed(start, undisturbed, tmp_path):
-    assert kill_and_go_on(start, tmp_path, 2, 1, seed=0) == 1
-    assert outcome(tmp_path) == undisturbed
-
-
-@pytest.mark.slow
 def test_of_forty_kills_none_leaves_a_trace(start, undisturbed, tmp_path):
     """Four runs (one, unless thorough), ten kills each, the last four of them inside a save."""
     hits, runs = 0, 4 if THOROUGH else 1

@@ -107,7 +107,7 @@ def test_no_damage_is_loaded_silently(saved, tmp_path, kind):
 @pytest.mark.slow
 def test_of_many_damages_none_is_loaded_silently(saved, tmp_path):
     outcomes = collections.Counter()
-    count = 2000 if THOROUGH else 200
+    count = 2000 if THOROUGH else 100
     for seed in range(count):
         kind = list(DAMAGE)[seed % len(DAMAGE)]
         outcomes[kind, damage_and_restore(saved, tmp_path / "copy", kind, 1000 + seed)] += 1
