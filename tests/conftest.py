@@ -59,6 +59,20 @@ LONG = (
     "tests/training/test_seeds.py",
     "tests/training/test_pretraining.py",
     "tests/training/test_cluster.py",
+    "tests/training/test_objectives.py",
+    "tests/training/test_step.py",
+    "tests/data/test_augment.py",
+    "tests/training/test_bad_numbers.py",
+    "tests/training/test_damage.py",
+    "tests/training/test_checkpoint.py",
+    "tests/training/test_hardware.py",
+    "tests/training/test_heads.py",
+    "tests/training/test_evaluate.py",
+    "tests/training/test_batch_size.py",
+    "tests/test_features.py",
+    "tests/test_transfer.py",
+    "tests/models/test_masked_autoencoder.py",
+    "tests/models/test_masked_patches.py",
 )
 
 
