@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models.mlp import GELUS, MLPS
+from vit_jax.models.activations import FORMS
+from vit_jax.models.mlp import MLPS
 from vit_jax.models.pooling import POOLINGS
 from vit_jax.models.positions import POSITIONS
 
@@ -23,7 +24,7 @@ POOLING = [
 BLOCK = [
     {},
     *({"mlp": name} for name in MLPS),
-    *({"gelu": name} for name in GELUS),
+    *({"gelu": name} for name in FORMS),
     {"qkv_bias": False},
     {"qk_norm": True},
     {"layer_scale": 0.1},

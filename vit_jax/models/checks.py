@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from vit_jax.models.activations import FORMS
 from vit_jax.models.encoder import POLICIES, SCHEDULES
-from vit_jax.models.mlp import GELUS, MLPS
+from vit_jax.models.mlp import MLPS
 from vit_jax.models.pooling import POOLINGS
 from vit_jax.models.positions import POSITIONS
 from vit_jax.models.resnet import GROUPS
@@ -16,7 +17,7 @@ CHOICES = {
     "pooling": POOLINGS,
     "position": POSITIONS,
     "mlp": MLPS,
-    "gelu": GELUS,
+    "gelu": FORMS,
     "stochastic_depth_schedule": SCHEDULES,
 }
 

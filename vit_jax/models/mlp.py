@@ -6,10 +6,9 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from vit_jax.models.activations import gelu
 from vit_jax.models.dense import Dense, stacked
 from vit_jax.models.dropout import Dropout
-
-GELUS = {"tanh": True, "exact": False}  # whether it is the approximation
 
 
 class MlpBlock(nn.Module):
@@ -35,7 +34,7 @@ class MlpBlock(nn.Module):
     ) -> Float[Array, "batch tokens width"]:
         given = {"dtype": self.dtype, "product_dtype": self.product_dtype, "bias_init": nn.initializers.normal(1e-6)}
         hidden = Dense(self.hidden, **given, name="up")(tokens)
-        hidden = jax.nn.gelu(hidden, approximate=GELUS[self.gelu])
+        hidden = gelu(hidden, self.gelu)
         hidden = Dropout(self.dropout)(hidden, train)
         outputs = Dense(tokens.shape[-1], **given, name="down")(hidden)
         return Dropout(self.dropout)(outputs, train)

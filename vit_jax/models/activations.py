@@ -1,0 +1,44 @@
+"""GELU with a backward pass that keeps one array."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+FORMS = ("tanh", "exact")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu(inputs: Float[Array, "*shape"], form: str = "tanh") -> Float[Array, "*shape"]:
+    """X Phi(x) (arXiv 1606.08415), computed in float32, in the inputs' dtype.
+
+    The backward pass keeps the inputs alone and recomputes the rest.
+
+    Args:
+        inputs: of any shape.
+        form: 'tanh', the approximation that the published code uses, or 'exact', by the error function.
+    """
+    return jax.nn.gelu(inputs.astype(jnp.float32), approximate=form == "tanh").astype(inputs.dtype)
+
+
+def _gelu(inputs: jax.Array, form: str) -> tuple[jax.Array, jax.Array]:
+    return gelu(inputs, form), inputs
+
+
+def _gelu_backward(form: str, inputs: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    # Without the barrier XLA merges this with the forward pass, and keeps float32 copies for both.
+    inputs = jax.lax.optimization_barrier(inputs)
+    values = inputs.astype(jnp.float32)
+    if form == "tanh":
+        factor = math.sqrt(2 / math.pi)
+        tanh = jnp.tanh(factor * (values + 0.044715 * values**3))
+        slope = 0.5 * (1 + tanh) + 0.5 * values * (1 - tanh**2) * factor * (1 + 3 * 0.044715 * values**2)
+    else:
+        density = jnp.exp(-0.5 * values**2) / math.sqrt(2 * math.pi)
+        slope = 0.5 * jax.scipy.special.erfc(-values / math.sqrt(2)) + values * density
+    return ((gradient.astype(jnp.float32) * slope).astype(inputs.dtype),)
+
+
+gelu.defvjp(_gelu, _gelu_backward)
