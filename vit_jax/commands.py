@@ -125,7 +125,8 @@ def open_run(flags: argparse.Namespace) -> Trained:
         raise UserError(
             f"--split={flags.split}: this run has no {flags.split} split\n  allowed: {known}, or an expression"
         )
-    parts = run.build(config, run.check_data(config, [split]), {"train": config.data.train, flags.split: split})
+    splits = {"train": config.data.train, flags.split: split}
+    parts = run.build(config, run.check_data(config, [split]), splits, workdir.attention_backend(folder))
     with Checkpoints(folder, read_only=True) as checkpoints:
         best = checkpoints.best()
         if flags.best and best is None:

@@ -107,7 +107,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "attention_kernel": Option(
             "auto",
             str,
-            "what computes attention; auto: the fastest known for the device",
+            "backend of attention; auto: the fastest for the device and the run's shapes, timed at the start on a GPU",
             choices=("auto", "plain", "heads_first", "cudnn", "pallas"),
         ),
         "dtype": Option(

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models.attention import Attention, attention_weights
+from vit_jax.models.attention import Attention
+from vit_jax.models.attention_backends import attention_weights
 
 
 def softmax(scores):

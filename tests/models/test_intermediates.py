@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax.models.attention import attention_weights
+from vit_jax.models.attention_backends import attention_weights
 from vit_jax.models.intermediates import apply_with_intermediates
 from vit_jax.models.norm import LayerNorm
 

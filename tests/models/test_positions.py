@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models.attention import attention_weights
+from vit_jax.models.attention_backends import attention_weights
 from vit_jax.models.positions import POSITIONS, Place, rotate, sine_cosine_2d, sinusoidal
 
 PLACE = Place(rows=3, columns=4, class_token=1, registers=2, width=8, head_size=8, heads=2)

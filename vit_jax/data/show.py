@@ -53,9 +53,11 @@ def batch(
     import optax
 
     from vit_jax.data import order, pipeline
+    from vit_jax.models.attention_backends import FALLBACK
     from vit_jax.training import run as runs
 
-    run = runs.build(config, runs.check_data(config, [config.data.train]), {"train": config.data.train})
+    mesh = runs.check_data(config, [config.data.train])
+    run = runs.build(config, mesh, {"train": config.data.train}, attention=FALLBACK)  # the model is not applied
     source, train = run.sources["train"], config.train
     repeats = config.augment.repeats
     indices = pipeline.train_indices(train.seed, train.batch_size, step, 1, 1, len(source), repeats)[0]

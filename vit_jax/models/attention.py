@@ -1,52 +1,43 @@
-"""Multi-head self-attention (arXiv 2010.11929, appendix A): one fused product for queries, keys and values."""
+"""Multi-head self-attention (arXiv 2010.11929, appendix A)."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from vit_jax.models.attention_backends import (
+    BACKENDS,
+    FALLBACK,
+    Backend,
+    Shape,
+    attention_weights,
+    key_mask,
+    split,
+)
 from vit_jax.models.dense import Dense, stacked
 from vit_jax.models.dropout import Dropout
-from vit_jax.models.kernels import KERNELS
 from vit_jax.models.norm import LayerNorm
 from vit_jax.models.positions import Terms, rotate
 
-
-def attention_weights(
-    queries: Float[Array, "batch queries heads size"],
-    keys: Float[Array, "batch keys heads size"],
-    mask: Bool[Array, "#batch #heads #queries keys"] | None = None,
-    bias: Float[Array, "#batch heads queries keys"] | None = None,
-) -> Float[Array, "batch heads queries keys"]:
-    """Softmax of the scaled scores, in float32 whatever the arguments are.
-
-    Scores are divided by the square root of the *head* size; `bias` is added to them after that. A key whose mask is
-    False gets a weight of exactly 0; a query that may see no key at all gets zeros everywhere, not an average over
-    what is hidden from it.
-    """
-    scores = jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32)
-    scores = scores * queries.shape[-1] ** -0.5
-    if bias is not None:
-        scores = scores + bias
-    if mask is None:
-        return jax.nn.softmax(scores, axis=-1)
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    return jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0)
+Mask = Bool[Array, "#batch #heads #queries tokens"] | Int[Array, " batch"]
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over tokens.
 
+    Queries, keys and values are one projection `qkv` [width, 3 * width]; for a backend that reads them apart it is
+    computed as three products, so that nothing is copied.
+
     Attributes:
         heads: number of heads; they share the width evenly.
         dropout: rate at which attention weights are dropped in training.
-        dtype: arithmetic of the products; softmax is in float32.
+        dtype: compute dtype; softmax is in float32.
         qkv_bias: whether queries, keys and values have a bias.
         qk_norm: whether queries and keys pass a LayerNorm over each head's channels (arXiv 2302.05442, section 2).
         layer_norm_epsilon: of that LayerNorm.
-        kernel: of `kernels.KERNELS`; what it does not know is computed step by step whatever it is.
-        product_dtype: of the operands of the dense layers' products, where it is not `dtype` (see `Dense`).
+        kernel: the backend, of `attention_backends.BACKENDS`; where it does not have what a call needs, 'plain'.
+        product_dtype: of the operands of the dense layers' matmuls, where it is not `dtype` (see `Dense`).
     """
 
     heads: int
@@ -62,43 +53,99 @@ class Attention(nn.Module):
     def __call__(
         self,
         tokens: Float[Array, "batch tokens width"],
-        mask: Bool[Array, "#batch #heads #queries tokens"] | None = None,
+        mask: Mask | None = None,
         train: bool = False,
         positions: Terms = Terms(),  # noqa: B008 (it is immutable)
     ) -> Float[Array, "batch tokens width"]:
-        """Mixes tokens; `mask` is True where a query (third axis) may see a key (fourth).
+        """Mixes tokens.
 
-        Of `positions`, the bias and the rotation act here. The weights are sown as 'weights' among the intermediates.
+        Args:
+            tokens: of the residual stream, normalised.
+            mask: boolean, True where a query (third axis) may attend to a key (fourth); or integers, the number of
+                valid tokens of each example, which come first. None for all.
+            train: whether attention dropout is on.
+            positions: their bias and rotation act here.
+
+        The weights are sown as 'weights' among the intermediates.
 
         Raises:
             ValueError: the heads do not divide the width.
         """
-        width = tokens.shape[-1]
+        batch, count, width = tokens.shape
         if width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide a width of {width}")
-        kernel_init = stacked(nn.initializers.xavier_uniform(), 3)
-        arithmetic = {"dtype": self.dtype, "product_dtype": self.product_dtype}
-        fused = Dense(3 * width, self.qkv_bias, **arithmetic, kernel_init=kernel_init, name="qkv")(tokens)
+        lengths = mask if mask is not None and mask.ndim == 1 else None
         watched = self.is_mutable_collection("intermediates")
-        rate = self.dropout if train else 0.0
-        if mask is None and positions == Terms() and not (self.qk_norm or watched or rate):
-            mixed = KERNELS[self.kernel](fused, self.heads)
+        dropped = train and self.dropout > 0
+        if watched or dropped or (mask is not None and lengths is None):
+            queries, keys, values = self._project(tokens, BACKENDS[FALLBACK], positions)
+            mask = key_mask(lengths, count) if lengths is not None else mask
+            weights = attention_weights(queries, keys, mask, positions.bias)
+            self.sow("intermediates", "weights", weights)
+            weights = Dropout(self.dropout)(weights, train).astype(self.dtype)
+            mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values).reshape(batch, count, width)
         else:
-            mixed = self._step_by_step(fused, mask, train, positions)
-        return Dense(width, **arithmetic, name="out")(mixed)
+            mixed = self._attend(tokens, lengths, positions)
+        return Dense(width, dtype=self.dtype, product_dtype=self.product_dtype, name="out")(mixed)[:, :count]
 
-    def _step_by_step(
-        self, fused: Float[Array, "batch tokens fused"], mask: jax.Array | None, train: bool, positions: Terms
-    ) -> Float[Array, "batch tokens width"]:
-        batch, count, width = fused.shape[0], fused.shape[1], fused.shape[2] // 3
-        # One transpose brings all three into the layout that the batched products read.
-        queries, keys, values = jnp.moveaxis(fused.reshape(batch, count, 3, self.heads, width // self.heads), 2, 0)
+    def shape(
+        self,
+        tokens: jax.Array,
+        mask: Mask | None = None,
+        train: bool = False,
+        positions: Terms = Terms(),  # noqa: B008 (it is immutable)
+    ) -> Shape:
+        """What a call with these arguments asks of a backend."""
+        return Shape(
+            batch=tokens.shape[0],
+            tokens=tokens.shape[1],
+            heads=self.heads,
+            size=tokens.shape[2] // self.heads,
+            dtype=jnp.dtype(self.dtype).name,
+            bias=positions.bias is not None,
+            lengths=mask is not None and mask.ndim == 1,
+            transformed=self.qk_norm or positions.rotation is not None,
+        )
+
+    def _attend(self, tokens: jax.Array, lengths: jax.Array | None, positions: Terms) -> jax.Array:
+        """By the backend; with the padded tokens, where it has any."""
+        backend, bias = BACKENDS[self.kernel], positions.bias
+        if (bias is not None and not backend.takes_bias) or (lengths is not None and not backend.takes_lengths):
+            backend = BACKENDS[FALLBACK]
+        plain = bias is None and lengths is None and positions.rotation is None and not self.qk_norm
+        if backend.attend_fused is not None and plain:
+            return backend.attend_fused(self._dense(3 * tokens.shape[-1])(tokens), self.heads)
+        count = tokens.shape[1]
+        padding = -count % backend.multiple
+        if padding:
+            # Padded keys are hidden, padded queries dropped: nothing of them reaches a result or a gradient.
+            tokens = jnp.pad(tokens, ((0, 0), (0, padding), (0, 0)))
+            if bias is not None:
+                hidden = ((0, 0), (0, 0), (0, padding), (0, padding))
+                bias = jnp.pad(bias, hidden, constant_values=float(jnp.finfo(jnp.bfloat16).min) / 2)
+            elif lengths is None:
+                lengths = jnp.full(len(tokens), count, jnp.int32)
+        mixed = backend.attend(*self._project(tokens, backend, positions), bias, lengths)
+        return mixed.reshape(tokens.shape)
+
+    def _project(self, tokens: jax.Array, backend: Backend, positions: Terms) -> tuple[jax.Array, ...]:
+        """Queries, keys and values [batch, tokens, heads, size]: normalised and rotated."""
+        batch, count, width = tokens.shape
+        if backend.attend_fused is None:
+            parts = self._dense(3 * width, parts=3)(tokens)
+            queries, keys, values = (part.reshape(batch, count, self.heads, -1) for part in parts)
+        else:
+            queries, keys, values = split(self._dense(3 * width)(tokens), self.heads)
         if self.qk_norm:
             queries = LayerNorm(self.dtype, self.layer_norm_epsilon, name="norm_queries")(queries)
             keys = LayerNorm(self.dtype, self.layer_norm_epsilon, name="norm_keys")(keys)
         if positions.rotation is not None:
-            queries, keys = rotate(queries, *positions.rotation), rotate(keys, *positions.rotation)
-        weights = attention_weights(queries, keys, mask, positions.bias)
-        self.sow("intermediates", "weights", weights)
-        weights = Dropout(self.dropout)(weights, train).astype(self.dtype)
-        return jnp.einsum("bhqk,bkhd->bqhd", weights, values).reshape(batch, count, width)
+            padding = ((0, count - positions.rotation[0].shape[0]), (0, 0))
+            rotation = [jnp.pad(part, padding) for part in positions.rotation]
+            queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
+        return queries, keys, values
+
+    def _dense(self, features: int, parts: int = 1) -> Dense:
+        kernel_init = stacked(nn.initializers.xavier_uniform(), 3)
+        about = {"dtype": self.dtype, "product_dtype": self.product_dtype, "parts": parts}
+        return Dense(features, self.qkv_bias, **about, kernel_init=kernel_init, name="qkv")

@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from vit_jax.models.attention import Attention
+from vit_jax.models.attention import Attention, Mask
 from vit_jax.models.dropout import Dropout
 from vit_jax.models.mlp import MLPS, MlpBlock, SwigluBlock
 from vit_jax.models.norm import LayerNorm, LayerScale
@@ -41,7 +41,7 @@ class BlockOptions:
         parallel: attention and MLP side by side, behind one LayerNorm, instead of one after the other.
         layer_norm_epsilon: added to the variance.
         dtype: arithmetic.
-        attention_kernel: of `kernels.KERNELS`.
+        attention_kernel: of `attention_backends.BACKENDS`.
         product_dtype: of the operands of the dense layers' products, where it is not `dtype` (see `Dense`).
     """
 
@@ -81,7 +81,7 @@ class EncoderBlock(nn.Module):
     def __call__(
         self,
         tokens: Float[Array, "batch tokens width"],
-        mask: Bool[Array, "#batch #heads #queries tokens"] | None = None,
+        mask: Mask | None = None,
         train: bool = False,
         rate: float | Float[Array, ""] = 0.0,
         positions: Terms = Terms(),  # noqa: B008 (it is immutable)
@@ -92,15 +92,19 @@ class EncoderBlock(nn.Module):
             positions = POSITIONS[self.position](self.place, name="positions")()
         if positions.table is not None:
             tokens = tokens + positions.table.astype(tokens.dtype)
+        # The residual stream is two-dimensional: of three axes, XLA on a GPU would make that of the examples the
+        # contiguous one, and every layer would transpose.
+        shape, rows = tokens.shape, tokens.reshape(-1, tokens.shape[-1])
         if options.parallel:
-            normed = self._norm("norm")(tokens)
+            normed = self._norm("norm")(rows).reshape(shape)
             branch = self._attention(normed, mask, train, positions) + self._mlp()(normed, train)
-            tokens = tokens + self._finish(branch, "scale", rate, train)
+            rows = rows + self._finish(branch, "scale", rate, train)
         else:
-            branch = self._attention(self._norm("norm_attention")(tokens), mask, train, positions)
-            tokens = tokens + self._finish(branch, "scale_attention", rate, train)
-            branch = self._mlp()(self._norm("norm_mlp")(tokens), train)
-            tokens = tokens + self._finish(branch, "scale_mlp", rate, train)
+            normed = self._norm("norm_attention")(rows).reshape(shape)
+            rows = rows + self._finish(self._attention(normed, mask, train, positions), "scale_attention", rate, train)
+            normed = self._norm("norm_mlp")(rows).reshape(shape)
+            rows = rows + self._finish(self._mlp()(normed, train), "scale_mlp", rate, train)
+        tokens = rows.reshape(shape)
         self.sow("intermediates", "output", tokens)
         return tokens
 
@@ -122,10 +126,13 @@ class EncoderBlock(nn.Module):
         form["product_dtype"] = options.product_dtype
         return MLPS[options.mlp](options.mlp_width, options.dropout, options.dtype, **form, name="mlp")
 
-    def _finish(self, branch: jax.Array, scale: str, rate: float | jax.Array, train: bool) -> jax.Array:
+    def _finish(
+        self, branch: Float[Array, "batch tokens width"], scale: str, rate: float | jax.Array, train: bool
+    ) -> Float[Array, "rows width"]:
+        """The residual branch as it is added: scaled, and dropped for some examples."""
         if self.options.layer_scale is not None:
             branch = LayerScale(self.options.layer_scale, name=scale)(branch)
-        return Dropout(rate, shared_axes=(1, 2))(branch, train)
+        return Dropout(rate, shared_axes=(1, 2))(branch, train).reshape(-1, branch.shape[-1])
 
 
 class Encoder(nn.Module):
@@ -159,7 +166,7 @@ class Encoder(nn.Module):
     def __call__(
         self,
         tokens: Float[Array, "batch tokens width"],
-        mask: Bool[Array, "#batch #heads #queries tokens"] | None = None,
+        mask: Mask | None = None,
         train: bool = False,
         positions: Terms = Terms(),  # noqa: B008 (it is immutable)
     ) -> Float[Array, "batch tokens width"]:

@@ -1,11 +1,10 @@
 """The masked autoencoder: pixels of the patches that an encoder did not see (arXiv 2111.06377)."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Num
 
-from vit_jax.models import kernels, masking
+from vit_jax.models import masking
 from vit_jax.models.checks import check_encoder
 from vit_jax.models.dense import Dense
 from vit_jax.models.encoder import BlockOptions, Encoder
@@ -116,20 +115,20 @@ class MaskedAutoencoder(nn.Module):
         tokens = backbone(inputs, train=train, visible=masking.visible_places(hidden, count))
         pixels = inputs.shape[-1] * (backbone.patch_size**2 if inputs.ndim == 4 else 1)
         extra = int(backbone.class_token) + backbone.registers
-        options = self._options(rows * columns + extra)
-        decoder = Decoder(self.decoder_width, self.decoder_depth, options, (rows, columns), pixels, name="decoder")
+        decoder = Decoder(
+            self.decoder_width, self.decoder_depth, self._options(), (rows, columns), pixels, name="decoder"
+        )
         return decoder(tokens, hidden, extra, train), hidden
 
-    def _options(self, tokens: int) -> BlockOptions:
-        """Of the decoder's blocks: the arithmetic is the backbone's, and so is the kernel where it can be had."""
-        backbone, size = self.backbone, self.decoder_width // self.decoder_heads
-        platform, name = jax.default_backend(), backbone.attention_kernel
+    def _options(self) -> BlockOptions:
+        """Of the decoder's blocks: compute dtype and attention backend are the backbone's."""
+        backbone = self.backbone
         return BlockOptions(
             self.decoder_heads,
             self.decoder_mlp_width,
             gelu=backbone.gelu,
             dtype=backbone.dtype,
-            attention_kernel="plain" if kernels.obstacle(name, platform, tokens, size, backbone.dtype) else name,
+            attention_kernel=backbone.attention_kernel,
             product_dtype=backbone.product_dtype,
         )
 

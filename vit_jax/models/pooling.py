@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from vit_jax.models.attention import attention_weights
+from vit_jax.models.attention_backends import attention_weights
 from vit_jax.models.dense import Dense, stacked
 from vit_jax.models.encoder import BlockOptions
 from vit_jax.models.mlp import MlpBlock

@@ -65,7 +65,7 @@ class VisionTransformer(nn.Module):
         remat: compute blocks again in the backward pass instead of keeping what they computed: False or 'none', True or
             'full', 'dots' or 'dots_no_batch' (keep the results of all products, or of those with parameters).
         scan: one program for all blocks; their parameters are then stacked (see `stacking`).
-        attention_kernel: what computes attention, of `kernels.KERNELS`.
+        attention_kernel: backend of attention, of `attention_backends.BACKENDS`.
         product_dtype: of the operands of the blocks' dense products, where it is not `dtype` (see `dense`).
 
     Raises:

@@ -1,46 +1,37 @@
 """From the model section of a config to a model."""
 
-import math
 from collections.abc import Mapping
 
 import jax
 from flax.typing import Dtype
 from ml_collections import ConfigDict
 
-from vit_jax.errors import UserError
-from vit_jax.models import kernels, variants
-from vit_jax.models.vit import VisionTransformer, token_grid
+from vit_jax.models import attention_backends, variants
+from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import hardware
+from vit_jax.training.attention_choice import AUTO
 
 
 def build(section: ConfigDict, classes: int | Mapping[str, int] | None, dtype: Dtype | None) -> VisionTransformer:
     """The model that `config.model` describes, for so many classes.
 
+    Where `attention_kernel` is 'auto', the model has a backend that runs on any device; `attention_choice.resolve`
+    finds the fastest for a device and the model's shapes.
+
     Args:
         section: `config.model`.
         classes: number of logits; of several heads, by name; None for no head.
-        dtype: arithmetic; None decides as `section.dtype` says, and takes the attention kernel for the device.
+        dtype: compute dtype; None for what `section.dtype` says on the default device.
 
     Raises:
         ValueError: the fields contradict each other, or there is no such variant.
     """
     given = variants.fields_of_options(section.to_dict())
-    if dtype is not None:  # of a device nothing may be known yet: a cluster must be joined first
-        plain = "plain" if given["attention_kernel"] == "auto" else given["attention_kernel"]
-        return VisionTransformer(classes=classes, dtype=dtype, **{**given, "attention_kernel": plain})
-    dtype, product_dtype = hardware.arithmetic(section.dtype)
-    if given["attention_kernel"] == "auto":
-        size = given["width"] // given["heads"]
-        given["attention_kernel"] = kernels.choose(jax.default_backend(), size, dtype)
-    return VisionTransformer(classes=classes, dtype=dtype, product_dtype=product_dtype, **given)
-
-
-def check_kernel(model: VisionTransformer, image_size: tuple[int, int]) -> None:
-    """Raises UserError where `config.model.attention_kernel` cannot be had here, for images of that size."""
-    tokens = math.prod(token_grid(model, image_size)) + model.class_token + model.registers
-    size = model.width // model.heads
-    reason = kernels.obstacle(model.attention_kernel, jax.default_backend(), tokens, size, model.dtype)
-    if reason is not None:
-        raise UserError(
-            f"config.model.attention_kernel is {model.attention_kernel!r}: {reason}\n  allowed: 'auto', or 'plain'"
-        )
+    if dtype is not None:  # before a cluster is joined, no device may be asked for
+        kernel, dtypes = attention_backends.FALLBACK, {"dtype": dtype}
+    else:
+        dtypes = dict(zip(("dtype", "product_dtype"), hardware.arithmetic(section.dtype), strict=True))
+        kernel = attention_backends.default(jax.default_backend())
+    if given["attention_kernel"] == AUTO:
+        given["attention_kernel"] = kernel
+    return VisionTransformer(classes=classes, **dtypes, **given)

@@ -134,9 +134,13 @@ def cache_compilations() -> None:
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "vit_jax" / f"xla-{_processor()}"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"xla-{_processor()}"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def cache_folder() -> Path:
+    """The user's folder for what may be made again at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit_jax"
 
 
 def _processor() -> str:

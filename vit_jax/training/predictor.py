@@ -251,13 +251,13 @@ def of_run(folder: Path, step: int | str | None = None) -> Classifier:
     config = workdir.trained_config(folder)
     asked = {} if step is None else {"step": step}
     model, parameters, _ = weights.load(folder, **asked)
-    model = representation.computing(model, config.model.dtype)
     if model.classes is None:
         raise UserError(f"{folder}: the model has no head, and so no classes\n  give a run that learned some")
     known = inputs.read(folder)
     if known is None:
         source = runs.load(config, config.data.train, losses.label_kinds(config.data))
         known = inputs.of_source(source, *normalization.of_source(config.data.normalization, source))
+    model = representation.computing(model, config.model.dtype, known.image_shape[:2], known.image_shape[2])
     views = {name: config.augment[name] for name in ("test_flip", "test_shift")}
     augment = Augment(known.mean, known.std, dtype=model.dtype, **views)
     return Classifier(model, parameters, augment, known, config.train.loss)
@@ -283,7 +283,6 @@ def of_file(
     """
     size = {} if image_size is None else {"image_size": image_size}
     model, parameters, report = weights.load(file, **size)
-    model = representation.computing(model, "auto")
     if not isinstance(model.classes, int):
         raise UserError(f"{file}: the model has no head of its own\n  give a file that was trained to classify")
     names = tuple(map(str, range(model.classes))) if class_names is None else tuple(class_names)
@@ -302,5 +301,6 @@ def of_file(
             "  predict with --workdir of a run; or give normalize, half or imagenet"
         )
     shape = (*report.image_size, report.channels)
+    model = representation.computing(model, "auto", report.image_size, report.channels)
     augment = Augment(*statistics, dtype=model.dtype)
     return Classifier(model, parameters, augment, Inputs(str(file), shape, *statistics, {"label": names}))

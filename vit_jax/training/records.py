@@ -1,6 +1,7 @@
 """What a run leaves behind and shows: metrics.jsonl, TensorBoard events, config.json, environment.json, progress."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import jax
 
 from vit_jax.training import events
+from vit_jax.training.attention_choice import Choice
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
@@ -44,20 +47,29 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(scratch, path)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, devices, command and git revision: what made the numbers beside it."""
-    devices = jax.devices()
-    return {
-        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
-        "backend": jax.default_backend(),
-        "devices": [device.device_kind for device in devices],
-        "cpus": os.cpu_count(),
-        "processes": jax.process_count(),
-        "git": git_revision(),
+def environment(attention: Choice | None = None) -> dict[str, Any]:
+    """Versions, devices, command, git revision and attention backend of a run; None for what cannot be found out."""
+    facts: dict[str, Callable[[], Any]] = {
+        "command": lambda: " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "python": platform.python_version,
+        "platform": platform.platform,
+        "packages": lambda: {name: _fact(lambda name=name: metadata.version(name)) for name in PACKAGES},
+        "backend": jax.default_backend,
+        "devices": lambda: [device.device_kind for device in jax.devices()],
+        "cpus": os.cpu_count,
+        "processes": jax.process_count,
+        "git": git_revision,
+        "attention": lambda: None if attention is None else dataclasses.asdict(attention),
     }
+    return {name: _fact(find) for name, find in facts.items()}
+
+
+def _fact(find: Callable[[], Any]) -> Any:
+    """What `find` returns; None where it fails: facts about a machine must never end a run on it."""
+    try:
+        return find()
+    except Exception:
+        return None
 
 
 def git_revision() -> str | None:

@@ -17,9 +17,11 @@ from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.data.stored import Stored
 from vit_jax.errors import UserError
-from vit_jax.models import kernels
+from vit_jax.models import attention_backends
 from vit_jax.models.vit import VisionTransformer, token_grid
-from vit_jax.training import evaluate, freezing, hardware
+from vit_jax.training import attention_choice, evaluate, freezing, hardware, state
+
+TIMED_BATCH = 64  # examples with which attention backends are timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ def load(
     if pre_logits is None:
         overrides["classes"] = None
     model, parameters, report = weights.load(init, **overrides)
-    model = computing(model, "auto")
+    model = computing(model, "auto", report.image_size, report.channels)
     layer = None
     if pre_logits is not None:
         head = parameters.get("head", {})
@@ -106,13 +108,27 @@ def load(
     return Backbone(bare, parameters, layer, report.image_size, report.channels, report.normalization, about)
 
 
-def computing(model: VisionTransformer, name: str) -> VisionTransformer:
-    """The model with the arithmetic that a config's `model.dtype` stands for, as training and evaluation have it."""
-    dtype, product_dtype = hardware.arithmetic(name)
-    kernel = model.attention_kernel
-    if kernel not in kernels.KERNELS:  # 'auto', as a run's config may say
-        kernel = kernels.choose(jax.default_backend(), model.width // model.heads, dtype)
-    return model.clone(dtype=dtype, product_dtype=product_dtype, attention_kernel=kernel)
+def computing(
+    model: VisionTransformer, dtype: str, image_size: tuple[int, int] | None = None, channels: int = 3
+) -> VisionTransformer:
+    """The model as it is best applied on this device: with the compute dtype and the attention backend for it.
+
+    Args:
+        model: with any of both.
+        dtype: `config.model.dtype`: 'auto', 'float32' or 'bfloat16'.
+        image_size: height and width of the images; None where they are not known, and no backend can be timed.
+        channels: of the images.
+    """
+    dtype, product_dtype = hardware.arithmetic(dtype)
+    kernel = attention_backends.default(jax.default_backend())
+    model = model.clone(dtype=dtype, product_dtype=product_dtype, attention_kernel=kernel)
+    if image_size is None:
+        return model
+    with attention_choice.recorded_shapes() as calls:
+        jax.eval_shape(lambda: state.initialize(model, (*image_size, channels), 0))
+    shapes = [dataclasses.replace(shape, batch=TIMED_BATCH) for shape in calls]
+    choice = attention_choice.resolve(attention_choice.AUTO, shapes, jax.local_devices()[0], training=False)
+    return model.clone(attention_kernel=choice.backend)
 
 
 def store(

@@ -17,13 +17,15 @@ from vit_jax.data import normalization, pipeline, sources, stored
 from vit_jax.data.augment import AsTheyAre, Augment
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
+from vit_jax.models.attention_backends import Shape
 from vit_jax.models.patches import patchify
 from vit_jax.models.pooling import HeadAlone
 from vit_jax.models.vit import VisionTransformer, token_grid
-from vit_jax.training import freezing, layers, losses, objectives, parallel
+from vit_jax.training import attention_choice, freezing, layers, losses, objectives, parallel
 from vit_jax.training import model as models
 from vit_jax.training import optimizer as optimizers
 from vit_jax.training import state as states
+from vit_jax.training.attention_choice import Choice
 from vit_jax.training.objective import Objective
 from vit_jax.training.state import TrainState
 
@@ -45,6 +47,7 @@ class Run:
         mask: True where a parameter is trained; None where all are.
         objective: what is learned.
         module: whose parameters the state holds: the model, or what the objective builds around it.
+        attention: the attention backend, and why it was chosen.
     """
 
     config: ConfigDict
@@ -59,6 +62,7 @@ class Run:
     mask: Any | None
     objective: Objective
     module: nn.Module
+    attention: Choice
 
     @property
     def steps_an_epoch(self) -> float:
@@ -148,13 +152,14 @@ def _check_patch(config: ConfigDict, shape: tuple[int, ...]) -> None:
         ) from None
 
 
-def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) -> Run:
+def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None, attention: str | None = None) -> Run:
     """Loads the data of a checked config and makes the parts of its run.
 
     Args:
         config: a config that has passed `check`.
         mesh: the devices.
         splits: split expressions by role, 'train' among them; None for those of the config.
+        attention: the attention backend that the run began with, which it keeps where it can; None for a new run.
 
     Raises:
         UserError: the data cannot be had, or does not go with the model.
@@ -171,8 +176,13 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) 
     objective, learns_labels = objectives.make(config), config.train.objective == "classify"
     model = models.build(config.model, classes=train.classes() if learns_labels else None, dtype=None)
     mean, std = normalization.of_source(data.normalization, train)
+    with attention_choice.recorded_shapes() as calls:
+        parameters = jax.eval_shape(
+            lambda: states.initialize(objective.module(model, mean, std), image_shape, config.train.seed)
+        )
+    choice = _attention(config, mesh, calls, attention)
+    model = model.clone(attention_kernel=choice.backend)
     module = objective.module(model, mean, std)
-    models.check_kernel(model, image_shape[:2])
     if data.features:
         applied, augment = HeadAlone(model.classes, model.pre_logits), AsTheyAre()
     else:
@@ -182,11 +192,19 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None) 
         augment = Augment(mean, std, arrange=arrange, dtype=dtype, **config.augment.to_dict())
         applied = module
     steps = config.train.steps or max(1, round(config.train.epochs * len(train) / config.train.batch_size))
-    shapes = jax.eval_shape(lambda: states.initialize(module, image_shape, 0))
-    mask = freezing.trained(config.optimizer, shapes)
-    optimizer = optimizers.make(config.optimizer, steps, _factors(config.optimizer.layer_decay, shapes, model, mask))
-    parts = (loaded, image_shape, model, applied, augment, steps, optimizer, mask, objective, module)
+    mask = freezing.trained(config.optimizer, parameters)
+    factors = _factors(config.optimizer.layer_decay, parameters, model, mask)
+    optimizer = optimizers.make(config.optimizer, steps, factors)
+    parts = (loaded, image_shape, model, applied, augment, steps, optimizer, mask, objective, module, choice)
     return Run(config, mesh, *parts)
+
+
+def _attention(config: ConfigDict, mesh: Mesh, calls: Iterable[Shape], recorded: str | None) -> Choice:
+    """The attention backend for calls of these shapes, with the examples that one device has at a time."""
+    examples = max(1, config.train.batch_size // (mesh.size * config.train.accumulation))
+    shapes = [dataclasses.replace(shape, batch=examples) for shape in calls]
+    device = jax.local_devices(backend=mesh.devices.flat[0].platform)[0]
+    return attention_choice.resolve(config.model.attention_kernel, shapes, device, recorded=recorded)
 
 
 def _factors(decay: float, shapes: Any, model: VisionTransformer, mask: Any | None) -> Any | None:

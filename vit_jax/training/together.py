@@ -60,7 +60,8 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
         (folder / records.SUMMARY).unlink(missing_ok=True)
         outcomes: dict[int, Outcome] = {}
         if left := _left(folder, config):
-            run = runs.build(seeds.config_of(config, left[0], 1), mesh)
+            began_with = workdir.attention_backend(seeds.folder_of(folder, seeds.listed(config)[0]))
+            run = runs.build(seeds.config_of(config, left[0], 1), mesh, attention=began_with)
             with memory.explained(config, run.model, run.image_shape):
                 program = Program(run)
             for members, at_once in _groups(folder, config, program, left):

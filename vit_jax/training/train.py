@@ -53,7 +53,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
             return workdir.claim(folder, config)  # again: another run may have come to its end in between
 
         changes = parallel.by_main(lock)
-        run = runs.build(config, mesh)
+        run = runs.build(config, mesh, attention=parallel.by_main(lambda: workdir.attention_backend(folder)))
         checkpoints = stack.enter_context(open_checkpoints(run, folder, changes, say))
         with memory.explained(config, run.model, run.image_shape):
             trainer = Trainer(run, Program(run), folder, checkpoints, stop)
@@ -75,7 +75,7 @@ def open_checkpoints(run: Run, folder: Path, changes: list[str], say: Callable[[
     """
     checkpoints = Checkpoints(folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best, say=say)
     workdir.check_length(changes, run.steps, parallel.by_main(checkpoints.steps))
-    parallel.by_main(lambda: workdir.record(folder, run.config, changes, say))
+    parallel.by_main(lambda: workdir.record(folder, run.config, changes, say, run.attention))
     source = run.sources["train"]
     statistics = normalization.of_source(run.config.data.normalization, source)
     parallel.by_main(lambda: inputs.write(folder, source, *statistics))

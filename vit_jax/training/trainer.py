@@ -184,7 +184,7 @@ class Trainer:
             f"{model.mlp_width}; {self.parameters:,} parameters, {self.flops / 1e9:.3g} GFLOP an image forward; "
             f"arithmetic in {model.dtype.name}"
             + (f", large products in {model.product_dtype.name}" if model.product_dtype else "")
-            + f"; attention: {model.attention_kernel}"
+            + f"; attention: {run.attention.describe()}"
         )
         if run.mask is not None:
             flags = zip(jax.tree.leaves(run.mask), jax.tree.leaves(self.state.parameters), strict=True)

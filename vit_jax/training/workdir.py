@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from vit_jax import config as options
 from vit_jax.errors import UserError
 from vit_jax.training import records
+from vit_jax.training.attention_choice import Choice
 from vit_jax.training.checkpoint import DAMAGED, FOLDER
 
 # What changes neither the numbers of a run nor the meaning of its checkpoints may differ when it goes on.
@@ -116,8 +117,21 @@ def check_length(changes: list[str], steps: int, saved: list[int]) -> None:
         )
 
 
-def record(workdir: Path, config: ConfigDict, changes: list[str], say: Callable[[str], None]) -> None:
-    """Writes config.json and environment.json; what is changed is told of, and added to changes.jsonl.
+def record(
+    workdir: Path,
+    config: ConfigDict,
+    changes: list[str],
+    say: Callable[[str], None],
+    attention: Choice | None = None,
+) -> None:
+    """Writes config.json and environment.json; changes are printed, and added to changes.jsonl.
+
+    Args:
+        workdir: of the run.
+        config: its config.
+        changes: what differs from the config that it began with.
+        say: prints a line.
+        attention: its attention backend.
 
     Raises:
         UserError: they cannot be written.
@@ -129,7 +143,7 @@ def record(workdir: Path, config: ConfigDict, changes: list[str], say: Callable[
             with open(workdir / CHANGES, "a") as file:
                 file.write(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), "changes": changes}) + "\n")
         records.write_json(workdir / records.CONFIG, config.to_dict())
-        records.write_json(workdir / records.ENVIRONMENT, records.environment())
+        records.write_json(workdir / records.ENVIRONMENT, records.environment(attention))
     except OSError as error:
         raise UserError(f"{workdir} cannot be written to: {error.strerror}\n  make room there") from error
 
@@ -149,6 +163,14 @@ def read_config(workdir: Path) -> dict | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / records.CONFIG} cannot be read: {error}\n  give another --workdir") from error
+
+
+def attention_backend(workdir: Path) -> str | None:
+    """The attention backend that a run began with, as its environment.json has it; None where it has none."""
+    try:
+        return json.loads((workdir / records.ENVIRONMENT).read_text())["attention"]["backend"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def trained_config(workdir: Path) -> ConfigDict:
