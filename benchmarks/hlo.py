@@ -14,7 +14,7 @@ _BITS = {"pred": 8, "bf16": 16, "token": 0}
 # Instructions that launch nothing themselves: they name, group or reinterpret buffers, or run other computations.
 _NO_KERNEL = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
-    "while", "call", "conditional", "async-start", "async-update", "async-done", "copy-done", "opt-barrier",
+    "while", "call", "conditional", "async-start", "opt-barrier",
 }  # fmt: skip
 
 
@@ -137,7 +137,10 @@ def kernels(program: Program, computation: str, times: int = 1) -> Iterator[tupl
             yield from max(found, key=len)
         elif one.opcode in ("call", "async-start"):
             yield from kernels(program, one.calls, times)
-        elif one.opcode not in _NO_KERNEL:
+        elif one.opcode == "fusion-start":  # its type is of its operands, its results, and a context
+            result = program.computations[one.calls][-1].shape
+            yield dataclasses.replace(one, opcode="fusion", shape=result), times
+        elif one.opcode not in _NO_KERNEL and not one.opcode.endswith(("-done", "-update")):
             yield one, times
 
 
@@ -205,15 +208,23 @@ def _written(inside: list[Instruction], kernel: Instruction, shapes: dict[str, s
     return total
 
 
-def flops(program: Program, kernel: Instruction, shapes: dict[str, str]) -> int:
-    """FLOPs of a kernel that is a matmul, by cuBLAS or as a fusion around a `dot`; 0 of any other."""
-    if _MATMUL.search(kernel.target):
-        product, contracted = kernel, r'"lhs_contracting_dimensions":\[([^\]]*)\]'
-    else:
-        product = next((one for one in program.inside(kernel) if one.opcode == "dot"), None)
-        contracted = r"lhs_contracting_dims=\{([^}]*)\}"
+def is_matmul(instruction: Instruction) -> bool:
+    """Whether it multiplies matrices: a `dot`, or a call of cuBLAS."""
+    return instruction.opcode == "dot" or bool(_MATMUL.search(instruction.target))
+
+
+def matmul(program: Program, kernel: Instruction, shapes: dict[str, str]) -> tuple[int, ...]:
+    """Batch, rows, columns and contracted size of the matmul that a kernel is, or is fused around; () of any other."""
+    product = next((one for one in program.inside(kernel) if is_matmul(one)), None)
     if product is None:
-        return 0
-    (_, out), (_, left) = arrays(product.shape)[0], arrays(shapes[product.operands[0]])[0]
-    dims = [int(dim) for dim in re.findall(r"\d+", product.attribute(contracted))]
-    return 2 * math.prod(out) * math.prod(left[dim] for dim in dims)
+        return ()
+    pattern = r"%s_%s_dims=\{([^}]*)\}" if product.opcode == "dot" else r'"%s_%s_dimensions":\[([^\]]*)\]'
+    (_, left), (_, right) = (arrays(shapes[name])[0] for name in (product.operands * 2)[:2])
+
+    def extent(dims: tuple[int, ...], side: str, role: str) -> int:
+        found = re.findall(r"\d+", product.attribute(pattern % (side, role)))
+        return math.prod(dims[int(dim)] for dim in found)
+
+    batch, contracted = extent(left, "lhs", "batch"), extent(left, "lhs", "contracting")
+    rows, columns = (math.prod(dims) // (batch * contracted) for dims in (left, right))
+    return batch, rows, columns, contracted

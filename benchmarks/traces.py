@@ -58,7 +58,7 @@ def describe(program: hlo.Program, instruction: hlo.Instruction) -> tuple[str, s
     products = [one for one in whole if one.opcode in ("dot", "convolution") or _MATMUL.search(one.target)]
     # Any other fusion is what its own name, its last step's, says.
     path = next((one.path for one in [*products, *whole] if one.path), "")
-    if any(_ATTENTION.search(f"{one.target} {one.name} {one.path.split('/')[-1]}") for one in whole):
+    if any(_ATTENTION.search(f"{one.target} {one.name} {one.path}") for one in whole):
         return "attention", path
     return kind(path, bool(products), bool(_COLLECTIVE.search(instruction.opcode))), path
 
