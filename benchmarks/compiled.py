@@ -26,9 +26,7 @@ import collections
 import dataclasses
 import importlib.util
 import json
-import math
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -36,17 +34,16 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+import costs
 import devices
 import hlo
-import traces
-from devices import Device
+from costs import ATTENTION_KERNEL, Kernel, Row
 
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 MISSING = """\
 error: JAX's CUDA plug-in is not installed, and without it XLA cannot compile for a GPU (no GPU is needed)
   in an environment of its own: pip install "jax[cuda13]" and what requirements.txt lists
   then run this again with that Python (JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 and JAX_PLATFORMS=cpu are set here)"""
-ATTENTION_KERNEL = "attention kernel"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -163,110 +160,16 @@ def trainer_step(flags: argparse.Namespace, model: Any, mesh: Any) -> tuple[Any,
     return update, (run.abstract_state(), on(mesh, feed), np.int32(0))
 
 
-@dataclasses.dataclass
-class Row:
-    """The kernels of a kind: their number, the bytes that they move, and the milliseconds that they are priced at."""
-
-    count: int = 0
-    bytes: int = 0
-    ms: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One kernel of the step.
-
-    Attributes:
-        kind: as tables group it.
-        place: where it comes from, and what it writes.
-        count: how often it runs in a step.
-        bytes: that it reads and writes each time.
-        flops: of a matmul; 0 of others.
-        smallest: the smallest dimension of a matmul.
-    """
-
-    kind: str
-    place: str
-    count: int
-    bytes: int
-    flops: int
-    smallest: int
-
-
-def account(program: hlo.Program) -> list[Kernel]:
-    """Every kernel of one step."""
-    shapes = {name: one.shape for name, one in program.named().items()}
-    found = []
-    for one, count in hlo.kernels(program, hlo.step_computation(program)):
-        kind, path = group(program, one)
-        dims = hlo.matmul(program, one, shapes)
-        flops, smallest = (2 * math.prod(dims), min(dims[-3:])) if dims else (0, 0)
-        place = re.sub(r"block_\d+", "block_N", path) or re.sub(r"[.\d]+$", "", one.name)
-        found.append(Kernel(kind, f"{place} -> {one.shape}", count, hlo.moved(program, one, shapes), flops, smallest))
-    return found
-
-
-def group(program: hlo.Program, kernel: hlo.Instruction) -> tuple[str, str]:
-    """A kernel's kind as the tables show it, 'elementwise, norm, backward', and the path that decides it."""
-    kind, path = traces.describe(program, kernel)
-    passes = "backward" if "transpose(jvp" in path else "forward"
-    if kind == "attention" and kernel.opcode == "custom-call" and not hlo.is_matmul(kernel):
-        if "fmha" in kernel.target:
-            passes = "backward" if "Backward" in kernel.target else "forward"
-        elif "attention_forward" in path or "attention_backward" in path:
-            passes = "forward" if "attention_forward" in path else "backward"
-        return f"{ATTENTION_KERNEL}, {passes}", path
-    if not path:
-        return "elementwise, unnamed", path
-    if kind == "elementwise":
-        parts = path.split("/")
-        signs = {"norm": "norm", "mlp": "MLP", "attention": "attention projections"}
-        module = next((shown for sign, shown in signs.items() if any(part.startswith(sign) for part in parts)), "other")
-        return f"elementwise, {module}, {passes}", path
-    return (f"{kind}, {passes}" if kind in ("matmul", "attention") else kind), path
-
-
-def price(kernels: list[Kernel], device: Device, peak: float, attention: dict[str, float]) -> dict[str, Row]:
-    """The kernels by kind, the most expensive first.
-
-    Args:
-        kernels: of the step.
-        device: that they run on.
-        peak: FLOP/s of the device.
-        attention: milliseconds of all attention kernels by pass, 'forward' and 'backward'.
-    """
-    rows: dict[str, Row] = collections.defaultdict(Row)
-    for one in kernels:
-        seconds = one.bytes / (devices.BANDWIDTH_SHARE * device.bandwidth)
-        if one.flops:
-            seconds = max(seconds, one.flops / (peak * devices.at(devices.MATMUL, one.smallest)))
-        row = rows[one.kind]
-        row.count += one.count
-        row.bytes += one.count * one.bytes
-        row.ms += 1e3 * one.count * seconds
-    for passes, ms in attention.items():
-        if (name := f"{ATTENTION_KERNEL}, {passes}") in rows:
-            rows[name].ms = ms
-    return dict(sorted(rows.items(), key=lambda item: -item[1].ms))
-
-
 def attention_ms(flags: argparse.Namespace, model: Any, kernels: list[Kernel], peak: float) -> dict[str, float]:
-    """Milliseconds of all attention kernels by pass; a backward pass counts once per block, whatever it consists of."""
+    """Milliseconds of all attention kernels of the step, by pass."""
     from vit_jax.models.vit import token_grid
 
     rows, columns = token_grid(model, (flags.image_size, flags.image_size))
     tokens = rows * columns + model.class_token + model.registers
-    if flags.attention_tflops:
-        forward, backward = (1e12 * float(rate) for rate in flags.attention_tflops.split(","))
-    else:
-        tables = devices.ATTENTION.get(flags.kernel, devices.ATTENTION["cudnn"])
-        forward, backward = (peak * devices.at(table, tokens) for table in tables)
-    matmul = 2 * flags.batch_size * tokens**2 * model.width
+    given = [1e12 * float(rate) for rate in (flags.attention_tflops or "").split(",") if rate]
+    rates = given or costs.attention_rates(flags.kernel, tokens, peak)
     runs = sum(one.count for one in kernels if one.kind == f"{ATTENTION_KERNEL}, forward")
-    return {
-        "forward": 1e3 * runs * devices.FORWARD_MATMULS * matmul / forward,
-        "backward": 1e3 * model.depth * devices.BACKWARD_MATMULS * matmul / backward,
-    }
+    return costs.attention_ms(2 * flags.batch_size * tokens**2 * model.width, rates, runs, model.depth)
 
 
 def summary(flags: argparse.Namespace, model: Any, rows: dict[str, Row], temporary: int, peak: float) -> dict[str, Any]:
@@ -330,8 +233,8 @@ def main(arguments: list[str]) -> None:
     text = compiled.as_text()
     if flags.hlo:
         flags.hlo.write_text(text)
-    kernels = account(hlo.parse(text))
-    rows = price(kernels, device, peak, attention_ms(flags, model, kernels, peak))
+    kernels = costs.account(hlo.parse(text))
+    rows = costs.price(kernels, device, peak, attention_ms(flags, model, kernels, peak))
     line = summary(flags, model, rows, compiled.memory_analysis().temp_size_in_bytes, peak)
     line["compile_s"] = round(seconds, 1)
     if flags.json:

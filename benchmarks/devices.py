@@ -1,7 +1,6 @@
-"""Descriptions of GPUs to compile for without having one, and the rates that their kernels are priced at."""
+"""Descriptions of GPUs, to compile for them without having one."""
 
 import dataclasses
-import math
 
 GB = 10**9
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -77,23 +76,3 @@ DEVICES = {
         "NVIDIA B200", (10, 0), 148, 180 * GIB, 7700 * GB, 126 * MIB, 228 * KIB, 227 * KIB, 1.965
     ),
 }  # fmt: skip
-
-# Measured on an H200 (docs/performance.md, `matmul` and `attention` rows), as shares of its peak and bandwidth. That
-# other devices reach the same shares is an assumption.
-BANDWIDTH_SHARE = 4.0 / 4.8
-# bfloat16 matmuls of a block, by their smallest dimension: share of the peak.
-MATMUL = {384: 620 / 989, 768: 715 / 989}
-# Attention kernels with heads of 64, by tokens: share of the peak, forward and backward, of the matmuls that they
-# compute: two (scores, weighted sum), and five (the scores again, and four gradients).
-FORWARD_MATMULS, BACKWARD_MATMULS = 2, 5
-ATTENTION = {
-    "cudnn": ({65: 33 / 989, 197: 95 / 989}, {65: 33 / 989, 197: 95 / 989}),
-    "pallas": ({65: 64.5 / 989, 197: 91.4 / 989}, {65: 34.7 / 989, 197: 48.1 / 989}),
-}
-
-
-def at(table: dict[int, float], size: float) -> float:
-    """A measured share at a size: linear in its logarithm between measured sizes, the nearest one's outside."""
-    (low, first), (high, last) = sorted(table.items())
-    position = math.log(size / low) / math.log(high / low)
-    return first + (last - first) * min(1.0, max(0.0, position))
