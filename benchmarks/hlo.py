@@ -194,7 +194,9 @@ def _read(name: str, users: dict[str, list[Instruction]], shapes: dict[str, str]
 
 
 def _written(inside: list[Instruction], kernel: Instruction, shapes: dict[str, str]) -> int:
-    """Bytes of a kernel's results."""
+    """Bytes of a kernel's results; a library's workspace, which it returns as bytes beside them, is none."""
+    if kernel.opcode == "custom-call" and kernel.shape.startswith("("):
+        return size(re.sub(r"\b[su]8\[\d*\]", "", kernel.shape))
     named = {one.name: one for one in inside}
     root = inside[-1] if inside else None
     results = root.operands if root is not None and root.opcode == "tuple" else [root.name] if root is not None else []
