@@ -206,7 +206,7 @@ SHOWN = """\
 
 **matmul**
 
-| arithmetic | width | ms | TFLOP/s |
+| compute dtype | width | ms | TFLOP/s |
 | --- | --- | --- | --- |
 | bfloat16 | 192 | 0.1235 | 12.3 |"""
 
@@ -234,6 +234,8 @@ def test_a_page_without_the_lines_gets_them_at_its_end(tmp_path):
     assert text == f"Before.\n\n<!-- results: chip -->\n\n{SHOWN}\n\n<!-- end of results: chip -->\n"
 
 
-@pytest.mark.parametrize("value, shown", [(None, ""), (0.5, "0.5"), (1234.5, "1,234"), ({"a": 0.25, "b": 0}, "a 0.25")])
+@pytest.mark.parametrize(
+    "value, shown", [(None, ""), (0.5, "0.5"), (1234.5, "1,234"), ({"a": 0.25, "b": 0}, "a 0.25"), (True, "yes")]
+)
 def test_cells(value, shown):
     assert table.cell(value) == shown
