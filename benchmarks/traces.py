@@ -96,14 +96,16 @@ class Attribution:
         return re.sub(r"(_(clone|remat\d*)(_\d+)?)+$", "", name)
 
     def __call__(self, event: Event) -> tuple[str, str]:
-        """The kind; and 'program', 'name' (the kernel's alone was known) or 'none'."""
-        instruction, shown = event.get("args", {}).get("hlo_op", ""), event.get("name", "")
+        """The kind; and 'program', 'name' (of the kernel alone) or 'none'."""
+        arguments, shown = event.get("args", {}), event.get("name", "")
+        # Kernels of a CUDA graph share the annotation of its launch: it says nothing of each.
+        instruction = "" if any("graph" in key.lower() for key in arguments) else arguments.get("hlo_op", "")
         if "memcpy" not in shown.lower():
             if found := self.of.get(instruction) or self.plain.get(self._plain(instruction)):
                 return found, "program"
             if found := self.plain.get(self._plain(shown)):
                 return found, "name"
-        found = kind_by_name(f"{shown} {instruction}")
+        found = "unattributed" if _is_graph(event) else kind_by_name(f"{shown} {instruction}")
         return found, "none" if found == "unattributed" else "name"
 
 
@@ -151,9 +153,8 @@ def _is_kernel(event: Event) -> bool:
 
 
 def _is_graph(event: Event) -> bool:
-    """Whether an event is a whole launch of a CUDA graph, beside which its kernels may have events of their own."""
-    name = event["name"].lower().replace("_", "")
-    return "cudagraph" in name or any("graphexec" in key.lower().replace("_", "") for key in event.get("args", {}))
+    """Whether an event is a whole launch of a CUDA graph, whose kernels may have events of their own."""
+    return event["name"].startswith("CudaGraph") or "cuda_graph_exec_id" in event.get("args", {})
 
 
 def own_times(events: Sequence[Event], nested: bool) -> list[float]:

@@ -102,7 +102,7 @@ def gpu_trace(*events, streams=(13, 14, 15)):
     trace += [named("process_name", "/device:GPU:0", 7), *(named("thread_name", names[k], 7, k) for k in streams)]
     for thread, name in enumerate(("XLA Modules", "XLA Ops", "Framework Ops", "Source code"), 90):
         trace += [named("thread_name", name, 7, thread), event("add_fusion", 0, 1e6, 7, thread)]
-    return [*trace, *events]
+    return [*trace, *events, {}]  # with an empty event at the end, as it writes
 
 
 def test_of_a_gpu_the_streams_count_and_no_line_that_is_derived_from_them():
@@ -133,7 +133,7 @@ def test_kernels_that_run_at_once_share_the_time():
 
 
 def test_kernels_of_a_cuda_graph_go_by_their_names():
-    graph = event("CudaGraph", 0, 500, 7, 15, cuda_graph_exec_id=3)
+    graph = event("CudaGraphExec:3", 0, 500, 7, 15, cuda_graph_exec_id=3, hlo_op="add_fusion")
     by_name = {
         "nvjet_hsh_256x128_64x4_2x1_v_bz_coopA_NNT": "matmul",
         "cutlass_80_wmma_tensorop_bf16_s161616gemm": "matmul",
@@ -144,7 +144,7 @@ def test_kernels_of_a_cuda_graph_go_by_their_names():
         "void (anonymous namespace)::k<4>(int)": "unattributed",
     }
     kernels = [
-        event(name, 10 + 60 * place, 60, 7, 13, correlation_id=9, graph_node_id=place)
+        event(name, 10 + 60 * place, 60, 7, 13, correlation_id=9, cuda_graph_node_id=place, hlo_op="dot.7")
         for place, name in enumerate(by_name)
     ]
     found, attributed = kinds_of(gpu_trace(graph, *kernels))
@@ -155,7 +155,7 @@ def test_kernels_of_a_cuda_graph_go_by_their_names():
 
 
 def test_a_launch_of_a_cuda_graph_alone_is_unattributed():
-    found, attributed = kinds_of(gpu_trace(event("CudaGraph", 0, 500, 7, 13, cuda_graph_exec_id=3)))
+    found, attributed = kinds_of(gpu_trace(event("CudaGraphExec:3", 0, 500, 7, 13, cuda_graph_exec_id=3)))
     assert found == {"unattributed": 0.5, "step": 0.5}
     assert attributed["none"] == 1
 
@@ -177,6 +177,7 @@ def test_a_stream_on_which_the_profiler_took_time_counts_still():
         ("", "custom_call_2", "matmul"),
         ("gone", "memset", "elementwise"),
         ("gone", "x", "unattributed"),
+        ("gemm_gone", "x", "matmul"),
     ],
 )
 def test_names_of_a_trace_are_found_in_the_program(instruction, kernel, kind):
