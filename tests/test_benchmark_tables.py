@@ -178,6 +178,7 @@ def test_a_stream_on_which_the_profiler_took_time_counts_still():
         ("gone", "memset", "elementwise"),
         ("gone", "x", "unattributed"),
         ("gemm_gone", "x", "matmul"),
+        ("command_buffer_4", "loop_multiply_fusion_3", "elementwise"),
     ],
 )
 def test_names_of_a_trace_are_found_in_the_program(instruction, kernel, kind):
