@@ -1,17 +1,18 @@
-"""The real command, from its start on: time to the first step, and its speed with all that belongs to a run.
+"""The real command: time to the first step, and its speed with everything that belongs to a run.
 
     python benchmarks/end_to_end.py --config=configs/cifar10.py:cpu --steps=200
     python benchmarks/end_to_end.py --images=20000 --image_size=32 --config.model.variant=S/4 --config.augment.flip=True
+    python benchmarks/end_to_end.py --only=speed --images=10240 --config=configs/cifar10.py:lite
 
 start: seconds of `import vit_jax.training.train` (and of Python alone), and until the first record is in metrics.jsonl,
 with an empty compile cache and with a filled one.
-speed: images a second of the run with data, augmentation, records, evaluation and checkpoints on, from its first record
-to its last, by the clock on the wall (`whole`; two evaluations and a checkpoint are between), and of its training
-alone, as metrics.jsonl has it (`training`), beside the bare step of the same model and batch, a fixed batch in a loop,
-measured in the same turn by another process.
+speed: images per second of the run with data, augmentation, records, evaluation and checkpoints on, from its first
+record to its last, in wall-clock time (`whole`; two evaluations and a checkpoint are between), and of its training
+alone, as metrics.jsonl has it (`training`), compared with the bare step of the same model and batch, a fixed batch in a
+loop, measured in the same turn by another process.
 `training_ratio` is training / bare and `ratio` whole / bare, medians of the turns' own; evaluations, which score the
 whole test split however few the steps are, count in the latter alone. --config.SECTION.KEY=VALUE goes to the command;
---images takes so many images of noise in place of the config's data set. Two JSON lines.
+--images uses this many images of noise instead of the config's data set. Two JSON lines, or one with --only.
 """
 
 import argparse
@@ -44,10 +45,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the overrides for the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/cifar10.py:cpu", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="of each run (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=3, help="runs, a bare step beside each (default: %(default)s)")
-    parser.add_argument("--images", type=int, help="images of noise in place of the config's set")
-    parser.add_argument("--image_size", type=int, default=32, help="of these, pixels (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="per run (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="runs, each with a bare step (default: %(default)s)")
+    parser.add_argument("--images", type=int, help="number of images of noise instead of the config's set")
+    parser.add_argument("--image_size", type=int, default=32, help="of these, in pixels (default: %(default)s)")
+    parser.add_argument("--only", choices=["start", "speed"], help="measure this alone")
     mine = [argument for argument in arguments if not argument.startswith("--config.")]
     return parser.parse_args(mine), [argument for argument in arguments if argument.startswith("--config.")]
 
@@ -181,8 +183,10 @@ def main(arguments: list[str]) -> None:
         config = command.config()
         source = load(config.data)
         given = {"benchmark": "end_to_end", "config": flags.config, "variant": config.model.variant}
-        print(json.dumps(given | {"name": "start"} | imports() | start(command, folder)), flush=True)
-        print(json.dumps(given | {"name": "speed"} | speed(command, flags, folder, source)), flush=True)
+        if flags.only != "speed":
+            print(json.dumps(given | {"name": "start"} | imports() | start(command, folder)), flush=True)
+        if flags.only != "start":
+            print(json.dumps(given | {"name": "speed"} | speed(command, flags, folder, source)), flush=True)
 
 
 if __name__ == "__main__":

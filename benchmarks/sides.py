@@ -1,7 +1,7 @@
 """The sides of a comparison, each in a process of its own, taking turns.
 
-Two frameworks in one process fight over its threads; so each has its own, and sleeps while another measures. What
-they still use while they wait is measured too.
+Two frameworks in one process compete for its threads; so each has its own process, and sleeps while another is
+measured. What they still use while they wait is measured too.
 """
 
 import argparse
@@ -109,9 +109,9 @@ def add_flags(parser: argparse.ArgumentParser, variant: str, image_size: int, kn
     add = parser.add_argument
     add("--variant", default=variant, help="size and patch size (default: %(default)s)")
     add("--depth", type=int, help="encoder blocks (default: the variant's)")
-    add("--image_size", type=int, default=image_size, help="pixels a side (default: %(default)s)")
+    add("--image_size", type=int, default=image_size, help="height and width in pixels (default: %(default)s)")
     add("--classes", type=int, default=10, help="(default: %(default)s)")
-    add("--dtypes", default="float32,bfloat16", help="arithmetics, one group of lines each (default: %(default)s)")
+    add("--dtypes", default="float32,bfloat16", help="compute dtypes, one group of lines each (default: %(default)s)")
     add("--sides", help=f"of {', '.join(known)} (default: all that are installed)")
     add("--device", default="auto", choices=["auto", "cpu"], help="(default: an accelerator where there is one)")
     add("--turns", type=int, default=5, help="turns of each side (default: %(default)s)")
@@ -185,6 +185,6 @@ class Ratio:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Of seconds a step."""
+    """From seconds per step."""
     each = [b / a for a, b in zip(ours, theirs, strict=True)]
     return Ratio(round(statistics.median(each), 3), round(min(each), 3), round(max(each), 3))

@@ -4,8 +4,8 @@
     python benchmarks/table.py show results/nvidia-h200.json
     python benchmarks/table.py put results/nvidia-h200.json docs/performance.md
 
-`put` replaces what stands in the page between <!-- results: NAME --> and <!-- end of results: NAME -->, NAME being the
-file's; where there are no such lines, they are added at the end.
+`put` replaces what the page has between <!-- results: NAME --> and <!-- end of results: NAME -->, where NAME is the
+file's; where there are no such markers, they are added at the end.
 """
 
 import json
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 # Of each benchmark: heading and key of its columns, in order.
-MODEL = [("model", "variant"), ("pixels", "image_size"), ("batch", "batch_size"), ("arithmetic", "dtype")]
-RATIO = [("ours / it", "ratio"), ("least", "ratio_least"), ("most", "ratio_most")]
+MODEL = [("model", "variant"), ("pixels", "image_size"), ("batch", "batch_size"), ("compute dtype", "dtype")]
+RATIO = [("speed of ours / this", "ratio"), ("minimum", "ratio_least"), ("maximum", "ratio_most")]
 COLUMNS: dict[str, list[tuple[str, str]]] = {
     "train_step": [
         *MODEL,
         ("side", "name"),
+        ("attention", "kernel"),
+        ("tokens", "tokens"),
         ("images/s", "images_per_second"),
         ("ms", "step_ms"),
         ("spread, ms", "spread_ms"),
@@ -54,7 +56,22 @@ COLUMNS: dict[str, list[tuple[str, str]]] = {
         ("training / bare", "training_ratio"),
         ("whole / bare", "ratio"),
     ],
-    "breakdown": [*MODEL, ("ms a step", "ms"), ("share", "share")],
+    "breakdown": [*MODEL, ("ms per step", "ms"), ("share", "share"), ("attributed by", "attributed")],
+    "compiled": [
+        ("compiled for", "compiled_for"),
+        ("model", "variant"),
+        ("pixels", "image_size"),
+        ("batch", "batch_size"),
+        ("step", "step"),
+        ("attention", "kernel"),
+        ("options", "fields"),
+        ("ms", "step_ms"),
+        ("images/s", "images_per_second"),
+        ("MFU", "mfu"),
+        ("kernels", "kernels"),
+        ("GB, other kernels", "other_gb"),
+        ("temporary, GiB", "temporary_gib"),
+    ],
     "memory": [
         *MODEL,
         ("remat", "remat"),
@@ -64,33 +81,51 @@ COLUMNS: dict[str, list[tuple[str, str]]] = {
         ("largest batch", "largest"),
     ],
     "matmul": [
-        ("arithmetic", "dtype"),
+        ("compute dtype", "dtype"),
         ("width", "width"),
         ("rows", "rows"),
-        ("product", "product"),
+        ("matmul", "product"),
         ("ms", "ms"),
         ("TFLOP/s", "tflops"),
     ],
     "attention": [
-        ("arithmetic", "dtype"),
+        ("compute dtype", "dtype"),
         ("width", "width"),
         ("tokens", "tokens"),
         ("passes", "passes"),
-        ("by", "implementation"),
+        ("implementation", "implementation"),
         ("ms", "ms"),
         ("TFLOP/s", "tflops"),
         ("error", "error"),
     ],
-    "layer_norm": [("arithmetic", "dtype"), ("width", "width"), ("passes", "passes"), ("ms", "ms"), ("GB/s", "gb_s")],
-    "gelu": [("arithmetic", "dtype"), ("width", "width"), ("passes", "passes"), ("ms", "ms"), ("GB/s", "gb_s")],
+    "attention_check": [
+        ("compute dtype", "dtype"),
+        ("width", "width"),
+        ("tokens", "tokens"),
+        ("implementation", "implementation"),
+        ("right", "right"),
+        ("error of the value", "value_error"),
+        ("of the gradient", "gradient_error"),
+        ("error", "error"),
+    ],
+    "layer_norm": [
+        ("compute dtype", "dtype"),
+        ("width", "width"),
+        ("passes", "passes"),
+        ("ms", "ms"),
+        ("GB/s", "gb_s"),
+    ],
+    "gelu": [("compute dtype", "dtype"), ("width", "width"), ("passes", "passes"), ("ms", "ms"), ("GB/s", "gb_s")],
     "skipped": [("command", "command"), ("status", "status")],
 }
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it: thousands apart, four figures, kinds of time one behind the other."""
+    """A value as a table shows it: thousands separated, four figures, the parts of a dictionary after each other."""
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, dict):
         return ", ".join(f"{name} {cell(part)}" for name, part in value.items() if part)
     if isinstance(value, float):
@@ -99,7 +134,7 @@ def cell(value: Any) -> str:
 
 
 def table(lines: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str]]) -> str:
-    """Rows in the order of the lines; columns that none has are left out."""
+    """Rows in the order of the lines; columns that no line has are left out."""
     present = [(heading, key) for heading, key in columns if any(line.get(key) is not None for line in lines)]
     rows = [[heading for heading, _ in present], ["---"] * len(present)]
     rows += [[cell(line.get(key)) for _, key in present] for line in lines]
@@ -117,7 +152,7 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def collect(source: Path, folder: Path) -> Path:
-    """Writes the lines as one file, named after the device that they are of."""
+    """Writes the lines as one file, named after the device that they were measured on."""
     lines = [json.loads(line) for line in source.read_text().splitlines() if line.startswith("{")]
     device = next((line["device"] for line in lines if "device" in line), "unknown")
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +162,7 @@ def collect(source: Path, folder: Path) -> Path:
 
 
 def put(results: Path, page: Path) -> None:
-    """Writes the tables into the page, between its two lines."""
+    """Writes the tables into the page, between its two markers."""
     start, end = f"<!-- results: {results.stem} -->", f"<!-- end of results: {results.stem} -->"
     text = page.read_text() if page.exists() else ""
     if start not in text:

@@ -1,22 +1,22 @@
-"""Speed of a training step: ours, and beside it others' models of the very same size, with the same optimiser.
+"""Speed of a training step: ours, compared with other implementations of the same size with the same optimizer.
 
     python benchmarks/train_step.py --variant=Ti/4 --image_size=32 --batch_size=128
     python benchmarks/train_step.py --variant=B/16 --image_size=224 --batch_size=256 --dtypes=bfloat16
     python benchmarks/train_step.py --sides=ours,timm_compile --torch_python=/path/to/python --data=cifar10
 
-The sides: ours (the bare step, as plain_flax has it, of the model and with the compiler options and the memory that
-training has), ours_trainer (the step of `python -m vit_jax.main`, many in a
-dispatch, from 8-bit images on), plain_flax (the model as most would write it with Flax), torch (likewise, with
-PyTorch), timm and transformers, torch and timm also as NAME_compile (torch.compile). In bfloat16, PyTorch's sides run
-under autocast; torch_autocast does so beside float32. All have the same parameters, batch, loss and AdamW (fused in
-PyTorch); `losses`, of the first steps, show that they do the same work (ours_trainer's decay leaves biases alone).
+The sides: ours (the bare step, as plain_flax has it, of the model and with the compiler options and the memory settings
+of training), ours_trainer (the step of `python -m vit_jax.main`, many per dispatch, from 8-bit images on), plain_flax
+(the model written with Flax's own layers), torch (likewise, with PyTorch), timm and transformers; torch and timm also
+as NAME_compile (torch.compile). In bfloat16, PyTorch's sides run under autocast; torch_autocast does so among the
+float32 lines. All have the same parameters, batch, loss and AdamW (fused in PyTorch); `losses`, of the first steps,
+show that they do the same work (ours_trainer does not apply weight decay to biases).
 
-Each is a process of its own; they take turns, A B A B, so that what else the machine does falls on all. One JSON line
-a side and dtype: images_per_second and step_ms (medians over the turns), spread_ms, mfu (of 3 x the forward pass's
-products, where the device's peak is known), compile_s, peak_memory_mb (of the device; on CPU of the process), waiting
-(cores that it used while the others measured), and for all but ours `ratio`: how many times as fast ours is (without
-it, ours_trainer), the median of the turns' own ratios, with the least and the most. A side that fails is a line with
-`error`.
+Each is a process of its own; they take turns, A B A B, so that other load on the machine affects all. One JSON line per
+side and compute dtype: images_per_second and step_ms (medians over the turns), spread_ms, mfu (of three times the
+forward pass's matmuls, where the device's peak is known), compile_s, peak_memory_mb (of the device; on CPU of the
+process), waiting (cores that it used while the others were measured), and for all but ours `ratio`: how many times as
+fast ours is (without it, ours_trainer), the median of the turns' own ratios, with their minimum (ratio_least) and
+maximum (ratio_most). A side that fails is a line with `error`.
 """
 
 import argparse
@@ -41,15 +41,17 @@ from vit_jax.training import hardware
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     comparing.add_flags(parser, variant="Ti/4", image_size=32)
-    parser.add_argument("--batch_size", type=int, default=128, help="images a step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="steps a turn (default: as --seconds allow)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="a turn takes about (default: %(default)s)")
-    parser.add_argument("--data", help="a set of images in place of noise: cifar10, ... (its size is then theirs)")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="steps per turn (default: as --seconds allows)")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="approximate length of a turn (default: %(default)s)"
+    )
+    parser.add_argument("--data", help="a data set instead of noise: cifar10, ... (--image_size is then its own)")
     return parser.parse_args(arguments)
 
 
 def real(name: str, batches: int, batch_size: int, image_size: int, folder: str) -> Path:
-    """A file with the first images of a set's training split."""
+    """A file with the first images of a data set's training split."""
     from vit_jax.data import sources
 
     source = sources.load(name, "train", image_size=image_size)
@@ -87,9 +89,9 @@ def describe(side: Side, work: Work, seconds: list[float]) -> dict:
 
 
 def compare(flags: argparse.Namespace, dtype: str, names: list[str], images: str | None) -> None:
-    """All sides in one arithmetic; prints their lines."""
+    """All sides in one compute dtype; prints their lines."""
     if dtype == "bfloat16":
-        names = [name for name in names if name != "torch_autocast"]  # there it is torch
+        names = [name for name in names if name != "torch_autocast"]  # the same as torch there
     more = {"images": images, "batches": 4 if images else 1}
     works = {name: comparing.work_of(flags, name, "train", dtype, flags.batch_size, **more) for name in names}
     opened, errors = comparing.open_all(list(works.values()), flags.torch_python)

@@ -1,5 +1,6 @@
 """What the benchmarks make of what they measured: profiles as tables of kinds of work, and results as Markdown."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -51,20 +52,22 @@ def test_instructions_have_the_kind_of_what_they_compute():
     assert {name: found[name] for name in KINDS} == KINDS
 
 
-def event(name, start, length, process=1, thread=1):
-    return {
-        "ph": "X",
-        "pid": process,
-        "tid": thread,
-        "ts": start,
-        "dur": length,
-        "name": name,
-        "args": {"hlo_op": name},
-    }
+def event(name, start, length, process=1, thread=1, **arguments):
+    times = {"ph": "X", "pid": process, "tid": thread, "ts": start, "dur": length}
+    return {**times, "name": name, "args": arguments or {"hlo_op": name}}
 
 
 def named(what, name, process=1, thread=0):
     return {"ph": "M", "pid": process, "tid": thread, "name": what, "args": {"name": name}}
+
+
+def kinds_of(events, steps=1):
+    """The kinds that took time, and how they were attributed; whatever the events, they add up to the step."""
+    table, attributed = traces.breakdown(events, KINDS | {"while.1": "elementwise"}, steps)
+    step = table.pop("step")
+    assert sum(table.values()) == pytest.approx(step, rel=1e-3)
+    assert min(table.values()) >= 0
+    return {name: value for name, value in table.items() if value} | {"step": step}, attributed
 
 
 def test_the_kinds_of_a_trace_add_up_to_the_step():
@@ -78,33 +81,116 @@ def test_the_kinds_of_a_trace_add_up_to_the_step():
             event("moments", start + 760, 100),
         ]
         events += [event("crop", start + 860, 40)]
-    made = traces.breakdown(events, KINDS | {"while.1": "elementwise"}, steps=2)
-    assert made == {
+    found, attributed = kinds_of(events, steps=2)
+    assert found == {
         "matmul": 0.4,
         "attention": 0.2,
         "elementwise": 0.15 + 0.11,
         "optimizer": 0.1,
         "input": 0.04,
-        "communication": 0.0,
         "idle": 0.15,
         "step": 1.15,
     }
+    assert attributed == {"program": 1, "name": 0, "none": 0}
 
 
-def test_of_an_accelerator_the_streams_count_and_no_line_that_shows_them_again():
-    events = [named("process_name", "/device:GPU:0", 7), named("thread_name", "Stream #13(Compute)", 7, 13)]
-    events += [named("thread_name", "XLA Ops", 7, 99), named("process_name", "/host:CPU", 1)]
-    events += [event("add_fusion", 0, 100, 7, 13), event("add_fusion", 0, 100, 7, 99), event("x", 0, 5000)]
-    events += [{**event("MemcpyH2D", 200, 50, 7, 14), "args": {}}, named("thread_name", "Stream #14(MemcpyH2D)", 7, 14)]
-    made = traces.breakdown(events, KINDS, steps=1)
-    assert (made["matmul"], made["input"], made["idle"], made["step"]) == (0.1, 0.05, 0.1, 0.25)
+def gpu_trace(*events, streams=(13, 14, 15)):
+    """Events as the profiler writes those of a GPU: by stream, and again on lines that are derived from the streams."""
+    names = {13: "Stream #13(Memset,MemcpyD2D,Compute)", 14: "Stream #14(MemcpyH2D)", 15: "Stream #15(Compute)"}
+    names |= {16: "CUPTI overhead"}
+    trace = [named("process_name", "/host:CPU", 1), event("ThunkExecutor", 0, 1e6)]
+    trace += [named("process_name", "/device:GPU:0", 7), *(named("thread_name", names[k], 7, k) for k in streams)]
+    for thread, name in enumerate(("XLA Modules", "XLA Ops", "Framework Ops", "Source code"), 90):
+        trace += [named("thread_name", name, 7, thread), event("add_fusion", 0, 1e6, 7, thread)]
+    return [*trace, *events, {}]  # with an empty event at the end, as it writes
+
+
+def test_of_a_gpu_the_streams_count_and_no_line_that_is_derived_from_them():
+    copy = event("MemcpyH2D", 200, 50, 7, 14, memcpy_details="kind_src:pinned size:64")
+    found, attributed = kinds_of(gpu_trace(event("add_fusion", 0, 100, 7, 13), copy))
+    assert found == {"matmul": 0.1, "input": 0.05, "idle": 0.1, "step": 0.25}
+    assert attributed == {"program": 0.6667, "name": 0.3333, "none": 0}
+
+
+def test_kernels_that_follow_each_other_without_a_gap_take_their_own_time():
+    # In floating point, about every third of these starts before its predecessor ends, and was taken to be inside it.
+    kernels, start = [], 0.1
+    for k in range(200):
+        length = round((30.7, 9.1)[k % 2] + 0.1 * (k % 7), 3)
+        kernels.append(event(("add_fusion", "norm")[k % 2], round(start, 3), length, 7, 13))
+        start += length
+    assert any(a["ts"] + a["dur"] > b["ts"] for a, b in itertools.pairwise(kernels))
+    found, _ = kinds_of(gpu_trace(*kernels))
+    lengths = [sum(one["dur"] for one in kernels if one["name"] == name) / 1e3 for name in ("add_fusion", "norm")]
+    assert found == {"matmul": pytest.approx(lengths[0]), "elementwise": pytest.approx(lengths[1]), "step": 4.0394}
+
+
+def test_kernels_that_run_at_once_share_the_time():
+    # 100 us on each of two streams, half of it at once; and a kernel that starts before its predecessor has ended.
+    kernels = [event("add_fusion", 0, 100, 7, 13), event("norm", 50, 100, 7, 15), event("moments", 140, 20, 7, 15)]
+    found, _ = kinds_of(gpu_trace(*kernels))
+    assert found == {"matmul": 0.075, "elementwise": 0.07, "optimizer": 0.015, "step": 0.16}
+
+
+def test_kernels_of_a_cuda_graph_go_by_their_names():
+    graph = event("CudaGraphExec:3", 0, 500, 7, 15, cuda_graph_exec_id=3, hlo_op="add_fusion")
+    by_name = {
+        "nvjet_hsh_256x128_64x4_2x1_v_bz_coopA_NNT": "matmul",
+        "cutlass_80_wmma_tensorop_bf16_s161616gemm": "matmul",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_6_128x128x64_4x1x1": "attention",
+        "attention_backward": "attention",
+        "input_reduce_fusion_2": "elementwise",
+        "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "communication",
+        "void (anonymous namespace)::k<4>(int)": "unattributed",
+    }
+    kernels = [
+        event(name, 10 + 60 * place, 60, 7, 13, correlation_id=9, cuda_graph_node_id=place, hlo_op="dot.7")
+        for place, name in enumerate(by_name)
+    ]
+    found, attributed = kinds_of(gpu_trace(graph, *kernels))
+    expected = {"matmul": 0.12, "attention": 0.12, "elementwise": 0.06, "communication": 0.06}
+    # The launch itself counts where no kernel runs, before and after them.
+    assert found == expected | {"unattributed": 0.06 + 0.08, "step": 0.5}
+    assert attributed == {"program": 0, "name": 0.72, "none": 0.28}
+
+
+def test_a_launch_of_a_cuda_graph_alone_is_unattributed():
+    found, attributed = kinds_of(gpu_trace(event("CudaGraphExec:3", 0, 500, 7, 13, cuda_graph_exec_id=3)))
+    assert found == {"unattributed": 0.5, "step": 0.5}
+    assert attributed["none"] == 1
+
+
+def test_a_stream_on_which_the_profiler_took_time_counts_still():
+    events = [event("BUFFER_FLUSH", 0, 40, 7, 16, id=1), event("add_fusion", 50, 100, 7, 16)]
+    found, _ = kinds_of(gpu_trace(*events, event("MemoryAlloc", 0, 100, 7, 13, bytes=1), streams=(13, 16)))
+    assert found == {"matmul": 0.1, "step": 0.1}
+
+
+@pytest.mark.parametrize(
+    "instruction, kernel, kind",
+    [
+        ("dot.7", "nvjet_x", "attention"),
+        ("add_fusion.clone.1", "x", "matmul"),
+        ("wrapped_norm", "x", "elementwise"),
+        ("while.1::crop", "x", "input"),
+        ("all-reduce.1.clone", "x", "communication"),
+        ("", "custom_call_2", "matmul"),
+        ("gone", "memset", "elementwise"),
+        ("gone", "x", "unattributed"),
+        ("gemm_gone", "x", "matmul"),
+        ("command_buffer_4", "loop_multiply_fusion_3", "elementwise"),
+    ],
+)
+def test_names_of_a_trace_are_found_in_the_program(instruction, kernel, kind):
+    attribute = traces.Attribution(KINDS)
+    assert attribute({"name": kernel, "args": {"hlo_op": instruction}})[0] == kind
 
 
 def test_what_is_inside_another_event_counts_once():
     events = [event("a", 0, 100), event("b", 10, 30), event("c", 20, 10), event("d", 50, 50), event("e", 100, 10)]
-    own = {found["name"]: time for found, time in traces.own_times(events)}
-    assert own == {"a": 20, "b": 20, "c": 10, "d": 50, "e": 10}
-    assert traces.busy([*events, event("f", 150, 5, thread=2)]) == (115, 155)
+    assert traces.own_times(events, nested=True) == [20, 20, 10, 50, 10]
+    # On another thread at once: the innermost of each share the time.
+    assert traces.own_times([*events, event("f", 90, 20, thread=2)], nested=True) == [20, 20, 10, 45, 5, 10]
 
 
 LINES = [
@@ -122,7 +208,7 @@ SHOWN = """\
 
 **matmul**
 
-| arithmetic | width | ms | TFLOP/s |
+| compute dtype | width | ms | TFLOP/s |
 | --- | --- | --- | --- |
 | bfloat16 | 192 | 0.1235 | 12.3 |"""
 
@@ -150,6 +236,8 @@ def test_a_page_without_the_lines_gets_them_at_its_end(tmp_path):
     assert text == f"Before.\n\n<!-- results: chip -->\n\n{SHOWN}\n\n<!-- end of results: chip -->\n"
 
 
-@pytest.mark.parametrize("value, shown", [(None, ""), (0.5, "0.5"), (1234.5, "1,234"), ({"a": 0.25, "b": 0}, "a 0.25")])
+@pytest.mark.parametrize(
+    "value, shown", [(None, ""), (0.5, "0.5"), (1234.5, "1,234"), ({"a": 0.25, "b": 0}, "a 0.25"), (True, "yes")]
+)
 def test_cells(value, shown):
     assert table.cell(value) == shown

@@ -138,8 +138,9 @@ def test_the_whole_set_of_measurements_runs_in_small(tmp_path):
     found = json.loads((tmp_path / "cpu.json").read_text())["lines"]
     kinds = {line["benchmark"] for line in found}
     wanted = {"train_step", "breakdown", "memory", "inference", "end_to_end", "matmul", "attention", "layer_norm"}
-    assert kinds == wanted | {"gelu"}, done.stderr
+    assert kinds == wanted | {"gelu", "attention_check"}, done.stderr
     assert not [line for line in found if "error" in line]
+    assert all(line["right"] for line in found if line["benchmark"] == "attention_check")
     end = next(line for line in found if line.get("name") == "speed")
     for name in ("ratio", "training_ratio"):
         assert 0 < end[f"{name}_least"] <= end[name] <= end[f"{name}_most"]
@@ -147,6 +148,28 @@ def test_the_whole_set_of_measurements_runs_in_small(tmp_path):
     assert min(none["planned_mb"], full["planned_mb"]) > 0
     table = (tmp_path / "page.md").read_text()
     assert all(f"**{kind}**" in table for kind in kinds)
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient", "refused"])
+def test_a_wrong_attention_backend_is_found(monkeypatch, capsys, wrong):
+    import jax
+    import kernels as measured
+
+    from vit_jax.models import kernels
+
+    def other(fused, heads):
+        if wrong == "refused":
+            raise NotImplementedError("Unsupported sequence length")
+        result = kernels.plain(fused, heads)
+        return 1.02 * result if wrong == "value" else jax.lax.stop_gradient(0.02 * result) + 0.98 * result
+
+    monkeypatch.setattr(kernels, "KERNELS", {"plain": kernels.plain, "heads_first": other})
+    with pytest.raises(SystemExit) as raised:
+        measured.main(["--check", "--widths=64", "--tokens=5", "--rows=20", "--dtypes=float32"])
+    assert raised.value.code == 1
+    plain, broken = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert plain["right"] and not broken["right"]
+    assert ("error" in broken) == (wrong == "refused")
 
 
 def lines(script, *arguments):
