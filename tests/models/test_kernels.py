@@ -29,7 +29,7 @@ def test_a_kernel_is_the_plain_one_forward_and_backward(name, tokens, heads, siz
     fused, direction = draws(2, tokens, heads * size, jnp.bfloat16 if name == "cudnn" else jnp.float32)
     kernel, tolerance = kernels.KERNELS[name], 5e-6
     if name == "pallas" and not ON_GPU:
-        kernel = lambda fused, heads: pallas_attention.attend(fused, heads, interpret=True)  # noqa: E731
+        kernel = lambda fused, heads: pallas_attention.attend_fused(fused, heads, interpret=True)  # noqa: E731
     elif kernels.obstacle(name, jax.default_backend(), tokens, size, fused.dtype):
         pytest.skip(kernels.obstacle(name, jax.default_backend(), tokens, size, fused.dtype))
     if ON_GPU:
@@ -92,7 +92,7 @@ def test_what_is_chosen_can_be_used(platform, size, dtype, name):
     [
         ("cudnn", "cpu", 65, 64, "this is a cpu"),
         ("pallas", "tpu", 65, 64, "this is a tpu"),
-        ("pallas", "gpu", 257, 64, "at most 256 tokens"),
+        ("pallas", "gpu", 1025, 64, "at most 1024 tokens"),
         ("pallas", "gpu", 65, 80, "heads of 16, 32, 64 or 128"),
         ("cudnn", "gpu", 65, 12, "multiple of 8"),
     ],

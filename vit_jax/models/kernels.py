@@ -73,7 +73,7 @@ def pallas(fused: Fused, heads: int) -> Mixed:
     """Our own kernel for GPUs: whole short sequences on the chip, packed in and out (see `pallas_attention`)."""
     from vit_jax.models import pallas_attention
 
-    return pallas_attention.attend(fused, heads)
+    return pallas_attention.attend_fused(fused, heads)
 
 
 KERNELS: dict[str, Callable[[Fused, int], Mixed]] = {
@@ -108,8 +108,8 @@ def obstacle(name: str, platform: str, tokens: int, size: int, dtype: Dtype) -> 
         return f"it is for GPUs, and this is a {platform}"
     if name == "cudnn" and not (half and size % 8 == 0 and size <= 256):
         return "it needs bfloat16, and heads of a multiple of 8 channels up to 256"
-    if name == "pallas" and not pallas_attention.fits(tokens, size):
-        return f"it needs at most {pallas_attention.MOST_TOKENS} tokens, and heads of 16, 32, 64 or 128 channels"
+    if name == "pallas":
+        return pallas_attention.obstacle(tokens, size, dtype)
     return None
 
 
