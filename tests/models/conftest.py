@@ -1,5 +1,8 @@
 """What the tests of the models share: a small model, random parameters."""
 
+import contextlib
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,3 +43,26 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def _described_gpu():
+    """A context in which JAX assumes an H200. JAX 0.11 and later need it; earlier versions assume a GPU themselves."""
+    device = getattr(jax.sharding, "AbstractDevice", None)
+    if device is None or "platform" not in inspect.signature(device).parameters:
+        return contextlib.nullcontext()
+    described = device(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=described))
+
+
+@pytest.fixture(scope="session")
+def lower_for_gpu():
+    """A function that lowers another for an NVIDIA GPU, on any machine: its StableHLO text.
+
+    Arguments are arrays or `jax.ShapeDtypeStruct`s.
+    """
+
+    def lower(function, *arguments):
+        with _described_gpu():
+            return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+    return lower

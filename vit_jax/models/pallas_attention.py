@@ -64,7 +64,11 @@ CONFIGS: dict[str, Config] = {
 
 
 def default_config(size: int, dtype: Dtype) -> Config:
-    """The configuration that uses at most 168 registers per thread without spills, by the compiler's own account."""
+    """The configuration for a head size and compute dtype.
+
+    Chosen by what the compiler reports for an H200, not by the clock: with heads of 64 channels in bfloat16, no kernel
+    spills registers, and three to five programs run on a multiprocessor at a time.
+    """
     if jnp.dtype(dtype).itemsize > 2:
         return CONFIGS["two_pass_16"]
     return CONFIGS["two_pass_32" if size > 64 else "single_pass"]
