@@ -454,8 +454,9 @@ def _queries_kernel(
 
     def add(tile: _Tile, total: jax.Array) -> jax.Array:
         keys = _load(inputs[1], tile, columns[1], call.size)
+        values = _load(inputs[2], tile, columns[2], call.size)
         weights = _mask_keys(_exp2(call, _pair(queries, keys), shift), tile, 1, count, 0.0)
-        of_weights = _pair(gradient, _load(inputs[2], tile, columns[2], call.size))
+        of_weights = _pair(gradient, values)
         return total + _combine(weights * (of_weights - shared[:, None]), 1, keys, False)
 
     total = _loop(call, add, jnp.zeros(queries.shape, jnp.float32))
