@@ -2,7 +2,9 @@
 
 import atexit
 import collections
+import contextlib
 import importlib.util
+import inspect
 import os
 import shutil
 import signal
@@ -147,3 +149,33 @@ def make_run(tmp_path_factory):
 def digits_run(make_run) -> Path:
     """Such a workdir, with a head of its own for each kind of label the digits have, and a layer before the logits."""
     return make_run(data={"labels": "label,parity"}, model={"pre_logits": 8})
+
+
+def _described_gpu():
+    """A context in which JAX assumes an H200. JAX 0.11 and later need it; earlier versions assume a GPU themselves."""
+    import jax
+
+    device = getattr(jax.sharding, "AbstractDevice", None)
+    if device is None or "platform" not in inspect.signature(device).parameters:
+        return contextlib.nullcontext()
+    described = device(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=described))
+
+
+@pytest.fixture(scope="session")
+def lower_for_gpu():
+    """A function that lowers another, jitted or not, for an NVIDIA GPU, on any machine: its StableHLO text.
+
+    Arguments are arrays or `jax.ShapeDtypeStruct`s.
+    """
+    import jax
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    def lower(function, *arguments):
+        function = function if hasattr(function, "trace") else jax.jit(function)
+        with _described_gpu():
+            return function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)  # there is none to ask
+        yield lower

@@ -74,16 +74,3 @@ def toy():
 @pytest.fixture(scope="session")
 def make_config():
     return toy_config
-
-
-@pytest.fixture
-def lower_for_cuda(monkeypatch):
-    """A function that lowers a jitted function for an NVIDIA GPU, and returns the program's text."""
-    from jax._src.cudnn import fused_attention_stablehlo
-
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)  # there is none to ask
-
-    def lower(function, *arguments):
-        return function.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-
-    return lower

@@ -45,7 +45,7 @@ def test_every_config_is_here():
     assert set(SHIPPED) == {path.name for path in CONFIGS.glob("*.py")}
 
 
-def lowered_step(config, backend, monkeypatch, lower_for_cuda):
+def lowered_step(config, backend, monkeypatch, lower_for_gpu):
     """The text of the config's training step for a GPU, with one block, eight images, and made-up data."""
     size = config.data.image_size or (8 if config.data.name == "digits" else 32)
     channels = 1 if config.data.name == "digits" else 3
@@ -61,27 +61,27 @@ def lowered_step(config, backend, monkeypatch, lower_for_cuda):
     monkeypatch.setattr(attention_choice, "resolve", resolve)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     if config.model.variant == "init_from":
-        config.model.variant = "B/16"
+        config.model.variant, config.data.normalization = "B/16", "half"
     config.model.depth, config.train.batch_size, config.train.accumulation = 1, 8, 1
     run = runs.build(config, parallel.make_mesh(1), {"train": "train"})
     update = make_update(run.applied, run.optimizer, run.augment, config, run.mesh, run.mask)
     feed = run.feeds("train").abstract_feed(2, 8)
-    return lower_for_cuda(update, run.abstract_state(), feed, np.int32(0), np.int32(0)), asked
+    return lower_for_gpu(update, run.abstract_state(), feed, np.int32(0), np.int32(0)), asked
 
 
 @pytest.mark.parametrize("file, argument", RECIPES)
-def test_the_step_of_a_shipped_config_lowers_with_every_candidate(file, argument, monkeypatch, lower_for_cuda):
-    _, shapes = lowered_step(get_config(file, argument), "plain", monkeypatch, lower_for_cuda)
+def test_the_step_of_a_shipped_config_lowers_with_every_candidate(file, argument, monkeypatch, lower_for_gpu):
+    _, shapes = lowered_step(get_config(file, argument), "plain", monkeypatch, lower_for_gpu)
     assert shapes and all(shape.dtype == "bfloat16" for shape in shapes)
     names = candidates(H200, shapes)
     assert "cudnn" in names
     for name in names[:-1]:
-        text, _ = lowered_step(get_config(file, argument), name, monkeypatch, lower_for_cuda)
+        text, _ = lowered_step(get_config(file, argument), name, monkeypatch, lower_for_gpu)
         assert ("cudnn$fmha" in text and "Backward" in text) == (name == "cudnn")
         assert ("__gpu$xla.gpu.triton" in text) == (name == "pallas")
 
 
-def lowered_layer(backend, tokens, dtype, lower_for_cuda, **options):
+def lowered_layer(backend, tokens, dtype, lower_for_gpu, **options):
     """The text of an attention layer's forward and backward pass for a GPU."""
     heads, size = 2, 64
     layer = Attention(heads, dtype=jnp.dtype(dtype), kernel=backend, qk_norm=options.get("qk_norm", False))
@@ -95,29 +95,29 @@ def lowered_layer(backend, tokens, dtype, lower_for_cuda, **options):
     def loss(variables, inputs):
         return layer.apply(variables, inputs, lengths, positions=terms).astype(jnp.float32).sum()
 
-    return lower_for_cuda(jax.jit(jax.grad(loss, argnums=(0, 1))), variables, inputs)
+    return lower_for_gpu(jax.grad(loss, argnums=(0, 1)), variables, inputs)
 
 
 @pytest.mark.parametrize("tokens", [16, 17, 64, 65, 66, 196, 197, 200, 257])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_what_is_no_obstacle_lowers_forward_and_backward(tokens, dtype, lower_for_cuda):
+def test_what_is_no_obstacle_lowers_forward_and_backward(tokens, dtype, lower_for_gpu):
     shape = Shape(2, tokens, 2, 64, dtype)
     for name in BACKENDS:
         if obstacle(name, H200, shape) is None:
-            assert lowered_layer(name, tokens, dtype, lower_for_cuda)
+            assert lowered_layer(name, tokens, dtype, lower_for_gpu)
         else:
             assert name not in candidates(H200, [shape])
 
 
 @pytest.mark.parametrize("option", ["bias", "rotation", "qk_norm", "lengths"])
-def test_the_modern_options_keep_the_fused_kernel(option, lower_for_cuda):
+def test_the_modern_options_keep_the_fused_kernel(option, lower_for_gpu):
     shape = Shape(
         2, 65, 2, 64, "bfloat16", **{option: True} if option in ("bias", "lengths") else {"transformed": True}
     )
     found = {"cudnn": "cudnn$fmha", "pallas": "__gpu$xla.gpu.triton"}
     for name, call in found.items():
         if obstacle(name, H200, shape) is None:
-            assert call in lowered_layer(name, 65, "bfloat16", lower_for_cuda, **{option: True})
+            assert call in lowered_layer(name, 65, "bfloat16", lower_for_gpu, **{option: True})
     assert set(candidates(H200, [shape])) & set(found)
 
 
@@ -125,7 +125,7 @@ VARIANT_TOKENS = {"Ti/16": 197, "S/32": 50, "B/8": 785, "H/14": 257, "R50+B/16":
 
 
 @pytest.mark.parametrize("variant, tokens", VARIANT_TOKENS.items())
-def test_every_size_has_a_fused_kernel_at_its_own_token_count(variant, tokens, lower_for_cuda):
+def test_every_size_has_a_fused_kernel_at_its_own_token_count(variant, tokens, lower_for_gpu):
     fields = variants.fields(variant)
     shape = Shape(2, tokens, fields["heads"], fields["width"] // fields["heads"], "bfloat16")
     assert set(candidates(H200, [shape])) & {"cudnn", "pallas"}
