@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vit_jax.models import pallas_attention
 from vit_jax.models.pallas_attention import CONFIGS, attend, attend_fused, obstacle
@@ -87,7 +88,7 @@ def test_values_and_gradients(tokens, heads, size, config):
 
 
 @pytest.mark.parametrize(
-    "config, tokens, lengths", [(name, 70, (0, 66)) for name in CONFIGS] + [("two_pass_64", 130, (130, 65))]
+    "config, tokens, lengths", [(name, 70, (0, 66)) for name in CONFIGS] + [("two_pass_64", 130, (999, 65))]
 )
 def test_keys_after_the_length_are_ignored(config, tokens, lengths):
     """Also where no key is valid: the output and the gradients are then 0."""
@@ -120,6 +121,26 @@ def test_large_scores_stay_finite(config):
     """Scores of about 1,000, of both signs: without a running maximum, exp would overflow or all weights be 0."""
     arrays = draw(65, 1, 16, scale=12.0)
     assert_close(run(*arrays, config=CONFIGS[config]), reference(*arrays, [65] * BATCH), 1e-3)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+@pytest.mark.parametrize("tokens", [20, 130])
+def test_every_device_computes_its_own_examples(tokens):
+    arrays = draw(tokens, 1, 16)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    spread = [jax.device_put(array, NamedSharding(mesh, PartitionSpec("data"))) for array in arrays]
+    compiled = run_fused.lower(*spread, config=CONFIGS["single_pass"]).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert_close(compiled(*spread), run_fused(*arrays, config=CONFIGS["single_pass"]), 1e-6)
+
+
+def test_vmap():
+    arrays = draw(20, 1, 16)
+    pairs = [jnp.stack([array, -array]) for array in arrays[:3]] + [arrays[3]]
+    results = jax.vmap(run, in_axes=(0, 0, 0, None))(*pairs)
+    for index, sign in enumerate((1, -1)):
+        expected = run(*(sign * array for array in arrays[:3]), arrays[3])
+        assert_close([result[index] for result in results], expected, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -159,6 +180,12 @@ def test_lowering_with_lengths_for_a_gpu(lower_for_gpu, config):
 def test_what_the_kernels_cannot_take(tokens, size, dtype, words):
     assert words in obstacle(tokens, size, dtype)
     assert obstacle(257, 64, "bfloat16") is None
+
+
+@pytest.mark.parametrize("columns, words", [(3 * 2 * 80, "16, 32, 64 or 128 channels"), (100, "100 columns")])
+def test_shapes_that_are_refused(columns, words):
+    with pytest.raises(ValueError, match=words):
+        attend_fused(jnp.zeros((1, 65, columns)), 2, interpret=True)
 
 
 def test_a_jax_without_the_triton_backend(monkeypatch):

@@ -22,6 +22,9 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 try:
@@ -100,10 +103,15 @@ def attend_fused(
         heads: number of heads; must divide width.
         config: layout of the kernels; None is `default_config`.
         interpret: run on any device without compiling for a GPU, for tests.
+
+    Raises:
+        ValueError: the kernels cannot take these shapes (see `obstacle`).
     """
-    width = fused.shape[2] // 3
-    config = config or default_config(width // heads, fused.dtype)
-    call = _Call(fused.shape[1], heads, width // heads, (0, width, 2 * width), config, interpret)
+    _batch, tokens, columns = fused.shape
+    size, rest = divmod(columns, 3 * heads)
+    if rest:
+        raise ValueError(f"{columns} columns are not queries, keys and values of {heads} heads")
+    call = _call(tokens, heads, size, fused.dtype, True, config, interpret)
     return _attend((fused,), None, call)
 
 
@@ -125,9 +133,12 @@ def attend(
         lengths: keys at and after this index get weight 0, and zero gradients. With a length of 0 the output is 0.
         config: see `attend_fused`.
         interpret: see `attend_fused`.
+
+    Raises:
+        ValueError: the kernels cannot take these shapes (see `obstacle`).
     """
     batch, tokens, heads, size = queries.shape
-    call = _Call(tokens, heads, size, (0, 0, 0), config or default_config(size, queries.dtype), interpret)
+    call = _call(tokens, heads, size, queries.dtype, False, config, interpret)
     arrays = tuple(array.reshape(batch, tokens, heads * size) for array in (queries, keys, values))
     return _attend(arrays, lengths, call).reshape(queries.shape)
 
@@ -189,6 +200,16 @@ class _Call:
         return lax.div(program, self.programs * self.heads), head, own
 
 
+def _call(
+    tokens: int, heads: int, size: int, dtype: Dtype, fused: bool, config: Config | None, interpret: bool
+) -> _Call:
+    if reason := obstacle(tokens, size, dtype):
+        raise ValueError(f"the Pallas attention kernels cannot be used for {tokens} tokens and {dtype}: {reason}")
+    width = heads * size
+    offsets = (0, width, 2 * width) if fused else (0, 0, 0)
+    return _Call(tokens, heads, size, offsets, config or default_config(size, dtype), interpret)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attend(arrays: tuple[jax.Array, ...], lengths: jax.Array | None, call: _Call) -> jax.Array:
     return _forward(arrays, lengths, call)[0]
@@ -244,33 +265,68 @@ def _launch(
     With `in_place`, the last input's buffer becomes the first output, and the kernel overwrites parts of it.
     """
     per_example = call.heads * call.programs
+    if lengths is not None:
+        inputs = (lengths, *inputs)
 
     def example(array: Any) -> Any:
         return pl.BlockSpec((None, *array.shape[1:]), lambda program: (lax.div(program, per_example), 0, 0))
 
-    batch = inputs[0].shape[0]
-    in_specs = [example(array) for array in inputs]
-    if lengths is not None:
-        inputs = (lengths, *inputs)
-        in_specs = [pl.BlockSpec((batch,), lambda program: (0,)), *in_specs]
-    results = pl.pallas_call(
-        functools.partial(_call_kernel, kernel, call, lengths is not None, len(inputs)),
-        grid=(batch * per_example,),
-        in_specs=in_specs,
-        out_specs=[example(output) for output in outputs],
-        out_shape=[jax.ShapeDtypeStruct(output.shape, output.dtype) for output in outputs],
-        input_output_aliases={len(inputs) - 1: 0} if in_place else {},
-        compiler_params=triton.CompilerParams(num_warps=call.config.warps, num_stages=call.config.stages),
-        interpret=call.interpret,
-        name=name,
-    )(*inputs)
-    return tuple(results)
+    def run(*inputs: jax.Array) -> tuple[jax.Array, ...]:
+        batch = inputs[0].shape[0]
+        in_specs = [example(array) for array in inputs]
+        if lengths is not None:
+            in_specs[0] = pl.BlockSpec((batch,), lambda program: (0,))
+        results = pl.pallas_call(
+            functools.partial(_call_kernel, kernel, call, lengths is not None, len(inputs)),
+            grid=(batch * per_example,),
+            in_specs=in_specs,
+            out_specs=[example(output) for output in outputs],
+            out_shape=[jax.ShapeDtypeStruct((batch, *output.shape[1:]), output.dtype) for output in outputs],
+            input_output_aliases={len(inputs) - 1: 0} if in_place else {},
+            compiler_params=triton.CompilerParams(num_warps=call.config.warps, num_stages=call.config.stages),
+            interpret=call.interpret,
+            name=name,
+        )(*inputs)
+        return tuple(results)
+
+    return _per_example(run, [array.ndim for array in inputs], len(outputs))(*inputs)
+
+
+def _per_example(run: Callable, ranks: list[int], outputs: int) -> Callable:
+    """Makes a function of arrays [batch, ...], whose results are [batch, a, b], partition and vectorise by example.
+
+    XLA cannot look into a kernel: without this, every device would gather the whole batch.
+    """
+
+    def partition(mesh: jax.sharding.Mesh, arguments: tuple, results: tuple) -> tuple:
+        specs = [getattr(argument.sharding, "spec", ()) for argument in arguments]
+        sharding = NamedSharding(mesh, PartitionSpec(next((spec[0] for spec in specs if spec and spec[0]), None)))
+        return mesh, run, (sharding,) * len(results), (sharding,) * len(arguments)
+
+    def axes(array: int, rank: int) -> str:
+        return " ".join(["batch", *(f"axis{array}x{axis}" for axis in range(1, rank))])
+
+    left = ", ".join(axes(array, rank) for array, rank in enumerate(ranks))
+    right = ", ".join(axes(len(ranks) + array, 3) for array in range(outputs))
+    partitioned = custom_partitioning(run)
+    partitioned.def_partition(partition=partition, sharding_rule=f"{left} -> {right}")
+    vectorised = custom_vmap(partitioned)
+
+    @vectorised.def_vmap
+    def merge(size: int, batched: list[bool], *inputs: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[bool, ...]]:
+        inputs = [
+            x if mapped else jnp.broadcast_to(x, (size, *x.shape)) for x, mapped in zip(inputs, batched, strict=True)
+        ]
+        results = vectorised(*(array.reshape(-1, *array.shape[2:]) for array in inputs))
+        return tuple(array.reshape(size, -1, *array.shape[1:]) for array in results), (True,) * outputs
+
+    return vectorised
 
 
 def _call_kernel(kernel: Callable, call: _Call, has_lengths: bool, inputs: int, *refs: Any) -> None:
     """kernel(call, head, own tile, number of keys, inputs, outputs)."""
     index, head, own = call.position()
-    keys = triton.load(refs[0].at[index]) if has_lengths else call.tokens
+    keys = jnp.minimum(triton.load(refs[0].at[index]), call.tokens) if has_lengths else call.tokens
     kernel(call, head, own, keys, refs[has_lengths:inputs], refs[inputs:])
 
 
