@@ -33,8 +33,9 @@ from vit_jax import config as options
 from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import hardware, objectives, optimizer, parallel, state
+from vit_jax.training import attention_choice, hardware, objectives, optimizer, parallel, state
 from vit_jax.training import model as models
+from vit_jax.training.attention_choice import Choice
 from vit_jax.training.losses import cross_entropy
 from vit_jax.training.run import Run
 from vit_jax.training.step import make_update
@@ -95,7 +96,11 @@ def built(work: Work) -> VisionTransformer:
     sizes = {name: getattr(work, name) for name in ("width", "depth", "heads", "mlp_width")}
     section.update(work.fields or {"variant": f"Ti/{work.patch_size}", **sizes})
     section.dtype = work.dtype
-    return models.build(section, work.classes, dtype=None)
+    model = models.build(section, work.classes, dtype=None)
+    image = (work.image_size, work.image_size, work.channels)
+    training, wanted = work.mode == "train", section.attention_kernel
+    choice = attention_choice.resolve_for(model, image, work.batch_size, wanted, training)
+    return model.clone(attention_kernel=choice.backend)
 
 
 def as_training_does(name: str) -> dict[str, Any]:
@@ -224,6 +229,7 @@ def run_of(work: Work, model: VisionTransformer) -> Run:
         mask=None,
         objective=objectives.make(config),
         module=model,
+        attention=Choice(model.attention_kernel, "config"),
     )
 
 

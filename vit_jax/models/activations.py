@@ -20,7 +20,7 @@ def gelu(inputs: Float[Array, "*shape"], form: str = "tanh") -> Float[Array, "*s
         inputs: of any shape.
         form: 'tanh', the approximation that the published code uses, or 'exact', by the error function.
     """
-    return jax.nn.gelu(inputs.astype(jnp.float32), approximate=form == "tanh").astype(inputs.dtype)
+    return jax.nn.gelu(inputs, approximate=form == "tanh")
 
 
 def _gelu(inputs: jax.Array, form: str) -> tuple[jax.Array, jax.Array]:

@@ -27,7 +27,7 @@ from vit_jax.models import attention_backends
 from vit_jax.models.attention import Attention
 from vit_jax.models.attention_backends import FALLBACK, Device, Shape
 from vit_jax.models.positions import Terms
-from vit_jax.training import parallel
+from vit_jax.training import parallel, state
 
 AUTO = "auto"
 MAX_TOKENS = 65_536  # of a batch that is timed: more take proportionally longer
@@ -102,6 +102,16 @@ def resolve(
         return Choice(able[0], "device")
     decided = parallel.by_main(lambda: dataclasses.asdict(_cached(able, shapes, device, training)))
     return Choice(**decided)
+
+
+def resolve_for(
+    module: nn.Module, image_shape: tuple[int, int, int], batch: int, wanted: str = AUTO, training: bool = True
+) -> Choice:
+    """`resolve` for a module called with `batch` images of (height, width, channels) on this process's first device."""
+    with recorded_shapes() as calls:
+        jax.eval_shape(lambda: state.initialize(module, image_shape, 0))
+    shapes = [dataclasses.replace(shape, batch=batch) for shape in calls]
+    return resolve(wanted, shapes, jax.local_devices()[0], training=training)
 
 
 @contextlib.contextmanager

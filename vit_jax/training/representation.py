@@ -19,7 +19,7 @@ from vit_jax.data.stored import Stored
 from vit_jax.errors import UserError
 from vit_jax.models import attention_backends
 from vit_jax.models.vit import VisionTransformer, token_grid
-from vit_jax.training import attention_choice, evaluate, freezing, hardware, state
+from vit_jax.training import attention_choice, evaluate, freezing, hardware
 
 TIMED_BATCH = 64  # examples with which attention backends are timed
 
@@ -124,10 +124,7 @@ def computing(
     model = model.clone(dtype=dtype, product_dtype=product_dtype, attention_kernel=kernel)
     if image_size is None:
         return model
-    with attention_choice.recorded_shapes() as calls:
-        jax.eval_shape(lambda: state.initialize(model, (*image_size, channels), 0))
-    shapes = [dataclasses.replace(shape, batch=TIMED_BATCH) for shape in calls]
-    choice = attention_choice.resolve(attention_choice.AUTO, shapes, jax.local_devices()[0], training=False)
+    choice = attention_choice.resolve_for(model, (*image_size, channels), TIMED_BATCH, training=False)
     return model.clone(attention_kernel=choice.backend)
 
 
