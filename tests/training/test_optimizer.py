@@ -5,6 +5,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vit_jax import config as options
@@ -156,3 +157,32 @@ def test_fine_tunings_steps_are_numpys():
         made = jax.tree.map(jnp.add, made, updates)
     assert 0 < clipped < steps
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), made, value)
+
+
+def test_the_global_norm_and_the_clipping_by_it_are_optaxs():
+    draw = np.random.default_rng(0)
+    shapes = [(3,), (200, 100), (7,), (2, 2), (17_000,)]  # some are joined, some are not
+    tree = {str(k): jnp.asarray(draw.normal(size=shape), jnp.float32) for k, shape in enumerate(shapes)} | {"no": None}
+    squares = sum(np.square(np.float64(leaf)).sum() for leaf in jax.tree.leaves(tree))
+    np.testing.assert_allclose(optimizer.global_norm(tree), np.sqrt(squares), rtol=1e-6)
+    for limit in (1.0, 1e6):
+        ours, theirs = optimizer.clip_by_global_norm(limit), optax.clip_by_global_norm(limit)
+        assert ours.init(tree) == theirs.init(tree)
+        found, wanted = (rule.update(tree, rule.init(tree))[0] for rule in (ours, theirs))
+        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), found, wanted)
+
+
+def test_the_learning_rate_is_computed_on_the_host(monkeypatch):
+    seen = []
+
+    def schedule(count):
+        seen.append(jax.config.jax_default_device.platform)
+        return jnp.float32(0.25) * count
+
+    assert optimizer.learning_rate(schedule, 2) == 0.5 and seen == ["cpu"]
+
+    def no_cpu(backend=None):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "local_devices", no_cpu)
+    assert optimizer.learning_rate(lambda count: jnp.float32(0.25) * count, 2) == 0.5

@@ -16,7 +16,7 @@ from vit_jax.data.augment import AsTheyAre, Augment
 from vit_jax.training import freezing, hardware, losses, objectives, parallel
 from vit_jax.training.classification import CLASSIFY
 from vit_jax.training.objective import Objective
-from vit_jax.training.optimizer import update_count
+from vit_jax.training.optimizer import global_norm, update_count
 from vit_jax.training.state import TrainState, empty_metrics
 
 Gradients = Any
@@ -52,7 +52,7 @@ def make_update(
         gradients, metrics = accumulate(
             model, state.parameters, *batch, dropout_key, config.train.accumulation, objective, mask
         )
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = global_norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, chosen)
         chosen = optax.apply_updates(chosen, updates)
         # Sums begin anew behind each record, at steps that depend on the step alone.

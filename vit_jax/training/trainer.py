@@ -278,7 +278,7 @@ class Trainer:
         due = step == self.run.steps or step % self.config.log.every == 0
         names = self.run.objective.metrics if sums["count"] else ()
         metrics = {f"train/{name}": sums[name] / sums["count"] for name in names}
-        metrics["train/learning_rate"] = float(self.schedule(max(sums["updates"] - 1, 0)))
+        metrics["train/learning_rate"] = optimizer.learning_rate(self.schedule, max(sums["updates"] - 1, 0))
         if sums["skipped"]:
             metrics["train/skipped"] = sums["skipped"]
         if due and self.rolled_back_from is not None:
@@ -461,7 +461,7 @@ class Trainer:
 
     def _give_up(self, bad: int) -> None:
         self.given_up = True
-        learning_rate = float(self.schedule(int(optimizer.update_count(self.state.optimizer))))
+        learning_rate = optimizer.learning_rate(self.schedule, int(optimizer.update_count(self.state.optimizer)))
         report = trouble.report(self.run, self.state, learning_rate)
         if parallel.is_main():
             records.write_json(self.folder / trouble.REPORT, report)
