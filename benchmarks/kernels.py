@@ -29,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models import kernels
+from vit_jax.models.attention_backends import BACKENDS, Backend, Device, Shape, obstacle, plain_fused, split
 from vit_jax.models.norm import LayerNorm
 
 # Relative errors that rounding explains: in bfloat16 plain attention has 0.004 (measured on an H200); float32 matmuls
@@ -105,7 +105,7 @@ def passes_of(function: Callable, argument: jax.Array, cotangent: jax.Array) -> 
 def attention(rows: int, tokens: int, width: int, dtype: str, seconds: float) -> None:
     heads, batch = max(1, width // 64), max(1, rows // tokens)
     fused, cotangent = draw(batch, tokens, 3 * width, dtype=dtype), draw(batch, tokens, width, dtype=dtype)
-    for name, kernel in usable(tokens, dtype).items():
+    for name, kernel in usable(batch, tokens, heads, dtype).items():
         for passes, (run, arguments) in passes_of(lambda x, kernel=kernel: kernel(x, heads), fused, cotangent).items():
             about = {"implementation": name, "passes": passes, "tokens": tokens, "width": width, "dtype": dtype}
             try:
@@ -120,10 +120,28 @@ def attention(rows: int, tokens: int, width: int, dtype: str, seconds: float) ->
             say(took, "attention", **about, tflops=short(rate))
 
 
-def usable(tokens: int, dtype: str) -> dict[str, Callable]:
-    """The attention implementations for heads of 64 on this device."""
-    given = (jax.default_backend(), tokens, 64, jnp.dtype(dtype))
-    return {name: kernel for name, kernel in kernels.KERNELS.items() if kernels.obstacle(name, *given) is None}
+def usable(batch: int, tokens: int, heads: int, dtype: str) -> dict[str, Callable]:
+    """The attention backends for heads of 64 on this device, each from queries, keys and values side by side."""
+    device, shape = Device.of(jax.devices()[0]), Shape(batch, tokens, heads, 64, dtype)
+    return {name: from_fused(backend) for name, backend in BACKENDS.items() if obstacle(name, device, shape) is None}
+
+
+def from_fused(backend: Backend) -> Callable[[jax.Array, int], jax.Array]:
+    """A backend as a function of the fused array, with the padding that it needs.
+
+    In the model, one that reads queries, keys and values apart gets them from three matmuls; here they are copied.
+    """
+
+    def attend(fused: jax.Array, heads: int) -> jax.Array:
+        if backend.attend_fused is not None:
+            return backend.attend_fused(fused, heads)
+        batch, count, width = fused.shape[0], fused.shape[1], fused.shape[2] // 3
+        padding = -count % backend.multiple
+        lengths = jnp.full(batch, count, jnp.int32) if padding else None
+        parts = split(jnp.pad(fused, ((0, 0), (0, padding), (0, 0))), heads)
+        return backend.attend(*parts, None, lengths).reshape(batch, -1, width)[:, :count]
+
+    return attend
 
 
 def check(rows: int, tokens: int, width: int, dtype: str) -> bool:
@@ -136,13 +154,11 @@ def check(rows: int, tokens: int, width: int, dtype: str) -> bool:
         return value, pull(arguments[1])[0]
 
     with jax.default_matmul_precision("highest"):
-        exact = jax.jit(lambda *arrays: both(kernels.plain, *arrays))(
-            *(x.astype("float32") for x in (fused, cotangent))
-        )
+        exact = jax.jit(lambda *arrays: both(plain_fused, *arrays))(*(x.astype("float32") for x in (fused, cotangent)))
     about = {"benchmark": "attention_check", "device": jax.devices()[0].device_kind}
     about |= {"tokens": tokens, "width": width, "dtype": dtype}
     good = True
-    for name, kernel in usable(tokens, dtype).items():
+    for name, kernel in usable(batch, tokens, heads, dtype).items():
         line = about | {"implementation": name}
         try:
             found = jax.jit(lambda *arrays, kernel=kernel: both(kernel, *arrays))(fused, cotangent)

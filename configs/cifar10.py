@@ -9,7 +9,8 @@ all 10,000 images at the last step (seed 0).
     python -m vit_jax.main --config=configs/cifar10.py:S,long
 
 For an accelerator; as shipped not yet measured. A `lite` model reached 94.17 % (10 views, one seed) on one H200 in 3:50
-with batches of 512 and other options: docs/performance.md has its commands. The argument is a size, a length, or both with a comma between them:
+with other options: docs/performance.md has the commands. The argument is a size, a length, or both with a comma between
+them:
 
     full    192 wide, 9 deep, 2.7 M parameters: the plain ViT of arXiv 2112.13492 (the size where none is given)
     lite    256 wide, 7 deep, 3.7 M: ViT-Lite-7/4 of arXiv 2104.05704

@@ -155,15 +155,16 @@ def test_a_wrong_attention_backend_is_found(monkeypatch, capsys, wrong):
     import jax
     import kernels as measured
 
-    from vit_jax.models import kernels
+    from vit_jax.models.attention_backends import BACKENDS, Backend, plain_fused
 
     def other(fused, heads):
         if wrong == "refused":
             raise NotImplementedError("Unsupported sequence length")
-        result = kernels.plain(fused, heads)
+        result = plain_fused(fused, heads)
         return 1.02 * result if wrong == "value" else jax.lax.stop_gradient(0.02 * result) + 0.98 * result
 
-    monkeypatch.setattr(kernels, "KERNELS", {"plain": kernels.plain, "heads_first": other})
+    backends = {"plain": BACKENDS["plain"], "heads_first": Backend(BACKENDS["heads_first"].attend, other)}
+    monkeypatch.setattr(measured, "BACKENDS", backends)
     with pytest.raises(SystemExit) as raised:
         measured.main(["--check", "--widths=64", "--tokens=5", "--rows=20", "--dtypes=float32"])
     assert raised.value.code == 1

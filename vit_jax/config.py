@@ -108,7 +108,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "auto",
             str,
             "backend of attention; auto: the fastest for the device and the run's shapes, timed at the start on a GPU",
-            choices=("auto", "plain", "heads_first", "cudnn", "pallas"),
+            choices=("auto", "plain", "heads_first", "cudnn", "pallas", "pallas_two_pass_64", "pallas_two_pass_32"),
         ),
         "dtype": Option(
             "auto",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_jax import config as options
 from vit_jax.models import attention_backends
 from vit_jax.models.attention import Attention
 from vit_jax.models.attention_backends import BACKENDS, Device, Shape, candidates, obstacle
@@ -239,3 +240,7 @@ def test_a_device_is_recognised_by_what_jax_says_of_it():
     assert Device.of(Fake("gpu", compute_capability="9.0")) == H200
     assert Device.of(Fake("gpu", compute_capability="gfx942")) == AMD
     assert Device.of(Fake("cpu")) == CPU
+
+
+def test_a_config_may_ask_for_every_backend():
+    assert options.OPTIONS["model"]["attention_kernel"].choices == ("auto", *BACKENDS)

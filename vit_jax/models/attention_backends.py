@@ -252,18 +252,20 @@ def cudnn(
     return jax.nn.dot_product_attention(queries, keys, values, bias, implementation="cudnn", **more)
 
 
-def _pallas(
-    queries: Heads, keys: Heads, values: Heads, bias: Bias | None = None, lengths: Lengths | None = None
-) -> Heads:
-    from vit_jax.models import pallas_attention
+def _pallas(config: str | None = None) -> Backend:
+    """Our own kernels, in one of their configurations; None for the usual one."""
 
-    return pallas_attention.attend(queries, keys, values, lengths)
+    def attend(queries: Heads, keys: Heads, values: Heads, bias: None, lengths: Lengths | None) -> Heads:
+        from vit_jax.models import pallas_attention
 
+        return pallas_attention.attend(queries, keys, values, lengths, config=pallas_attention.CONFIGS.get(config))
 
-def _pallas_fused(fused: Fused, heads: int) -> Mixed:
-    from vit_jax.models import pallas_attention
+    def attend_fused(fused: Fused, heads: int) -> Mixed:
+        from vit_jax.models import pallas_attention
 
-    return pallas_attention.attend_fused(fused, heads)
+        return pallas_attention.attend_fused(fused, heads, config=pallas_attention.CONFIGS.get(config))
+
+    return Backend(attend, attend_fused, takes_lengths=True)
 
 
 BACKENDS: dict[str, Backend] = {
@@ -271,7 +273,9 @@ BACKENDS: dict[str, Backend] = {
     "heads_first": Backend(_heads_first_attend, heads_first_fused, takes_bias=True),
     # cuDNN's backward pass, as JAX calls it, refuses odd token counts.
     "cudnn": Backend(cudnn, takes_bias=True, takes_lengths=True, multiple=2),
-    "pallas": Backend(_pallas, _pallas_fused, takes_lengths=True),
+    "pallas": _pallas(),
+    "pallas_two_pass_64": _pallas("two_pass_64"),
+    "pallas_two_pass_32": _pallas("two_pass_32"),
 }
 FALLBACK = "plain"  # runs everywhere, with all options
 
@@ -279,10 +283,11 @@ FALLBACK = "plain"  # runs everywhere, with all options
 def obstacle(name: str, device: Device, shape: Shape) -> str | None:
     """Why a backend cannot compute attention of a shape, forward and backward, on a device; None where it can."""
     backend, half = BACKENDS[name], jnp.dtype(shape.dtype).itemsize == 2
-    if name in ("cudnn", "pallas") and device.capability is None:
+    pallas = name.startswith("pallas")
+    if (pallas or name == "cudnn") and device.capability is None:
         found = "an AMD GPU" if device.platform == "gpu" else f"a {device.platform.upper()}"
         return f"it needs an NVIDIA GPU, and this is {found}"
-    if name in ("cudnn", "pallas") and device.capability < (8, 0):
+    if (pallas or name == "cudnn") and device.capability < (8, 0):
         return f"it needs compute capability 8.0 or newer, and this GPU has {'.'.join(map(str, device.capability))}"
     if name == "cudnn":
         largest = max(size for since, size in MAX_CUDNN_HEAD_SIZE.items() if since <= device.capability)
@@ -290,7 +295,7 @@ def obstacle(name: str, device: Device, shape: Shape) -> str | None:
             return f"it computes in bfloat16, and the compute dtype is {shape.dtype}"
         if shape.size % 8 or shape.size > largest:
             return f"it needs heads of a multiple of 8 channels, up to {largest}, and these have {shape.size}"
-    if name == "pallas":
+    if pallas:
         from vit_jax.models import pallas_attention
 
         if reason := pallas_attention.obstacle(shape.tokens, shape.size, shape.dtype):
@@ -313,6 +318,7 @@ def candidates(device: Device, shapes: Iterable[Shape]) -> list[str]:
     On a CPU 'heads_first' is the fastest wherever it was measured (docs/performance.md). On a GPU the order depends on
     the shape, and is to be measured.
     """
-    preferred = {"cpu": ["heads_first"], "gpu": ["pallas", "cudnn", "heads_first"]}.get(device.platform, [])
+    on_gpus = [name for name in BACKENDS if name != FALLBACK]
+    preferred = {"cpu": ["heads_first"], "gpu": on_gpus}.get(device.platform, [])
     able = [name for name in preferred if not any(obstacle(name, device, shape) for shape in shapes)]
     return [*able, FALLBACK] if device.platform != "cpu" or not able else able
