@@ -116,6 +116,7 @@ def test_the_learning_rate_in_the_records_is_the_schedules(undisturbed):
     assert rates[160] == pytest.approx(2e-3 * 0.5 * (1 + np.cos(np.pi * 139 / 280)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_at_random_steps_it_ends_as_if_undisturbed(start, undisturbed, tmp_path):
     chance = random.Random(0)
     kills = 0

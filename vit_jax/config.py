@@ -234,7 +234,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             None, str, "several runs, with mean and spread: how many, from seed on ('5'), or which ('0,3,7'); None: one"
         ),
         "seeds_at_once": Option(
-            None, int, "of them that one program trains; None: as many as fit on an accelerator, 1 on a CPU", least=1
+            None, int, "number of seeds to vectorize in one program; None: one after another", least=1
         ),
         "batch_size": Option(
             128,

@@ -20,6 +20,16 @@ def draws(*shapes):
     return [generator.normal(1.0, 2.0, shape).astype(np.float32) for shape in shapes]
 
 
+def both(function, direction, *arguments):
+    """A function's value, and the gradients of its product with a direction."""
+
+    def run(direction, *arguments):
+        value, pull = jax.vjp(function, *arguments)
+        return value, *pull(direction)
+
+    return jax.jit(run)(direction, *arguments)
+
+
 def norm_in_float64(x, scale, bias, direction):
     """The outputs, and the gradients of their product with the direction by the inputs, scale and bias."""
     x, scale, bias, direction = (np.float64(array) for array in (x, scale, bias, direction))
@@ -37,13 +47,13 @@ def error(one, other):
 
 def test_layer_norm_and_its_gradients_are_those_of_float64():
     x, scale, bias, direction = draws((3, 5, 48), (48,), (48,), (3, 5, 48))
-    value, pull = jax.vjp(lambda *parts: layer_norm(*parts, EPSILON, jnp.float32), *map(jnp.asarray, (x, scale, bias)))
     flax = nn.LayerNorm(epsilon=EPSILON)
-    flax_value, flax_pull = jax.vjp(
-        lambda x, scale, bias: flax.apply({"params": {"scale": scale, "bias": bias}}, x), x, scale, bias
-    )
+    functions = {
+        "ours": lambda x, scale, bias: layer_norm(x, scale, bias, EPSILON, jnp.float32),
+        "flax": lambda x, scale, bias: flax.apply({"params": {"scale": scale, "bias": bias}}, x),
+    }
+    found, flaxs = (both(function, direction, x, scale, bias) for function in functions.values())
     wanted = norm_in_float64(x, scale, bias, direction)
-    found, flaxs = (value, *pull(jnp.asarray(direction))), (flax_value, *flax_pull(direction))
     for one, theirs, other in zip(found, flaxs, wanted, strict=True):
         assert error(one, other) < 3e-7
         assert error(one, other) < 1.5 * error(theirs, other) + 1e-8  # no worse than what JAX derives by itself
@@ -52,9 +62,9 @@ def test_layer_norm_and_its_gradients_are_those_of_float64():
 def test_layer_norm_in_bfloat16_rounds_the_float32_result_once():
     x, scale, bias, direction = draws((3, 5, 48), (48,), (48,), (3, 5, 48))
     half = [jnp.asarray(array, jnp.bfloat16) for array in (x, direction)]
-    value, pull = jax.vjp(lambda x: layer_norm(x, scale, bias, EPSILON, jnp.bfloat16), half[0])
+    found = both(lambda x: layer_norm(x, scale, bias, EPSILON, jnp.bfloat16), half[1], half[0])
     wanted = norm_in_float64(half[0], scale, bias, half[1])
-    for one, other in zip((value, *pull(half[1])), wanted, strict=False):
+    for one, other in zip(found, wanted, strict=False):
         assert one.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.float64(one), other, rtol=2**-8, atol=1e-3)
 
@@ -74,18 +84,16 @@ def gelu_in_float64(x, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_gelu_and_its_derivative_are_those_of_float64(form):
     x = np.linspace(-12, 12, 4001).astype(np.float32)
-    value, pull = jax.vjp(lambda x: gelu(x, form), jnp.asarray(x))
-    (slope,) = pull(jnp.ones_like(x))
-    for one, other in zip((value, slope), gelu_in_float64(x, form), strict=True):
+    found = both(lambda x: gelu(x, form), np.ones_like(x), x)
+    for one, other in zip(found, gelu_in_float64(x, form), strict=True):
         np.testing.assert_allclose(one, other, atol=4e-6, rtol=1e-6)  # 1 + tanh cancels far below 0
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gelu_in_bfloat16(form):
     x = jnp.linspace(-6, 6, 1001).astype(jnp.bfloat16)
-    value, pull = jax.vjp(jax.jit(lambda x: gelu(x, form)), x)
-    (slope,) = pull(jnp.ones_like(x))
-    for one, other in zip((value, slope), gelu_in_float64(x, form), strict=True):
+    found = both(lambda x: gelu(x, form), jnp.ones_like(x), x)
+    for one, other in zip(found, gelu_in_float64(x, form), strict=True):
         assert one.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.float64(one), other, atol=0.01, rtol=2**-7)
 
@@ -112,8 +120,10 @@ def test_gradients_are_the_same_under_vmap_and_remat():
     def loss(variables, x):
         return jnp.square(gelu(module.apply(variables, x))).sum()
 
-    plain = jax.grad(loss, argnums=(0, 1))(variables, x)
-    again = jax.grad(jax.checkpoint(loss), argnums=(0, 1))(variables, x)
-    both = jax.vmap(jax.grad(loss), (None, 0))(variables, x)
+    plain = jax.jit(jax.grad(loss, argnums=(0, 1)))(variables, x)
+    again = jax.jit(jax.grad(jax.checkpoint(loss), argnums=(0, 1)))(variables, x)
+    mapped = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(variables, x)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), plain, again)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other.sum(0), rtol=1e-4, atol=1e-4), plain[0], both)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other.sum(0), rtol=1e-4, atol=1e-4), plain[0], mapped
+    )

@@ -15,7 +15,7 @@ import pytest
 from vit_jax.data.sources import Source
 from vit_jax.models import variants
 from vit_jax.models.attention import Attention
-from vit_jax.models.attention_backends import BACKENDS, Device, Shape, candidates, obstacle
+from vit_jax.models.attention_backends import Device, Shape, candidates, obstacle
 from vit_jax.models.positions import Terms
 from vit_jax.training import attention_choice, parallel
 from vit_jax.training import run as runs
@@ -31,7 +31,12 @@ SHIPPED = {
     "finetune.py": ["cifar10", "cifar10,adamw", "oxford_flowers102,probe"],
     "pretrain.py": ["imagenet", "cifar100", "mae", "masked-patches"],
 }
-RECIPES = [(file, argument) for file, arguments in SHIPPED.items() for argument in arguments]
+QUICK = {("cifar10.py", ""), ("digits.py", ""), ("finetune.py", "cifar10"), ("pretrain.py", "mae")}
+RECIPES = [
+    pytest.param(file, argument, marks=() if (file, argument) in QUICK else pytest.mark.slow)
+    for file, arguments in SHIPPED.items()
+    for argument in arguments
+]
 
 
 def get_config(file, argument):
@@ -74,7 +79,7 @@ def test_the_step_of_a_shipped_config_lowers_with_fused_attention(file, argument
     _, shapes = lowered_step(get_config(file, argument), "plain", monkeypatch, lower_for_gpu)
     assert shapes and all(shape.dtype == "bfloat16" for shape in shapes)
     assert {"cudnn", "pallas", "heads_first", "plain"} < set(candidates(H200, shapes))
-    for name in ("cudnn", "pallas"):  # the others ask nothing of a GPU
+    for name in ("cudnn", "pallas"):
         text, _ = lowered_step(get_config(file, argument), name, monkeypatch, lower_for_gpu)
         assert ("cudnn$fmha" in text) == (name == "cudnn")
         assert ("fmhaSoftmaxBackward" in text) == (name == "cudnn" and "probe" not in argument)  # the head alone learns
@@ -102,7 +107,7 @@ def lowered_layer(backend, tokens, dtype, lower_for_gpu, **options):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_what_is_no_obstacle_lowers_forward_and_backward(tokens, dtype, lower_for_gpu):
     shape = Shape(2, tokens, 2, 64, dtype)
-    for name in BACKENDS:
+    for name in ("cudnn", "pallas"):  # the others ask nothing of a GPU
         if obstacle(name, H200, shape) is None:
             assert lowered_layer(name, tokens, dtype, lower_for_gpu)
         else:

@@ -61,7 +61,8 @@ def test_heads_trained_together_both_learn(toy, make_config):
     assert float(metrics["loss"]) == pytest.approx(float(total), rel=1e-4)
 
 
-@pytest.mark.parametrize("accumulation", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [2, 1])
 def test_training_one_head_leaves_the_backbone_and_the_other_bitwise_untouched(toy, make_config, accumulation):
     pushing = {**PUSHING, "optimizer": {**PUSHING["optimizer"], "trained": "head/parity/*"}}
     run = toy(make_config(data=TWO, train={"accumulation": accumulation}, **pushing))

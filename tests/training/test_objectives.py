@@ -62,7 +62,8 @@ def test_eight_devices_make_the_losses_of_one(toy, make_config, name):
     np.testing.assert_allclose(ends[1], ends[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", all_but_one_slow(MASKED, "masked_autoencoder"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MASKED)
 def test_the_whole_split_is_scored_whatever_the_batch_size_or_devices(toy, make_config, name):
     """Against the mean over all images, each asked for what follows from its place in the split."""
     run = toy(make_config(**options_of(name)))

@@ -1,7 +1,7 @@
 """Several seeds: which, what they come to, and that each makes the run that it would make alone."""
 
+import contextlib
 import json
-import types
 
 import chex
 import jax
@@ -211,23 +211,12 @@ def test_a_single_run_is_not_taken_for_several_seeds(small, alone):
         together.train(small(train={"seeds": "2", "seed": 3}), alone / "seed-3")
 
 
-class Rooms(Program):
-    """A program without data, on devices of any kind."""
-
-    def __init__(self, platform="cpu", limit=None):
-        stats = types.SimpleNamespace(platform=platform, memory_stats=lambda: {"bytes_limit": limit})
-        self.run = types.SimpleNamespace(mesh=types.SimpleNamespace(local_devices=[stats]))
-        self.sizes = []
-
-    def compile(self, _, size):
-        self.sizes.append(size)
-        return size
-
-
-def test_which_seeds_share_a_program(small, tmp_path, monkeypatch):
+def test_which_seeds_share_a_program(small, tmp_path):
     """Fresh ones evenly; those that have begun with so many go on with so many."""
-    groups = lambda config, left: list(together._groups(tmp_path, config, Rooms(), left))  # noqa: E731
-    monkeypatch.setattr(together, "_fitting", lambda _, wanted, most: min(wanted, most))
+
+    def groups(config, left):
+        return list(together._groups(tmp_path, config, left))
+
     config = small(train={"seeds": "5", "seeds_at_once": 4})
     assert groups(config, [0, 1, 2, 3, 4]) == [([0, 1, 2], 3), ([3, 4], 2)]
     for seed in (0, 1, 2):
@@ -237,6 +226,8 @@ def test_which_seeds_share_a_program(small, tmp_path, monkeypatch):
     assert groups(config, [1, 2, 3, 4]) == [([1, 2], 3), ([3, 4], 2)]
     config.train.seeds_at_once = 1
     assert groups(config, [1, 2]) == [([1], 1), ([2], 1)]
+    config.train.seeds_at_once = None
+    assert groups(config, [2, 3, 4]) == [([2], 3), ([3], 1), ([4], 1)]
 
 
 class Vectorised:
@@ -362,11 +353,16 @@ def test_a_seed_that_fails_does_not_keep_the_others_from_their_ends(small, alone
     )
 
 
-def test_as_many_at_once_as_memory_has_room_for(monkeypatch):
-    """On an accelerator: programs of 5, then of 3 seeds are asked what they need. On a CPU: one."""
-    monkeypatch.setattr(together.memory, "bytes_needed", lambda size: 250 * size)
-    rooms = Rooms("gpu", limit=1000)
-    assert together._fitting(rooms, 5, None) == 3 and rooms.sizes == [5, 3]
-    assert together._fitting(rooms, 5, 2) == 2 and together._fitting(rooms, 1, None) == 1
-    assert together._fitting(Rooms("gpu", limit=400), 5, None) == 1
-    assert together._fitting(Rooms("cpu"), 5, None) == 1
+@pytest.mark.parametrize(
+    "version, backend, at_once, refused",
+    [
+        ((0, 10, 2), "cudnn", 2, True),
+        ((0, 10, 2), "cudnn", None, False),
+        ((0, 10, 2), "pallas", 2, False),
+        ((0, 11, 2), "cudnn", 2, False),
+    ],
+)
+def test_attention_that_cannot_be_vectorized_is_refused(monkeypatch, version, backend, at_once, refused):
+    monkeypatch.setattr(together.jax, "__version_info__", version)
+    with pytest.raises(UserError, match="cannot vectorize") if refused else contextlib.nullcontext():
+        together._check_attention(backend, at_once)

@@ -71,7 +71,8 @@ def test_every_microbatch_has_a_dropout_key_of_its_own(toy, make_config):
     assert difference > 1e-3
 
 
-@pytest.mark.parametrize("accumulation", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [2, 1])
 def test_how_a_run_is_cut_into_dispatches_changes_no_bit(toy, make_config, accumulation):
     run = toy(make_config(train={"accumulation": accumulation}, log={"every": 7}, **RANDOM))
     whole, metrics = run.run(run.start(), 12)

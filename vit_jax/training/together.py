@@ -27,7 +27,6 @@ from vit_jax.training.train import greet, open_checkpoints
 from vit_jax.training.trainer import Trainer
 
 # What of a device's memory a program of several seeds may take.
-SHARE = 0.9
 Outcome = dict[str, Any] | UserError | None  # a summary, why it failed, or None where it was asked to stop
 
 
@@ -62,9 +61,10 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
         if left := _left(folder, config):
             began_with = workdir.attention_backend(seeds.folder_of(folder, seeds.listed(config)[0]))
             run = runs.build(seeds.config_of(config, left[0], 1), mesh, attention=began_with)
+            _check_attention(run.attention.backend, config.train.seeds_at_once)
             with memory.explained(config, run.model, run.image_shape):
                 program = Program(run)
-            for members, at_once in _groups(folder, config, program, left):
+            for members, at_once in _groups(folder, config, left):
                 group = _Group(program, folder, config, members, at_once, lock)
                 outcomes |= _train_group(group, stop, introduce=not outcomes)
                 if None in outcomes.values() or (stop.reason and len(outcomes) < len(left)):
@@ -99,7 +99,7 @@ def _left(folder: Path, config: ConfigDict) -> list[int]:
     return [seed for seed in seeds.listed(config) if not is_finished(seed)]
 
 
-def _groups(folder: Path, config: ConfigDict, program: Program, left: list[int]) -> Iterator[tuple[list[int], int]]:
+def _groups(folder: Path, config: ConfigDict, left: list[int]) -> Iterator[tuple[list[int], int]]:
     """The seeds of each program, and for how many it is compiled.
 
     A seed that has begun goes on in a program of as many as it began with, also where some of those are finished: in
@@ -115,7 +115,7 @@ def _groups(folder: Path, config: ConfigDict, program: Program, left: list[int])
             yield members[first : first + at_once], at_once
     fresh = [seed for seed in left if not any(seed in members for members in begun.values())]
     if fresh:
-        groups = -(-len(fresh) // _fitting(program, len(fresh), most))
+        groups = -(-len(fresh) // min(len(fresh), most or 1))
         for members in np.array_split(fresh, groups):
             yield members.tolist(), len(members)
 
@@ -126,24 +126,13 @@ def _at_once(folder: Path, seed: int) -> int | None:
     return None if saved is None else saved.get("train", {}).get("seeds_at_once") or 1
 
 
-def _fitting(program: Program, wanted: int, most: int | None) -> int:
-    """How many seeds to train at once, of those wanted: so many as are asked for, or as the devices have room for.
-
-    On a CPU one: there, several at once gain nothing to speak of (docs/training.md).
-    """
-    device = program.run.mesh.local_devices[0]
-    if most is not None or device.platform == "cpu":
-        return min(wanted, most or 1)
-    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    for groups in range(1, wanted):
-        size = -(-wanted // groups)
-        try:
-            if size > 1 and memory.bytes_needed(program.compile(print, size)) <= SHARE * limit:
-                return size
-        except jax.errors.JaxRuntimeError as error:
-            if not memory.is_exhausted(error):
-                raise
-    return 1
+def _check_attention(backend: str, at_once: int | None) -> None:
+    """Raises UserError where several seeds are wanted in one program, and their attention cannot be vectorized."""
+    if (at_once or 1) > 1 and backend == "cudnn" and jax.__version_info__ < (0, 11):
+        raise UserError(
+            f"config.train.seeds_at_once is {at_once}: jax {jax.__version__} cannot vectorize cuDNN's attention\n"
+            "  allowed: 1, jax 0.11 or newer, or --config.model.attention_kernel=pallas"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
