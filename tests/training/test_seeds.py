@@ -13,7 +13,7 @@ from vit_jax import checkpoints, evaluate
 from vit_jax import config as options
 from vit_jax.errors import UserError
 from vit_jax.training import parallel, records, seeds, together, train, workdir
-from vit_jax.training.program import Program, make_update_of_seeds
+from vit_jax.training.program import make_update_of_seeds
 from vit_jax.training.step import BURST
 from vit_jax.training.trainer import Trainer
 
