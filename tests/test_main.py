@@ -106,6 +106,7 @@ def test_a_run_leaves_what_it_should(undisturbed):
     assert summary["steps"] == 300 and summary["seconds"] > 0 and summary["parameters"] > 1000
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["packages"]["jax"] and environment["devices"] and environment["command"]
+    assert environment["attention"]["backend"] == "heads_first"
     assert "images/s" in output and "head/logits/kernel" in output and "finished: test accuracy" in output
     assert lines[0]["train/loss"] > lines[-1]["train/loss"]
 

@@ -60,6 +60,7 @@ def test_a_candidate_that_fails_is_left_out_and_says_why():
     assert choice.backend == "b"
     assert choice.failures == {"a": "NotImplementedError: Unsupported sequence length Q 65, KV 65."}
     assert choice.describe() == f"b (timed: b 1000.00 ms; a failed: {choice.failures['a']})"
+    assert Choice("b", "device").describe() == "b" and Choice("b", "run").describe() == "b (as the run began)"
 
 
 def test_where_nothing_can_be_timed_the_fallback_is_taken():

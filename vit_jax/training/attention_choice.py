@@ -36,6 +36,17 @@ ROUNDS, SECONDS = 5, 0.03  # of timing, per candidate and shape
 LIBRARIES = ("jax", "jaxlib", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
 
 
+# Why a backend was chosen, and how it is printed.
+REASONS = {
+    "config": "",
+    "device": "",
+    "run": "as the run began",
+    "timed": "timed",
+    "cached": "timed before",
+    "fallback": "no candidate runs",
+}
+
+
 class Wrong(Exception):
     """A backend's numbers are not those of plain attention."""
 
@@ -46,8 +57,8 @@ class Choice:
 
     Attributes:
         backend: of `attention_backends.BACKENDS`.
-        reason: 'config' (asked for by name), 'run' (as the run began), 'device' (the only one), 'timed' or 'cached'
-            (timed by an earlier command), 'fallback' (no candidate ran).
+        reason: of `REASONS`: 'config' (asked for by name), 'run' (as the run began), 'device' (the only one), 'timed',
+            'cached' (timed by an earlier command), or 'fallback' (no candidate runs).
         milliseconds: of the attention layers of all shapes, by candidate.
         failures: why the other candidates were left out.
     """
@@ -58,10 +69,12 @@ class Choice:
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> str:
-        """'cudnn (timed: cudnn 1.20 ms, plain 4.57 ms; pallas failed: ...)'."""
+        """'cudnn (timed: cudnn 1.20 ms, plain 4.57 ms; pallas failed: ...)', or 'heads_first' where it is the only one."""
         times = ", ".join(f"{name} {value:.2f} ms" for name, value in sorted(self.milliseconds.items(), key=_time))
+        said = ": ".join(filter(None, [REASONS[self.reason], times]))
         failed = [f"{name} failed: {reason}" for name, reason in self.failures.items()]
-        return f"{self.backend} ({'; '.join([': '.join(filter(None, [self.reason, times])), *failed])})"
+        details = "; ".join(filter(None, [said, *failed]))
+        return f"{self.backend} ({details})" if details else self.backend
 
 
 def _time(item: tuple[str, float]) -> float:
