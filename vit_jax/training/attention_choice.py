@@ -69,7 +69,7 @@ class Choice:
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> str:
-        """'cudnn (timed: cudnn 1.20 ms, plain 4.57 ms; pallas failed: ...)', or 'heads_first' where it is the only one."""
+        """'cudnn (timed: cudnn 1.20 ms, plain 4.57 ms; pallas failed: ...)'; the name alone where nothing was timed."""
         times = ", ".join(f"{name} {value:.2f} ms" for name, value in sorted(self.milliseconds.items(), key=_time))
         said = ": ".join(filter(None, [REASONS[self.reason], times]))
         failed = [f"{name} failed: {reason}" for name, reason in self.failures.items()]
