@@ -111,7 +111,7 @@ BAD = {
     "train.seeds=2 train.seed=2147483647": ["config.train.seeds", "'2'"],
     "train.seeds=2 mesh.distributed=True": ["config.train.seeds", "config.mesh.distributed", "config.train.seed"],
     "train.seeds=2 train.batch_size=auto": ["config.train.seeds", "config.train.batch_size='auto'"],
-    "train.seeds=2 log.profile=1:2": ["config.train.seeds", "config.log.profile='1:2'", "config.train.seeds_at_once=1"],
+    "train.seeds=2 train.seeds_at_once=2 log.profile=1:2": ["config.log.profile='1:2'", "seeds_at_once=1"],
     "train.seeds_at_once=0": ["config.train.seeds_at_once", "at least 1"],
     "optimizer.learning_rate=nan": ["config.optimizer.learning_rate", "nan", "number"],
     "optimizer.learning_rate=inf": ["config.optimizer.learning_rate", "inf"],

@@ -126,7 +126,8 @@ def open_run(flags: argparse.Namespace) -> Trained:
             f"--split={flags.split}: this run has no {flags.split} split\n  allowed: {known}, or an expression"
         )
     splits = {"train": config.data.train, flags.split: split}
-    parts = run.build(config, run.check_data(config, [split]), splits, workdir.attention_backend(folder))
+    mesh, began_with = run.check_data(config, [split]), workdir.attention_choice(folder)
+    parts = run.build(config, mesh, splits, attention=began_with, training=False)
     with Checkpoints(folder, read_only=True) as checkpoints:
         best = checkpoints.best()
         if flags.best and best is None:

@@ -231,6 +231,13 @@ def test_why_a_backend_cannot_compute_a_shape(name, device, asked, words):
     assert words in obstacle(name, device, asked)
 
 
+@pytest.mark.parametrize("version, refused", [((0, 10, 2), True), ((0, 11, 2), False)])
+def test_a_jax_that_cannot_vectorize_cudnn_does_without(monkeypatch, version, refused):
+    monkeypatch.setattr(attention_backends.jax, "__version_info__", version)
+    assert ("cannot vectorize" in (obstacle("cudnn", H200, shape(vectorized=True)) or "")) == refused
+    assert obstacle("cudnn", H200, shape()) is None
+
+
 def test_a_device_is_recognised_by_what_jax_says_of_it():
     class Fake:
         def __init__(self, platform, **more):

@@ -58,7 +58,7 @@ def lowered_step(config, backend, monkeypatch, lower_for_gpu):
     source = Source("toy", "train", pixels, labels, tuple("abcde"), (0.5,) * channels, (0.25,) * channels)
     asked = []
 
-    def resolve(wanted, shapes, device, recorded):
+    def resolve(wanted, shapes, device, **_):
         asked.extend(shapes)
         return Choice(backend, "timed")
 

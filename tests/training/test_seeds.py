@@ -1,6 +1,5 @@
 """Several seeds: which, what they come to, and that each makes the run that it would make alone."""
 
-import contextlib
 import json
 
 import chex
@@ -351,18 +350,3 @@ def test_a_seed_that_fails_does_not_keep_the_others_from_their_ends(small, alone
         state(alone / "seed-3")["parameters"]["head"]["logits"]["bias"],
         atol=1e-4,
     )
-
-
-@pytest.mark.parametrize(
-    "version, backend, at_once, refused",
-    [
-        ((0, 10, 2), "cudnn", 2, True),
-        ((0, 10, 2), "cudnn", None, False),
-        ((0, 10, 2), "pallas", 2, False),
-        ((0, 11, 2), "cudnn", 2, False),
-    ],
-)
-def test_attention_that_cannot_be_vectorized_is_refused(monkeypatch, version, backend, at_once, refused):
-    monkeypatch.setattr(together.jax, "__version_info__", version)
-    with pytest.raises(UserError, match="cannot vectorize") if refused else contextlib.nullcontext():
-        together._check_attention(backend, at_once)

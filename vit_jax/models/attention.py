@@ -27,7 +27,7 @@ class Attention(nn.Module):
     """Multi-head self-attention over tokens.
 
     Queries, keys and values are one projection `qkv` [width, 3 * width]; for a backend that reads them apart it is
-    computed as three products, so that nothing is copied.
+    computed as three matmuls, so that nothing is copied.
 
     Attributes:
         heads: number of heads; they share the width evenly.
@@ -105,6 +105,7 @@ class Attention(nn.Module):
             bias=positions.bias is not None,
             lengths=mask is not None and mask.ndim == 1,
             transformed=self.qk_norm or positions.rotation is not None,
+            dropout=self.dropout > 0,
         )
 
     def _attend(self, tokens: jax.Array, lengths: jax.Array | None, positions: Terms) -> jax.Array:
@@ -122,7 +123,7 @@ class Attention(nn.Module):
             tokens = jnp.pad(tokens, ((0, 0), (0, padding), (0, 0)))
             if bias is not None:
                 hidden = ((0, 0), (0, 0), (0, padding), (0, padding))
-                bias = jnp.pad(bias, hidden, constant_values=float(jnp.finfo(jnp.bfloat16).min) / 2)
+                bias = jnp.pad(bias, hidden, constant_values=float(jnp.finfo(self.dtype).min) / 2)
             elif lengths is None:
                 lengths = jnp.full(len(tokens), count, jnp.int32)
         mixed = backend.attend(*self._project(tokens, backend, positions), bias, lengths)

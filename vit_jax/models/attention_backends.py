@@ -55,6 +55,8 @@ class Shape:
         bias: whether there is an additive bias on the scores.
         lengths: whether examples have numbers of tokens of their own.
         transformed: whether queries and keys are normalised or rotated between projection and attention.
+        dropout: whether weights are dropped in training, which is then step by step.
+        vectorized: whether the call is vectorized by `jax.vmap`.
     """
 
     batch: int
@@ -65,6 +67,8 @@ class Shape:
     bias: bool = False
     lengths: bool = False
     transformed: bool = False
+    dropout: bool = False
+    vectorized: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,15 +259,20 @@ def cudnn(
 def _pallas(config: str | None = None) -> Backend:
     """Our own kernels, in one of their configurations; None for the usual one."""
 
+    def layout() -> Any:
+        from vit_jax.models import pallas_attention
+
+        return None if config is None else pallas_attention.CONFIGS[config]
+
     def attend(queries: Heads, keys: Heads, values: Heads, bias: None, lengths: Lengths | None) -> Heads:
         from vit_jax.models import pallas_attention
 
-        return pallas_attention.attend(queries, keys, values, lengths, config=pallas_attention.CONFIGS.get(config))
+        return pallas_attention.attend(queries, keys, values, lengths, config=layout())
 
     def attend_fused(fused: Fused, heads: int) -> Mixed:
         from vit_jax.models import pallas_attention
 
-        return pallas_attention.attend_fused(fused, heads, config=pallas_attention.CONFIGS.get(config))
+        return pallas_attention.attend_fused(fused, heads, config=layout())
 
     return Backend(attend, attend_fused, takes_lengths=True)
 
@@ -291,8 +300,10 @@ def obstacle(name: str, device: Device, shape: Shape) -> str | None:
         return f"it needs compute capability 8.0 or newer, and this GPU has {'.'.join(map(str, device.capability))}"
     if name == "cudnn":
         largest = max(size for since, size in MAX_CUDNN_HEAD_SIZE.items() if since <= device.capability)
+        if shape.vectorized and jax.__version_info__ < (0, 11):
+            return f"jax {jax.__version__} cannot vectorize it over seeds"
         if not half:
-            return f"it computes in bfloat16, and the compute dtype is {shape.dtype}"
+            return f"it computes in bfloat16 or float16, and the compute dtype is {shape.dtype}"
         if shape.size % 8 or shape.size > largest:
             return f"it needs heads of a multiple of 8 channels, up to {largest}, and these have {shape.size}"
     if pallas:

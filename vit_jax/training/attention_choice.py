@@ -1,41 +1,35 @@
 """Which attention backend a run uses: the fastest of those that are right on its device, at its own shapes.
 
-On a CPU and a TPU there is one candidate. On a GPU each computes the attention layer forward and backward at these
-shapes, is compared with plain attention in float32, and is timed; the result is kept in the user's cache folder.
+On a CPU and a TPU there is one candidate. On a GPU each is measured (`attention_timing`); the result is kept in the
+user's cache folder.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.models import attention_backends
 from vit_jax.models.attention import Attention
-from vit_jax.models.attention_backends import FALLBACK, Device, Shape
-from vit_jax.models.positions import Terms
+from vit_jax.models.attention_backends import BACKENDS, FALLBACK, Device, Shape
+from vit_jax.models.encoder import Encoder
 from vit_jax.training import parallel, state
+from vit_jax.training.attention_timing import Probe
 
 AUTO = "auto"
-MAX_TOKENS = 65_536  # of a batch that is timed: more take proportionally longer
-TOLERANCE = {2: 0.03, 4: 0.01}  # relative error compared with float32, by bytes per number (GPUs multiply in TF32)
-ROUNDS, SECONDS = 5, 0.03  # of timing, per candidate and shape
 LIBRARIES = ("jax", "jaxlib", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
-
-
+LASTING = ("NotImplementedError", "Wrong")  # failures that another attempt would meet again
 # Why a backend was chosen, and how it is printed.
 REASONS = {
     "config": "",
@@ -44,11 +38,8 @@ REASONS = {
     "timed": "timed",
     "cached": "timed before",
     "fallback": "no candidate runs",
+    "dropout": "in evaluation; training computes attention dropout step by step",
 }
-
-
-class Wrong(Exception):
-    """A backend's numbers are not those of plain attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +49,18 @@ class Choice:
     Attributes:
         backend: of `attention_backends.BACKENDS`.
         reason: of `REASONS`: 'config' (asked for by name), 'run' (as the run began), 'device' (the only one), 'timed',
-            'cached' (timed by an earlier command), or 'fallback' (no candidate runs).
-        milliseconds: of the attention layers of all shapes, by candidate.
+            'cached' (timed by an earlier command), 'fallback' (no candidate runs), or 'dropout' (attention dropout,
+            which no backend has).
+        milliseconds: of all attention layers together, by candidate.
         failures: why the other candidates were left out.
+        device: kind of the device that it was chosen for.
     """
 
     backend: str
     reason: str
     milliseconds: dict[str, float] = dataclasses.field(default_factory=dict)
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
+    device: str | None = None
 
     def describe(self) -> str:
         """'cudnn (timed: cudnn 1.20 ms, plain 4.57 ms; pallas failed: ...)'; the name alone where nothing was timed."""
@@ -83,70 +77,92 @@ def _time(item: tuple[str, float]) -> float:
 
 def resolve(
     wanted: str,
-    shapes: Sequence[Shape],
+    shapes: Mapping[Shape, int],
     device: Any,
     *,
     training: bool = True,
-    recorded: str | None = None,
+    recorded: Choice | None = None,
 ) -> Choice:
     """The backend for calls of attention of these shapes. In a cluster all processes must call this; one decides.
 
     Args:
         wanted: `config.model.attention_kernel`: a backend's name or 'auto'.
-        shapes: of all calls (see `recorded_shapes`), with the batch of one device.
+        shapes: the number of calls of each shape (see `recorded_shapes`), with the batch of one device.
         device: a `jax.Device`, where they run.
-        training: whether gradients are taken.
-        recorded: what the run began with, which it keeps where it can: other backends round otherwise.
+        training: whether gradients are taken. Where they are not, a backend that is named and cannot run is no error:
+            a model may be evaluated on another machine than it was trained on.
+        recorded: the choice with which the run began. On the same kind of device it is kept, since other backends round
+            differently.
 
     Raises:
         UserError: a backend was asked for by name, and cannot compute these shapes there.
     """
-    kind = Device.of(device)
-    able = attention_backends.candidates(kind, shapes)
+    kind, here = Device.of(device), device.device_kind
     if wanted != AUTO:
-        for shape in shapes:
-            if reason := attention_backends.obstacle(wanted, kind, shape):
-                allowed = ", ".join(repr(name) for name in [AUTO, *able])
-                raise UserError(f"config.model.attention_kernel is {wanted!r}: {reason}\n  allowed here: {allowed}")
-        return Choice(wanted, "config")
-    if recorded in able:
-        return Choice(recorded, "run")
+        reason = next(filter(None, (attention_backends.obstacle(wanted, kind, shape) for shape in shapes)), None)
+        if reason is None:
+            return Choice(wanted, "config", device=here)
+        if training:
+            usable = [name for name in BACKENDS if not any(attention_backends.obstacle(name, kind, s) for s in shapes)]
+            allowed = ", ".join(repr(name) for name in [AUTO, *usable])
+            raise UserError(f"config.model.attention_kernel is {wanted!r}: {reason}\n  allowed here: {allowed}")
+    able = attention_backends.candidates(kind, shapes)
+    kept = recorded is not None and recorded.device == here and recorded.reason not in ("config", "fallback")
+    if kept and recorded.backend in able:
+        return Choice(recorded.backend, "run", device=here)
+    if training and any(shape.dropout for shape in shapes):
+        return Choice(attention_backends.default(kind.platform), "dropout", device=here)
     if len(able) == 1 or not shapes:
-        return Choice(able[0], "device")
-    decided = parallel.by_main(lambda: dataclasses.asdict(_cached(able, shapes, device, training)))
-    return Choice(**decided)
+        return Choice(able[0], "device", device=here)
+    return Choice(**parallel.by_main(lambda: dataclasses.asdict(_cached(able, shapes, device, training))))
 
 
 def resolve_for(
     module: nn.Module, image_shape: tuple[int, int, int], batch: int, wanted: str = AUTO, training: bool = True
 ) -> Choice:
-    """`resolve` for a module called with `batch` images of (height, width, channels) on this process's first device."""
+    """`resolve` for a module called with `batch` images of (height, width, channels) on this process's first device.
+
+    The module's own backend must be one that runs anywhere, as `model.build` makes it.
+    """
     with recorded_shapes() as calls:
         jax.eval_shape(lambda: state.initialize(module, image_shape, 0))
-    shapes = [dataclasses.replace(shape, batch=batch) for shape in calls]
-    return resolve(wanted, shapes, jax.local_devices()[0], training=training)
+    return resolve(wanted, with_batch(calls, batch), jax.local_devices()[0], training=training)
+
+
+def with_batch(calls: Mapping[Shape, int], batch: int, **changes: Any) -> dict[Shape, int]:
+    """The same calls with another batch, and with other fields of `Shape` where they are given."""
+    return {dataclasses.replace(shape, batch=batch, **changes): count for shape, count in calls.items()}
 
 
 @contextlib.contextmanager
-def recorded_shapes() -> Iterator[dict[Shape, None]]:
-    """Collects, as keys, the shapes of the calls of attention that are traced inside; nothing more is computed."""
-    found: dict[Shape, None] = {}
+def recorded_shapes() -> Iterator[Mapping[Shape, int]]:
+    """Counts the calls of attention that are traced inside, by shape; nothing more is computed."""
+    found: collections.Counter[Shape] = collections.Counter()
 
     def note(call: Callable, arguments: tuple, keywords: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, Attention) and context.method_name == "__call__":
-            found[context.module.shape(*arguments, **keywords)] = None
-        return call(*arguments, **keywords)
+        module = context.module
+        if context.method_name != "__call__" or not isinstance(module, Attention | Encoder):
+            return call(*arguments, **keywords)
+        if isinstance(module, Attention):
+            found[module.shape(*arguments, **keywords)] += 1
+            return call(*arguments, **keywords)
+        before = found.copy()
+        results = call(*arguments, **keywords)
+        if module.scan:  # its block is traced a few times, and stands for all of them
+            found.update({shape: before[shape] + module.depth - found[shape] for shape in found - before})
+        return results
 
     with nn.intercept_methods(note):
         yield found
 
 
-def choose(names: Sequence[str], shapes: Sequence[Shape], measure: Callable[[str, Shape], float]) -> Choice:
-    """The candidate with the smallest sum of `measure` over the shapes; one for which it raises is left out."""
+def choose(names: list[str], shapes: Mapping[Shape, int], seconds: Callable[[str, Shape], float]) -> Choice:
+    """The candidate whose calls take the least time together; one for which `seconds` raises is left out."""
     milliseconds, failures = {}, {}
     for name in names:
         try:
-            milliseconds[name] = round(sum(1e3 * measure(name, shape) for shape in shapes), 4)
+            times = [1e3 * count * seconds(name, shape) for shape, count in shapes.items()]
+            milliseconds[name] = round(sum(times), 4)
         except Exception as error:  # whatever a compiler, library or driver raises: the next candidate may work
             failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
     if not milliseconds:
@@ -154,27 +170,34 @@ def choose(names: Sequence[str], shapes: Sequence[Shape], measure: Callable[[str
     return Choice(min(milliseconds.items(), key=_time)[0], "timed", milliseconds, failures)
 
 
-def _cached(names: Sequence[str], shapes: Sequence[Shape], device: Any, training: bool) -> Choice:
+def _cached(names: list[str], shapes: Mapping[Shape, int], device: Any, training: bool) -> Choice:
+    """The choice of an earlier command on such a device, or a new one, which is kept for later commands."""
     versions = {name: _version(name) for name in LIBRARIES} | {"vit_jax": vit_jax.__version__}
-    about = [device.device_kind, versions, [dataclasses.asdict(shape) for shape in shapes], list(names), training]
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    path = parallel.cache_folder() / "attention" / f"{digest}.json"
+    versions |= {"runtime": getattr(device.client, "platform_version", None), "flags": os.environ.get("XLA_FLAGS")}
+    calls = [[dataclasses.asdict(shape), count] for shape, count in shapes.items()]
+    about = json.dumps([device.device_kind, versions, calls, names, training], sort_keys=True)
+    path = parallel.cache_folder() / "attention" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
     try:
         known = Choice(**json.loads(path.read_text()))
         if known.backend in names:
             return dataclasses.replace(known, reason="cached")
     except (OSError, ValueError, TypeError):
         pass  # none yet, or not readable: it is timed
-    found = choose(names, shapes, functools.partial(measure, device=device, training=training))
-    if found.milliseconds:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(f".{os.getpid()}")
-            scratch.write_text(json.dumps(dataclasses.asdict(found)))
-            os.replace(scratch, path)
-        except OSError:
-            pass  # a cache that cannot be written to costs the next command the timing
+    print(f"timing the attention backends {', '.join(names)} (once; kept in {path.parent}) ...", flush=True)
+    probe = functools.cache(lambda shape: Probe(shape, device, training))
+    found = choose(names, shapes, lambda name, shape: probe(shape).seconds(name))
+    found = dataclasses.replace(found, device=device.device_kind)
+    if found.milliseconds and all(reason.startswith(LASTING) for reason in found.failures.values()):
+        _keep(path, found)
     return found
+
+
+def _keep(path: Any, choice: Choice) -> None:
+    scratch = path.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):  # a cache that cannot be written to costs the next command the timing
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(dataclasses.asdict(choice)))
+        os.replace(scratch, path)
 
 
 def _version(name: str) -> str | None:
@@ -182,78 +205,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def measure(name: str, shape: Shape, device: Any, training: bool = True) -> float:
-    """Seconds of one attention layer by a backend, its projections included, after comparing it with float32.
-
-    Raises:
-        Wrong: it computes something else.
-    """
-    shape = dataclasses.replace(shape, batch=max(1, min(shape.batch, MAX_TOKENS // shape.tokens)))
-    with jax.default_device(device):
-        layer, arguments = _layer(name, shape), _arguments(shape)
-        run = jax.jit(functools.partial(_passes, layer, training))
-        results = jax.block_until_ready(run(*arguments))
-        _compare(results, shape, arguments, training)
-        return _seconds(lambda: run(*arguments))
-
-
-def _layer(name: str, shape: Shape, dtype: str | None = None) -> Attention:
-    return Attention(shape.heads, dtype=jnp.dtype(dtype or shape.dtype), qk_norm=shape.transformed, kernel=name)
-
-
-def _arguments(shape: Shape) -> tuple[Any, ...]:
-    """Parameters, tokens, the direction of the gradient, and the bias (or None), drawn at random."""
-    width, draw = shape.heads * shape.size, np.random.default_rng(0)
-    tokens, direction = (
-        jnp.asarray(draw.standard_normal((shape.batch, shape.tokens, width), np.float32)).astype(shape.dtype)
-        for _ in range(2)
-    )
-    bias = draw.standard_normal((1, shape.heads, shape.tokens, shape.tokens), np.float32) if shape.bias else None
-    parameters = _layer(FALLBACK, shape).init(jax.random.key(0), tokens[:1])["params"]
-    return parameters, tokens, direction, None if bias is None else jnp.asarray(bias)
-
-
-def _passes(layer: Attention, training: bool, parameters: Any, tokens: Any, direction: Any, bias: Any) -> tuple:
-    """The layer's outputs, and with `training` the gradients of the tokens and of the rest."""
-
-    def apply(parameters: Any, tokens: jax.Array, bias: jax.Array | None) -> jax.Array:
-        return layer.apply({"params": parameters}, tokens, positions=Terms(bias=bias))
-
-    if not training:
-        return (apply(parameters, tokens, bias),)
-    outputs, pull = jax.vjp(apply, parameters, tokens, bias)
-    of_parameters, of_tokens, of_bias = pull(direction.astype(outputs.dtype))
-    return outputs, of_tokens, of_parameters, of_bias
-
-
-def _compare(results: tuple, shape: Shape, arguments: tuple, training: bool) -> None:
-    """Against plain attention in float32, on the first two examples: their values and gradients are their own."""
-    parameters, tokens, direction, bias = arguments
-    few = [array[:2].astype(jnp.float32) for array in (tokens, direction)]
-    with jax.default_matmul_precision("highest"):
-        wanted = jax.jit(functools.partial(_passes, _layer(FALLBACK, shape, "float32"), training))(
-            parameters, *few, bias
-        )
-    for what, one, other in zip(("outputs", "gradients"), results[:2], wanted[:2], strict=False):
-        one, other = np.asarray(one[:2], np.float64), np.asarray(other, np.float64)
-        error = np.linalg.norm(one - other) / np.linalg.norm(other)
-        if not error <= TOLERANCE[jnp.dtype(shape.dtype).itemsize]:
-            raise Wrong(f"the {what} are off by {error:.2g} (relative norm)")
-    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(results)):
-        raise Wrong("some numbers are not finite")
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    """The median of several rounds; calls of a round follow each other without waiting."""
-
-    def round_of(count: int) -> float:
-        began = time.perf_counter()
-        for _ in range(count):
-            results = run()
-        jax.block_until_ready(results)
-        return (time.perf_counter() - began) / count
-
-    count = max(1, int(SECONDS / ROUNDS / max(round_of(2), 1e-6)))
-    return statistics.median(round_of(count) for _ in range(ROUNDS))

@@ -22,6 +22,7 @@ from vit_jax.training.step import make_update
 AUTO = "auto"
 # Of what a device says that it has; the rest is for evaluation, and for what lies between the buffers.
 SHARE = 0.9
+TIMED = 64  # examples per device, at least, with which attention backends are timed before the size is known
 
 
 def resolve(config: ConfigDict, folder: Path, mesh: Mesh) -> ConfigDict:
@@ -44,7 +45,7 @@ def resolve(config: ConfigDict, folder: Path, mesh: Mesh) -> ConfigDict:
     if room is None or jax.process_count() > 1:
         where = "a cluster" if room is not None else f"a {mesh.devices.flat[0].platform.upper()}"
         raise UserError(f"config.train.batch_size is {AUTO!r}, on {where}\n  allowed there: a whole number")
-    config.train.batch_size = unit(config, mesh)
+    config.train.batch_size = TIMED * unit(config, mesh)  # by which the attention backend is chosen
     config.train.batch_size = find(runs.build(config, mesh), SHARE * room)
     return config
 

@@ -9,14 +9,13 @@ from ml_collections import ConfigDict
 from vit_jax.models import attention_backends, variants
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import hardware
-from vit_jax.training.attention_choice import AUTO
 
 
 def build(section: ConfigDict, classes: int | Mapping[str, int] | None, dtype: Dtype | None) -> VisionTransformer:
     """The model that `config.model` describes, for so many classes.
 
-    Where `attention_kernel` is 'auto', the model has a backend that runs on any device; `attention_choice.resolve`
-    finds the fastest for a device and the model's shapes.
+    Its attention backend is one that runs anywhere, whatever `attention_kernel` says: `attention_choice.resolve` finds
+    the one for a device and the model's shapes.
 
     Args:
         section: `config.model`.
@@ -32,6 +31,4 @@ def build(section: ConfigDict, classes: int | Mapping[str, int] | None, dtype: D
     else:
         dtypes = dict(zip(("dtype", "product_dtype"), hardware.arithmetic(section.dtype), strict=True))
         kernel = attention_backends.default(jax.default_backend())
-    if given["attention_kernel"] == AUTO:
-        given["attention_kernel"] = kernel
-    return VisionTransformer(classes=classes, **dtypes, **given)
+    return VisionTransformer(classes=classes, **dtypes, **{**given, "attention_kernel": kernel})

@@ -257,7 +257,9 @@ def of_run(folder: Path, step: int | str | None = None) -> Classifier:
     if known is None:
         source = runs.load(config, config.data.train, losses.label_kinds(config.data))
         known = inputs.of_source(source, *normalization.of_source(config.data.normalization, source))
-    model = representation.computing(model, config.model.dtype, known.image_shape[:2], known.image_shape[2])
+    *size, channels = known.image_shape
+    kernel = config.model.attention_kernel
+    model = representation.computing(model, config.model.dtype, tuple(size), channels, attention=kernel)
     views = {name: config.augment[name] for name in ("test_flip", "test_shift")}
     augment = Augment(known.mean, known.std, dtype=model.dtype, **views)
     return Classifier(model, parameters, augment, known, config.train.loss)

@@ -109,22 +109,27 @@ def load(
 
 
 def computing(
-    model: VisionTransformer, dtype: str, image_size: tuple[int, int] | None = None, channels: int = 3
+    model: VisionTransformer,
+    dtype: str,
+    image_size: tuple[int, int] | None = None,
+    channels: int = 3,
+    attention: str = attention_choice.AUTO,
 ) -> VisionTransformer:
-    """The model as it is best applied on this device: with the compute dtype and the attention backend for it.
+    """The model with the compute dtype and the attention backend for this device.
 
     Args:
-        model: with any of both.
+        model: with any compute dtype and backend.
         dtype: `config.model.dtype`: 'auto', 'float32' or 'bfloat16'.
         image_size: height and width of the images; None where they are not known, and no backend can be timed.
         channels: of the images.
+        attention: `config.model.attention_kernel`.
     """
     dtype, product_dtype = hardware.arithmetic(dtype)
     kernel = attention_backends.default(jax.default_backend())
     model = model.clone(dtype=dtype, product_dtype=product_dtype, attention_kernel=kernel)
     if image_size is None:
         return model
-    choice = attention_choice.resolve_for(model, (*image_size, channels), TIMED_BATCH, training=False)
+    choice = attention_choice.resolve_for(model, (*image_size, channels), TIMED_BATCH, attention, training=False)
     return model.clone(attention_kernel=choice.backend)
 
 

@@ -17,7 +17,6 @@ from vit_jax.data import normalization, pipeline, sources, stored
 from vit_jax.data.augment import AsTheyAre, Augment
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
-from vit_jax.models.attention_backends import Shape
 from vit_jax.models.patches import patchify
 from vit_jax.models.pooling import HeadAlone
 from vit_jax.models.vit import VisionTransformer, token_grid
@@ -152,14 +151,24 @@ def _check_patch(config: ConfigDict, shape: tuple[int, ...]) -> None:
         ) from None
 
 
-def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None, attention: str | None = None) -> Run:
+def build(
+    config: ConfigDict,
+    mesh: Mesh,
+    splits: dict[str, str] | None = None,
+    *,
+    attention: Choice | None = None,
+    training: bool = True,
+    vectorized: bool = False,
+) -> Run:
     """Loads the data of a checked config and makes the parts of its run.
 
     Args:
         config: a config that has passed `check`.
         mesh: the devices.
         splits: split expressions by role, 'train' among them; None for those of the config.
-        attention: the attention backend that the run began with, which it keeps where it can; None for a new run.
+        attention: the choice of an attention backend with which the run began; None for a new run.
+        training: False where the run's model is only evaluated.
+        vectorized: whether several seeds are trained in one program.
 
     Raises:
         UserError: the data cannot be had, or does not go with the model.
@@ -180,7 +189,14 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None, 
         parameters = jax.eval_shape(
             lambda: states.initialize(objective.module(model, mean, std), image_shape, config.train.seed)
         )
-    choice = _attention(config, mesh, calls, attention)
+    examples = max(1, config.train.batch_size // (mesh.size * config.train.accumulation))
+    choice = attention_choice.resolve(
+        config.model.attention_kernel,
+        attention_choice.with_batch(calls, examples, vectorized=vectorized),
+        jax.local_devices(backend=mesh.devices.flat[0].platform)[0],
+        training=training,
+        recorded=attention,
+    )
     model = model.clone(attention_kernel=choice.backend)
     module = objective.module(model, mean, std)
     if data.features:
@@ -197,14 +213,6 @@ def build(config: ConfigDict, mesh: Mesh, splits: dict[str, str] | None = None, 
     optimizer = optimizers.make(config.optimizer, steps, factors)
     parts = (loaded, image_shape, model, applied, augment, steps, optimizer, mask, objective, module, choice)
     return Run(config, mesh, *parts)
-
-
-def _attention(config: ConfigDict, mesh: Mesh, calls: Iterable[Shape], recorded: str | None) -> Choice:
-    """The attention backend for calls of these shapes, with the examples that one device has at a time."""
-    examples = max(1, config.train.batch_size // (mesh.size * config.train.accumulation))
-    shapes = [dataclasses.replace(shape, batch=examples) for shape in calls]
-    device = jax.local_devices(backend=mesh.devices.flat[0].platform)[0]
-    return attention_choice.resolve(config.model.attention_kernel, shapes, device, recorded=recorded)
 
 
 def _factors(decay: float, shapes: Any, model: VisionTransformer, mask: Any | None) -> Any | None:

@@ -46,7 +46,7 @@ def check(config: ConfigDict) -> None:
             f"config.train.seeds is {config.train.seeds!r}, with config.train.batch_size='auto'\n"
             "  allowed: the same number for all seeds, as one of them alone finds it: config.train.batch_size=128"
         )
-    if config.log.profile is not None and config.train.seeds_at_once != 1:
+    if config.log.profile is not None and (config.train.seeds_at_once or 1) > 1:
         raise UserError(
             f"config.train.seeds is {config.train.seeds!r}, with config.log.profile={config.log.profile!r}\n"
             "  allowed: one seed after another: config.train.seeds_at_once=1"

@@ -26,7 +26,6 @@ from vit_jax.training.stopping import Stop
 from vit_jax.training.train import greet, open_checkpoints
 from vit_jax.training.trainer import Trainer
 
-# What of a device's memory a program of several seeds may take.
 Outcome = dict[str, Any] | UserError | None  # a summary, why it failed, or None where it was asked to stop
 
 
@@ -59,12 +58,16 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
         (folder / records.SUMMARY).unlink(missing_ok=True)
         outcomes: dict[int, Outcome] = {}
         if left := _left(folder, config):
-            began_with = workdir.attention_backend(seeds.folder_of(folder, seeds.listed(config)[0]))
-            run = runs.build(seeds.config_of(config, left[0], 1), mesh, attention=began_with)
-            _check_attention(run.attention.backend, config.train.seeds_at_once)
+            groups = list(_groups(folder, config, left))
+            run = runs.build(
+                seeds.config_of(config, left[0], 1),
+                mesh,
+                attention=workdir.attention_choice(seeds.folder_of(folder, seeds.listed(config)[0])),
+                vectorized=any(at_once > 1 for _, at_once in groups),
+            )
             with memory.explained(config, run.model, run.image_shape):
                 program = Program(run)
-            for members, at_once in _groups(folder, config, left):
+            for members, at_once in groups:
                 group = _Group(program, folder, config, members, at_once, lock)
                 outcomes |= _train_group(group, stop, introduce=not outcomes)
                 if None in outcomes.values() or (stop.reason and len(outcomes) < len(left)):
@@ -124,15 +127,6 @@ def _at_once(folder: Path, seed: int) -> int | None:
     """How many seeds a seed is, or was, trained with; None where it has not begun."""
     saved = workdir.read_config(seeds.folder_of(folder, seed))
     return None if saved is None else saved.get("train", {}).get("seeds_at_once") or 1
-
-
-def _check_attention(backend: str, at_once: int | None) -> None:
-    """Raises UserError where several seeds are wanted in one program, and their attention cannot be vectorized."""
-    if (at_once or 1) > 1 and backend == "cudnn" and jax.__version_info__ < (0, 11):
-        raise UserError(
-            f"config.train.seeds_at_once is {at_once}: jax {jax.__version__} cannot vectorize cuDNN's attention\n"
-            "  allowed: 1, jax 0.11 or newer, or --config.model.attention_kernel=pallas"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Training as a whole: what must hold before it begins, the lock, the parts, and the trainer that uses them."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import vit_jax
 from vit_jax.data import normalization
 from vit_jax.training import batch_size, inputs, memory, objectives, parallel, workdir
 from vit_jax.training import run as runs
+from vit_jax.training.attention_choice import Choice
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.lock import Lock
 from vit_jax.training.program import Program
@@ -53,12 +55,23 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
             return workdir.claim(folder, config)  # again: another run may have come to its end in between
 
         changes = parallel.by_main(lock)
-        run = runs.build(config, mesh, attention=parallel.by_main(lambda: workdir.attention_backend(folder)))
+        run = runs.build(config, mesh, attention=recorded_attention(folder))
         checkpoints = stack.enter_context(open_checkpoints(run, folder, changes, say))
         with memory.explained(config, run.model, run.image_shape):
             trainer = Trainer(run, Program(run), folder, checkpoints, stop)
             trainer.introduce(say)
             return trainer.train()
+
+
+def recorded_attention(folder: Path) -> Choice | None:
+    """The choice of an attention backend with which a workdir's run began, in all processes of a cluster."""
+
+    def read() -> dict[str, Any] | None:
+        choice = workdir.attention_choice(folder)
+        return None if choice is None else dataclasses.asdict(choice)
+
+    found = parallel.by_main(read)
+    return None if found is None else Choice(**found)
 
 
 def greet(mesh: jax.sharding.Mesh, say: Callable[..., None]) -> None:

@@ -165,10 +165,10 @@ def read_config(workdir: Path) -> dict | None:
         raise UserError(f"{workdir / records.CONFIG} cannot be read: {error}\n  give another --workdir") from error
 
 
-def attention_backend(workdir: Path) -> str | None:
-    """The attention backend that a run began with, as its environment.json has it; None where it has none."""
+def attention_choice(workdir: Path) -> Choice | None:
+    """The choice of an attention backend in a run's environment.json; None where there is none."""
     try:
-        return json.loads((workdir / records.ENVIRONMENT).read_text())["attention"]["backend"]
+        return Choice(**json.loads((workdir / records.ENVIRONMENT).read_text())["attention"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
