@@ -54,7 +54,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--image_size", type=int, default=224, help="height and width in pixels (default: %(default)s)")
     add("--batch_size", type=int, default=256, help="images per step (default: %(default)s)")
     add("--classes", type=int, default=1000, help="(default: %(default)s)")
-    add("--kernel", default="cudnn", help="config.model.attention_kernel, by name (default: %(default)s)")
+    known = ("plain", "heads_first", "cudnn", "pallas", "pallas_two_pass_64", "pallas_two_pass_32")
+    add("--kernel", default="cudnn", choices=known, help="config.model.attention_kernel (default: %(default)s)")
     add("--fields", type=json.loads, default={}, help="further options of config.model, as JSON")
     add("--step", default="trainer", choices=["trainer", "bare"], help="(default: %(default)s)")
     add("--attention_tflops", help="FORWARD,BACKWARD rates of the attention kernel, in place of the measured ones")
@@ -103,8 +104,8 @@ def compile_step(flags: argparse.Namespace) -> tuple[Any, Any, float]:
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     mesh = Mesh(np.array(topology.devices).reshape(1), ("data",), axis_types=(AxisType.Auto,))
     section = options.default().model
-    section.update(variant=flags.variant, attention_kernel=flags.kernel, **flags.fields)
-    model = models.build(section, flags.classes, dtype=jnp.bfloat16)
+    section.update(variant=flags.variant, **flags.fields)
+    model = models.build(section, flags.classes, dtype=jnp.bfloat16).clone(attention_kernel=flags.kernel)
     function, arguments = {"bare": bare_step, "trainer": trainer_step}[flags.step](flags, model, mesh)
     began = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas asks it which device it compiles for

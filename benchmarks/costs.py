@@ -123,8 +123,11 @@ def price(kernels: list[Kernel], device: Device, peak: float, attention: dict[st
 
 
 def attention_rates(kernel: str, tokens: int, peak: float) -> tuple[float, float]:
-    """FLOP/s of an attention kernel forward and backward, at so many tokens."""
-    forward, backward = ATTENTION.get(kernel, ATTENTION["cudnn"])
+    """FLOP/s of an attention kernel forward and backward, at so many tokens.
+
+    What XLA computes itself is not an attention kernel, and has no rates.
+    """
+    forward, backward = ATTENTION["pallas" if kernel.startswith("pallas") else "cudnn"]
     return peak * at(forward, tokens), peak * at(backward, tokens)
 
 

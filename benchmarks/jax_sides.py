@@ -87,10 +87,10 @@ def for_plain_flax(flat: dict[str, np.ndarray], work: Work) -> dict[str, Any]:
 
 
 def built(work: Work) -> VisionTransformer:
-    """Our model as a config makes it: with the kernels and the arithmetic that are best on this device.
+    """Our model as training builds it: with the attention backend and compute dtype for this device.
 
     Raises:
-        UserError: it would be slower for the arithmetic asked for.
+        UserError: it would be slower in the compute dtype asked for.
     """
     section = options.default().model
     sizes = {name: getattr(work, name) for name in ("width", "depth", "heads", "mlp_width")}

@@ -29,6 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import jax
 import jax.numpy as jnp
 
+from vit_jax.models.activations import gelu
 from vit_jax.models.attention_backends import BACKENDS, Backend, Device, Shape, obstacle, plain_fused, split
 from vit_jax.models.norm import LayerNorm
 
@@ -181,7 +182,7 @@ def elementwise(rows: int, width: int, dtype: str, seconds: float) -> None:
     tokens, hidden = draw(rows, width, dtype=dtype), draw(rows, 4 * width, dtype=dtype)
     norm = LayerNorm(jnp.dtype(dtype))
     parameters = norm.init(jax.random.key(0), tokens[:1])
-    functions = {"layer_norm": (lambda x: norm.apply(parameters, x), tokens), "gelu": (jax.nn.gelu, hidden)}
+    functions = {"layer_norm": (lambda x: norm.apply(parameters, x), tokens), "gelu": (gelu, hidden)}
     for name, (function, array) in functions.items():
         for passes, (run, arguments) in passes_of(function, array, array).items():
             took = timed(run, arguments, seconds)

@@ -38,11 +38,11 @@ class BlockOptions:
         qkv_bias: whether queries, keys and values have a bias.
         qk_norm: whether queries and keys are normalised, each head by itself.
         layer_scale: what the learned factors on the branches' channels start at; None for no such factors.
-        parallel: attention and MLP side by side, behind one LayerNorm, instead of one after the other.
+        parallel: attention and MLP side by side, after one LayerNorm, instead of one after the other.
         layer_norm_epsilon: added to the variance.
-        dtype: arithmetic.
+        dtype: compute dtype.
         attention_kernel: of `attention_backends.BACKENDS`.
-        product_dtype: of the operands of the dense layers' products, where it is not `dtype` (see `Dense`).
+        product_dtype: of the operands of the dense layers' matmuls, where it is not `dtype` (see `Dense`).
     """
 
     heads: int
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
             'dots_no_batch': keep the results of products, or of those with parameters, too (see `POLICIES`).
         scan: one program for all blocks, run `depth` times, instead of `depth` copies of it. Their parameters are then
             one tree `blocks` with a leading axis of layers (see `stacking`).
-        norm: whether there is a LayerNorm behind the last block.
+        norm: whether there is a LayerNorm after the last block.
     """
 
     depth: int

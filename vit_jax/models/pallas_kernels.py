@@ -108,20 +108,20 @@ def three(arrays: tuple[Any, ...]) -> tuple[Any, Any, Any]:
 
 def _load(ref: Any, tile: Tile, column: jax.Array | int, size: int) -> jax.Array:
     """Rows of a tile, columns from `column` on; rows after the end of the sequence are 0."""
-    place = ref.at[tile.rows[:, None], (column + jnp.arange(size))[None, :]]
+    indices = ref.at[tile.rows[:, None], (column + jnp.arange(size))[None, :]]
     if tile.full:
-        return triton.load(place)
+        return triton.load(indices)
     mask = jnp.broadcast_to((tile.rows < ref.shape[0])[:, None], (tile.count, size))
-    return triton.load(place, mask=mask, other=0.0)
+    return triton.load(indices, mask=mask, other=0.0)
 
 
 def _store(ref: Any, tile: Tile, column: jax.Array | int, values: jax.Array, flipped: bool) -> None:
     """Writes values [rows, size], or [size, rows] where flipped, without rows after the end of the sequence."""
     size = values.shape[0 if flipped else 1]
     axis = int(flipped)  # of the rows
-    place = ref.at[_along(tile.rows, axis), _along(column + jnp.arange(size), 1 - axis)]
+    indices = ref.at[_along(tile.rows, axis), _along(column + jnp.arange(size), 1 - axis)]
     mask = None if tile.full else jnp.broadcast_to(_along(tile.rows < ref.shape[0], axis), values.shape)
-    triton.store(place, values.astype(ref.dtype), mask=mask)
+    triton.store(indices, values.astype(ref.dtype), mask=mask)
 
 
 def _load_row(ref: Any, head: jax.Array, tile: Tile) -> jax.Array:

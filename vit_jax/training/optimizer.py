@@ -73,7 +73,7 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """As optax's, which it may take the place of in a checkpoint, with `global_norm`."""
+    """Clipping by `global_norm`; its state in a checkpoint is that of optax's."""
 
     def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
         norm = global_norm(updates)
@@ -83,7 +83,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
 
 def make(section: ConfigDict, steps: int, factors: Any | None = None) -> optax.GradientTransformation:
-    """Clipping, the rule, weight decay, the schedule and each parameter's factor of it in one optax chain.
+    """Clipping, the optimizer, weight decay, the schedule and each parameter's factor of it in one optax chain.
 
     `adamw` decays the parameters themselves, at the learning rate (arXiv 1711.05101); `adam` and `sgd` add the decay
     to the gradient, as classical L2 regularisation does.
@@ -100,8 +100,8 @@ def make(section: ConfigDict, steps: int, factors: Any | None = None) -> optax.G
         "adam": [decay, adam],
         "sgd": [decay, optax.trace(section.momentum)],
     }[section.name]
-    # The place of the clipping is taken in any case: a run may go on with or without it.
+    # Without clipping there is an identity in its position: a run may resume with or without it.
     clip = optax.identity() if section.gradient_clip is None else clip_by_global_norm(section.gradient_clip)
-    # Last, and without a state: a run goes on with or without it, and with checkpoints from before there was one.
+    # Last, and without a state: a run resumes with or without it, and with checkpoints from before there was one.
     layerwise = optax.identity() if factors is None else layers.scale(factors)
     return optax.chain(clip, *rules, optax.scale_by_learning_rate(schedule(section, steps)), layerwise)

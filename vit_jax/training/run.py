@@ -203,7 +203,7 @@ def build(
         applied, augment = HeadAlone(model.classes, model.pre_logits), AsTheyAre()
     else:
         arrange = functools.partial(patchify, patch_size=model.patch_size) if data.patches else None
-        # Pixels that are to be told again are not rounded to the arithmetic of the model, which rounds them itself.
+        # Reconstruction targets stay float32; the model casts its inputs.
         dtype = model.dtype if learns_labels else "float32"
         augment = Augment(mean, std, arrange=arrange, dtype=dtype, **config.augment.to_dict())
         applied = module
