@@ -326,10 +326,11 @@ def default(platform: str) -> str:
 def candidates(device: Device, shapes: Iterable[Shape]) -> list[str]:
     """The backends that may be fastest on a device and can compute attention of all these shapes; never empty.
 
-    On a CPU 'heads_first' is the fastest wherever it was measured (docs/performance.md). On a GPU the order depends on
-    the shape, and is to be measured.
+    On a CPU 'heads_first' is the fastest wherever it was measured (docs/performance.md). On a GPU the fused kernels are,
+    and which of them depends on the shape; the others are candidates where there is none.
     """
-    on_gpus = [name for name in BACKENDS if name != FALLBACK]
-    preferred = {"cpu": ["heads_first"], "gpu": on_gpus}.get(device.platform, [])
-    able = [name for name in preferred if not any(obstacle(name, device, shape) for shape in shapes)]
-    return [*able, FALLBACK] if device.platform != "cpu" or not able else able
+    fused = [name for name in BACKENDS if name not in (FALLBACK, "heads_first")]
+    for names in {"cpu": [["heads_first"]], "gpu": [fused, ["heads_first", FALLBACK]]}.get(device.platform, []):
+        if able := [name for name in names if not any(obstacle(name, device, shape) for shape in shapes)]:
+            return able
+    return [FALLBACK]
