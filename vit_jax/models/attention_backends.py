@@ -326,8 +326,8 @@ def default(platform: str) -> str:
 def candidates(device: Device, shapes: Iterable[Shape]) -> list[str]:
     """The backends that may be fastest on a device and can compute attention of all these shapes; never empty.
 
-    On a CPU 'heads_first' is the fastest wherever it was measured (docs/performance.md). On a GPU the fused kernels are,
-    and which of them depends on the shape; the others are candidates where there is none.
+    On a CPU 'heads_first' is the fastest wherever it was measured (docs/performance.md). On a GPU the fused kernels
+    are, and which of them depends on the shape; the others are candidates where there is none.
     """
     fused = [name for name in BACKENDS if name not in (FALLBACK, "heads_first")]
     for names in {"cpu": [["heads_first"]], "gpu": [fused, ["heads_first", FALLBACK]]}.get(device.platform, []):
