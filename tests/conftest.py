@@ -48,7 +48,6 @@ install_import_hook("vit_jax", "typechecker.check")
 
 import pytest  # noqa: E402
 
-GOLDENS = "VIT_JAX_TEST_GOLDENS"
 IMAGES = "VIT_JAX_TEST_DATA"
 # These run longest, the longest first: a worker that finds one of them last leaves the other idle.
 LONG = (
@@ -92,10 +91,7 @@ def pytest_collection_modifyitems(items) -> None:
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     """The folder of reference numbers of the published implementation."""
-    folder = Path(os.environ.get(GOLDENS, Path(__file__).resolve().parents[2] / "shared" / "goldens"))
-    if not (folder / "params_token.npz").is_file():
-        pytest.skip(f"no reference numbers in {folder}: name their folder in {GOLDENS}")
-    return folder
+    return ROOT / "tests" / "goldens"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import chex
@@ -12,7 +11,7 @@ from vit_jax import config as options
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import optimizer
 
-GOLDENS = Path(os.environ.get("VIT_JAX_TEST_GOLDENS", Path(__file__).parents[3] / "shared" / "goldens"))
+GOLDENS = Path(__file__).parents[1] / "goldens"
 PARAMETERS = {"layer": {"kernel": np.full((2, 3), 2.0, np.float32), "bias": np.full(3, 2.0, np.float32)}}
 GRADIENTS = {"layer": {"kernel": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, np.float32)}}
 
@@ -40,7 +39,6 @@ def test_schedules_are_their_formulas(name):
         assert float(rate(step)) == pytest.approx(wanted, abs=1e-6), step
 
 
-@pytest.mark.skipif(not (GOLDENS / "schedule.npz").exists(), reason="no reference values; set VIT_JAX_TEST_GOLDENS")
 @pytest.mark.parametrize("name, final", [("cosine", 0.0), ("linear", 1e-5)])
 def test_schedules_agree_with_the_published_code_from_the_end_of_the_warm_up(name, final):
     golden = np.load(GOLDENS / "schedule.npz")
@@ -116,7 +114,6 @@ def fine_tuning():
     return options.load("configs/finetune.py:cifar10").optimizer
 
 
-@pytest.mark.skipif(not (GOLDENS / "schedule.npz").exists(), reason="no reference values; set VIT_JAX_TEST_GOLDENS")
 def test_fine_tuning_has_the_published_codes_schedule():
     golden, section = np.load(GOLDENS / "schedule.npz"), fine_tuning()
     section.update(learning_rate=float(golden["base"]), warmup_steps=int(golden["warmup"]))
