@@ -4,10 +4,13 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_jax import commands
 from vit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from vit_jax.training.objective import Objective
 
 DESCRIPTION = """\
 Finds the learning rate: trains each on a part of the training split, judges it by the rest, and trains the best one on
@@ -90,24 +93,24 @@ def _default_workdir(spec: str) -> Path:
 
 
 def table(content: dict[str, Any]) -> str:
-    """The results as Markdown: a row a rate, what was chosen, and what came of it."""
+    """The results as Markdown: one row per learning rate, which was chosen, and the final run."""
     from vit_jax.training import records, trainer
-    from vit_jax.training.classification import CLASSIFY
 
+    objective = _objective(content)
+    metrics = ["accuracy", "loss"] if objective.watched == "accuracy" else ["loss"]
     rows = [
-        "| learning rate | validation accuracy | validation loss | steps | training |",
-        "|---|---|---|---|---|",
+        f"| learning rate | {' | '.join(f'validation {name}' for name in metrics)} | steps | training |",
+        "|---" * (len(metrics) + 3) + "|",
     ]
     for trial in content["trials"]:
         rate = f"{trial['learning_rate']:g}"
         rate = f"**{rate}**" if trial["learning_rate"] == content["best"] else rate
         if "failed" in trial:
-            rows.append(f"| {rate} | {trial['failed']} | | | |")
-            continue
-        accuracy, loss = 100 * trial["validation/accuracy"], trial["validation/loss"]
-        rows.append(
-            f"| {rate} | {accuracy:.2f} % | {loss:.4f} | {trial['steps']:,} | {records.clock(trial['seconds'])} |"
-        )
+            cells = [rate, trial["failed"], *[""] * (len(metrics) + 1)]
+        else:
+            cells = [rate, *(_shown(trial, name) for name in metrics)]
+            cells += [f"{trial['steps']:,}", records.clock(trial["seconds"])]
+        rows.append("".join(f"| {cell} " if cell else "| " for cell in cells) + "|")
     final = {name: value for name, value in content["final"].items() if name != "folder"}
     splits, counts = content["splits"], {trial.get("validation/examples") for trial in content["trials"]} - {None}
     return "\n".join(
@@ -115,22 +118,38 @@ def table(content: dict[str, Any]) -> str:
             *rows,
             "",
             f"Trained on {splits['train']}, chosen by {splits['validation']} ({max(counts):,} examples): "
-            f"{content['best']:g}. With it, on {splits['everything']}: {trainer.describe(CLASSIFY, final)}.",
+            f"{content['best']:g}. With it, on {splits['everything']}: {trainer.describe(objective, final)}.",
         ]
     )
+
+
+def _objective(content: dict[str, Any]) -> "Objective":
+    from vit_jax import config as options
+    from vit_jax.training import objectives
+
+    return objectives.make(options.from_dict(content["config"]))
+
+
+def _value(trial: dict[str, Any], metric: str) -> float:
+    """A validation metric; an accuracy in per cent."""
+    return trial[f"validation/{metric}"] * (100 if metric == "accuracy" else 1)
+
+
+def _shown(trial: dict[str, Any], metric: str) -> str:
+    value = _value(trial, metric)
+    return f"{value:.2f} %" if metric == "accuracy" else f"{value:.4f}"
 
 
 def _report(folder: Path, content: dict[str, Any]) -> None:
     from vit_jax import chart
 
-    points = [
-        (trial["learning_rate"], 100 * trial["validation/accuracy"])
-        for trial in content["trials"]
-        if "failed" not in trial
-    ]
+    metric = _objective(content).watched
+    finished = [trial for trial in content["trials"] if "failed" not in trial]
+    points = [(trial["learning_rate"], _value(trial, metric)) for trial in finished]
+    label = "validation accuracy, %" if metric == "accuracy" else f"validation {metric}"
     try:
         (folder / "sweep.md").write_text(table(content) + "\n")
-        chart.draw(points, "learning rate", "validation accuracy, %", content["best"]).save(folder / "sweep.png")
+        chart.draw(points, "learning rate", label, content["best"]).save(folder / "sweep.png")
     except OSError as error:
         raise UserError(f"{folder} cannot be written to: {error.strerror}\n  make room there") from error
 

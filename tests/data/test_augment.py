@@ -149,6 +149,7 @@ def test_a_recipe_is_a_function_of_its_key_and_targets_keep_their_sum(name, augm
     np.testing.assert_array_equal(np.asarray(targets["fine"])[:, :2], targets["coarse"])
 
 
+@pytest.mark.slow
 def test_crop_and_flip_are_the_same_whether_composed_with_a_policy_or_not(photos):
     """A policy that does nothing leaves just the crop and the flip, through the look-up."""
     options = {"crop_padding": 3, "flip": True}
@@ -171,6 +172,7 @@ def test_a_turn_is_nearly_the_same_whether_composed_with_a_policy_or_not(photos)
     assert np.abs(plain[inner] - composed[inner]).max() <= 1
 
 
+@pytest.mark.slow
 def test_what_is_filled_in_stays_as_it_is(photos):
     """Sheared by one operation and inverted by another, in either order: the corners keep the filling."""
     options = {"policy": "rand_augment", "policy_probability": 1.0, "policy_std": 0.0, "policy_operations": 3}

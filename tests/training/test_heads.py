@@ -52,6 +52,7 @@ def test_the_loss_of_several_heads_is_their_weighted_sum():
     assert metrics["accuracy"] == metrics["b/accuracy"] == pytest.approx(hits)  # b is named first
 
 
+@pytest.mark.slow
 def test_heads_trained_together_both_learn(toy, make_config):
     run = toy(make_config(data=TWO, train={"steps_per_dispatch": 250, "loss_weights": "label=1,parity=0.5"}))
     state, metrics = run.run(run.start(), 250)

@@ -144,6 +144,25 @@ def test_a_run_has_it_beside_frozen_patterns(scan):
     assert blocks[0] == pytest.approx(0.25) and blocks[1] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("objective", ["masked_autoencoder", "masked_patches"])
+def test_a_backbone_that_is_pre_trained_has_it_and_what_is_built_around_it_has_not(objective):
+    config = options.default()
+    config.model.update(variant="Ti/4", width=16, depth=2, heads=2, mlp_width=16, position="learned")
+    config.optimizer.update(name="sgd", momentum=0.0, learning_rate=0.1, schedule="constant", layer_decay=0.5)
+    config.train.update(objective=objective, label_smoothing=0.0, steps=2, batch_size=8)
+    config.mesh.devices = 1
+    options.check(config)
+    run = runs.build(config, runs.check(config))
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), run.abstract_state().parameters)
+    updates, _ = jax.jit(lambda ones: run.optimizer.update(ones, run.optimizer.init(ones), ones))(ones)
+    made = {name: -10 * float(np.asarray(leaf).ravel()[0]) for name, leaf in by_name(updates).items()}
+    assert made["backbone/positions/table"] == pytest.approx(0.125)
+    assert made["backbone/encoder/block_0/mlp/up/kernel"] == pytest.approx(0.25)
+    assert made["backbone/encoder/block_1/mlp/up/kernel"] == pytest.approx(0.5)
+    around = [value for name, value in made.items() if not name.startswith("backbone/")]
+    assert around and around == pytest.approx([1.0] * len(around))
+
+
 def test_a_decay_of_one_changes_no_bit_and_no_state(parameters):
     gradients = gradients_of(parameters)
     plain = trained(section(), parameters, gradients, None)

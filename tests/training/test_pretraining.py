@@ -56,6 +56,7 @@ def state(folder, step=STEPS):
     return ocp.load_checkpointables(folder / "checkpoints" / str(step))["state"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5])
 def test_it_goes_on_exactly(whole, tmp_path, step):
     shutil.copytree(whole, tmp_path / "run")

@@ -39,7 +39,8 @@ def trainer(monkeypatch):
                 raise UserError("numbers are not finite")
             accuracy, loss = SCORES[config.optimizer.learning_rate]
             role = "validation" if config.data.test is None else "test"
-            summary = {f"{role}/accuracy": accuracy, f"{role}/loss": loss, f"{role}/examples": 100}
+            summary = {f"{role}/accuracy": accuracy} if config.train.objective == "classify" else {}
+            summary |= {f"{role}/loss": loss, f"{role}/examples": 100}
             summary |= {"steps": 10, "seconds": 1.0, "parameters": 5}
             records.write_json(folder / records.SUMMARY, summary)
             return summary
@@ -68,6 +69,21 @@ def test_rates_see_a_part_of_train_alone_and_the_last_run_all_of_it(trainer, tmp
     text = sweep.table(content)
     assert "| **0.01** | 50.00 % | 1.2000 | 10 | 0:01 |" in text
     assert "on train: test accuracy 50.00 % (50 of 100)" in text
+
+
+@pytest.mark.parametrize("objective", ["masked_autoencoder", "masked_patches"])
+def test_what_has_no_accuracy_is_chosen_by_its_loss(trainer, tmp_path, objective):
+    config = options.load("configs/digits.py")
+    config.train.update(objective=objective, label_smoothing=0.0)
+    config.model.position = "sincos_2d"
+    options.check(config)
+    content = made(tmp_path, config, tried=(0.001, 0.03, 0.01))
+    assert content["best"] == 0.01  # the lowest loss
+    text = sweep.table(content)
+    assert "| learning rate | validation loss | steps | training |" in text
+    assert "| **0.01** | 1.2000 | 10 | 0:01 |" in text and "test loss 1.2000 on all 100 images" in text
+    sweep._report(tmp_path, content)
+    assert (tmp_path / "sweep.md").read_text() == text + "\n" and (tmp_path / "sweep.png").stat().st_size > 0
 
 
 def test_no_example_is_held_out_and_trained_on():
@@ -129,9 +145,9 @@ def test_another_error_ends_it(monkeypatch, tmp_path):
 def test_of_equals_the_lower_loss_then_the_smaller_rate():
     names = ("learning_rate", "validation/accuracy", "validation/loss")
     trials = [dict(zip(names, (rate, *score), strict=True)) for rate, score in SCORES.items()]
-    assert rates.choose(trials) == 0.01
+    assert rates.choose(trials, "accuracy") == 0.01
     trials[2]["validation/loss"] = float("nan")
-    assert rates.choose(trials) == 0.1
+    assert rates.choose(trials, "accuracy") == 0.1
 
 
 def test_another_sweeps_folder_is_refused(trainer, tmp_path):

@@ -118,7 +118,10 @@ def test_fixed_positions_keep_the_grid_that_was_trained_on(make_config, tmp_path
         assert not any("position_grid" in note for note in weights.load_into(tmp_path, target, size, 1)[1].notes)
 
 
-@pytest.fixture(scope="module", params=[{}, {"scan": True, "optimizer": {"average_decay": 0.9}}], ids=str)
+SCANNED = pytest.param({"scan": True, "optimizer": {"average_decay": 0.9}}, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[{}, SCANNED], ids=str)
 def several(request, tmp_path_factory, make_config):
     """A workdir of four checkpoints, and the parameters of each that evaluation takes."""
     folder, given = tmp_path_factory.mktemp("several"), dict(request.param)

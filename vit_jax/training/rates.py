@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as options
 from vit_jax.errors import UserError
-from vit_jax.training import parallel, records, train, trouble, workdir
+from vit_jax.training import objectives, parallel, records, train, trouble, workdir
 from vit_jax.training import run as runs
 from vit_jax.training.stopping import Stop
 
@@ -111,7 +111,7 @@ def sweep(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, Any
                 return None
             content["trials"].append({"learning_rate": rate, **trial})
             write(folder, content)
-        content["best"] = best = choose(content["trials"])
+        content["best"] = best = choose(content["trials"], objectives.make(plan.config).watched)
         run = folder / f"final-{best:g}"
         say(f"the best is {best:g}; with it, on {plan.everything}{_been(run)}")
         final = _try(plan.final(best), run, end)
@@ -175,8 +175,12 @@ def _try(config: ConfigDict, folder: Path, end: float | None) -> dict[str, Any] 
     return named | (summary or {"failed": "numbers that are not finite"})
 
 
-def choose(trials: list[dict[str, Any]]) -> float:
-    """The learning rate with the best validation accuracy; of equals that with the lower loss, then the smaller.
+def choose(trials: list[dict[str, Any]], metric: str) -> float:
+    """The learning rate with the best validation metric; of equals that with the lower loss, then the smaller.
+
+    Args:
+        trials: summaries, or what failed.
+        metric: 'accuracy', which is to be high, or 'loss'.
 
     Raises:
         UserError: none came to its end.
@@ -187,7 +191,8 @@ def choose(trials: list[dict[str, Any]]) -> float:
 
     def order(trial: dict[str, Any]) -> tuple[float, float, float]:
         loss = trial["validation/loss"]
-        return trial["validation/accuracy"], -loss if math.isfinite(loss) else -math.inf, -trial["learning_rate"]
+        loss = loss if math.isfinite(loss) else math.inf
+        return trial["validation/accuracy"] if metric == "accuracy" else -loss, -loss, -trial["learning_rate"]
 
     return max(finished, key=order)["learning_rate"]
 

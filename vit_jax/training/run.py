@@ -209,14 +209,18 @@ def build(
         applied = module
     steps = config.train.steps or max(1, round(config.train.epochs * len(train) / config.train.batch_size))
     mask = freezing.trained(config.optimizer, parameters)
-    factors = _factors(config.optimizer.layer_decay, parameters, model, mask)
+    factors = _factors(config.optimizer.layer_decay, parameters, objective, model.depth, mask)
     optimizer = optimizers.make(config.optimizer, steps, factors)
     parts = (loaded, image_shape, model, applied, augment, steps, optimizer, mask, objective, module, choice)
     return Run(config, mesh, *parts)
 
 
-def _factors(decay: float, shapes: Any, model: VisionTransformer, mask: Any | None) -> Any | None:
-    return None if decay == 1 else freezing.select(layers.factors(decay, shapes, model.depth), mask)
+def _factors(decay: float, parameters: Any, objective: Objective, depth: int, mask: Any | None) -> Any | None:
+    """Factors of layer-wise decay for the trained parameters; 1 for what an objective builds around the backbone."""
+    if decay == 1:
+        return None
+    backbone = layers.factors(decay, objective.backbone(parameters), depth)
+    return freezing.select(objective.adopt(backbone, lambda: jax.tree.map(lambda _: 1.0, parameters)), mask)
 
 
 def load(config: ConfigDict, split: str, labels: Sequence[str]) -> Source:
