@@ -117,6 +117,7 @@ def test_without_parameters_to_start_from_it_says_so():
         commands.make_config("configs/finetune.py:cifar10", ["checkpoint.init_from=none.npz"])
 
 
+@pytest.mark.slow
 def test_the_model_and_the_normalisation_are_those_of_the_run_to_start_from(tmp_path):
     fields = {"pooling": "mean", "gelu": "exact", "position": "sincos_2d", "qkv_bias": False}
     made, _ = saved_run(tmp_path, model=fields)

@@ -172,6 +172,7 @@ def colour_file(tmp_path_factory):
     return path, model, parameters
 
 
+@pytest.mark.slow
 def test_a_file_of_others_on_images_as_it_knows_them(colour_file, tmp_path):
     """Images are resized to what its positions are for; its kernel is summed for grey ones; mean and std are 0.5."""
     path, model, parameters = colour_file

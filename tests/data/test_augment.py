@@ -221,6 +221,7 @@ def test_views_are_the_image_its_shifts_and_their_mirror_images(photos):
     assert len(make().views(jax.numpy.asarray(photos))) == 1
 
 
+@pytest.mark.slow
 def test_inputs_may_be_arranged_as_patches(photos):
     arrange = functools.partial(patchify, patch_size=4)
     whole, cut = (jax.jit(make(arrange=a, crop_padding=2, flip=True, mixup=0.5)) for a in (None, arrange))

@@ -62,6 +62,7 @@ def test_grey_images_have_eight_colours():
     assert masked_patches.mean_colours(patches, (0.0,), (1.0,)).tolist() == [[0, 0, 1, 7]]
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_corrupted_image(small, randomise, draw):
     """Masking the embeddings inside the module is what a backbone makes of embeddings masked beforehand."""
     backbone, images = small(classes=None, pooling="none"), draw(3, 4, 6, 3)

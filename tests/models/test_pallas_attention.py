@@ -12,6 +12,7 @@ from vit_jax.models import pallas_attention
 from vit_jax.models.pallas_attention import CONFIGS, attend, attend_fused, obstacle
 
 BATCH = 2
+LONG = pytest.param(130, marks=pytest.mark.slow)  # the kernels for sequences of more than 80 tokens
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
@@ -100,14 +101,14 @@ def test_keys_after_the_length_are_ignored(config, tokens, lengths):
             assert not np.any(result[example, length:]), name
 
 
-@pytest.mark.parametrize("tokens", [20, 130])
+@pytest.mark.parametrize("tokens", [20, LONG])
 def test_separate_and_fused_inputs_give_equal_results(tokens):
     arrays = draw(tokens, 3, 16)
     for one, other in zip(run(*arrays), run_fused(*arrays), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("tokens", [65, 130])
+@pytest.mark.parametrize("tokens", [65, LONG])
 def test_bfloat16(tokens):
     """Weights and gradients of scores are rounded to 8 bits before the matmuls, the results after them."""
     arrays = draw(tokens, 1, 64, jnp.bfloat16)
@@ -124,7 +125,7 @@ def test_large_scores_stay_finite(config):
 
 
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
-@pytest.mark.parametrize("tokens", [20, 130])
+@pytest.mark.parametrize("tokens", [20, LONG])
 def test_every_device_computes_its_own_examples(tokens):
     arrays = draw(tokens, 1, 16)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])

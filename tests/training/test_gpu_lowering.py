@@ -31,7 +31,7 @@ SHIPPED = {
     "finetune.py": ["cifar10", "cifar10,adamw", "oxford_flowers102,probe"],
     "pretrain.py": ["imagenet", "cifar100", "mae", "masked-patches"],
 }
-QUICK = {("cifar10.py", ""), ("digits.py", ""), ("finetune.py", "cifar10"), ("pretrain.py", "mae")}
+QUICK = {("cifar10.py", ""), ("finetune.py", "cifar10"), ("pretrain.py", "mae")}
 RECIPES = [
     pytest.param(file, argument, marks=() if (file, argument) in QUICK else pytest.mark.slow)
     for file, arguments in SHIPPED.items()

@@ -63,6 +63,7 @@ def test_nothing_is_between_without_a_span(tmp_path):
     assert profiling.profiled(max, None, tmp_path, lambda: 0) is max
 
 
+@pytest.mark.slow
 def test_a_real_update_is_recorded_and_stays_what_it_is(toy, make_config, tmp_path):
     plain = toy(make_config())
     state, _ = plain.run(plain.start(), 3)
