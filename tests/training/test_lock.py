@@ -121,3 +121,23 @@ def test_a_lock_that_cannot_be_read_names_its_file(tmp_path):
     (tmp_path / lock.NAME).write_text("{")
     with pytest.raises(UserError, match=r"remove .*lock\.json"):
         lock.Lock(tmp_path)
+
+
+def test_a_process_that_ends_leaves_no_lock_that_it_is_just_taking(tmp_path):
+    """A signal between two seeds: one lock is held, the next is being taken while all are released."""
+    code = f"""
+import os, pathlib, threading
+from vit_jax.training import lock
+folders = [pathlib.Path({str(tmp_path)!r}) / str(k) for k in range(40)]
+for folder in folders: folder.mkdir()
+first = lock.Lock(folders[0])
+def end():
+    lock.release_all()
+    os._exit(0)
+threading.Timer(0.05, end).start()
+held = [first]
+for folder in folders[1:]: held.append(lock.Lock(folder))
+threading.Event().wait()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert not list(tmp_path.rglob("lock.json"))

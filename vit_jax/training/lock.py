@@ -18,6 +18,9 @@ BEAT = 60.0  # seconds between signs of life
 STALE = 600.0  # seconds without one, after which a lock of another host counts as left behind
 PLACE = ("host", "boot", "namespace")  # where all are equal, a process can be seen from here
 
+_held: list["Lock"] = []  # of this process
+_taking = threading.Lock()  # so that a signal finds every lock that is taken in `_held`
+
 
 class Lock:
     """Holds WORKDIR/lock.json from construction until `release`; a context manager.
@@ -39,16 +42,18 @@ class Lock:
         """
         self._path, self._lost = workdir / NAME, lost
         self._content = json.dumps(_who())
-        while not self._take():
-            held = _read(self._path)
-            if held is None:  # released, or taken over by another, in between
-                continue
-            if not _is_left_behind(self._path, held):
-                raise UserError(_refusal(self._path, held))
-            self._remove_left_behind(held)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
-        self._thread.start()
+        with _taking:
+            while not self._take():
+                held = _read(self._path)
+                if held is None:  # released, or taken over by another, in between
+                    continue
+                if not _is_left_behind(self._path, held):
+                    raise UserError(_refusal(self._path, held))
+                self._remove_left_behind(held)
+            self._thread.start()
+            _held.append(self)
 
     def _take(self) -> bool:
         # Written elsewhere and linked: the lock is never seen empty, and of two that try one fails.
@@ -101,12 +106,21 @@ class Lock:
         with contextlib.suppress(OSError):
             if self._path.read_text() == self._content:
                 self._path.unlink()
+        with contextlib.suppress(ValueError):
+            _held.remove(self)
 
     def __enter__(self) -> "Lock":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def release_all() -> None:
+    """Releases all locks of a process that is about to end; it can take no other from then on."""
+    _taking.acquire()
+    for lock in list(_held):
+        lock.release()
 
 
 def _create(path: Path, content: str) -> bool:

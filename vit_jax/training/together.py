@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from vit_jax.errors import UserError
 from vit_jax.training import memory, records, seeds, workdir
 from vit_jax.training import run as runs
-from vit_jax.training.lock import Lock
+from vit_jax.training.lock import Lock, release_all
 from vit_jax.training.meter import Clock
 from vit_jax.training.program import Program
 from vit_jax.training.state import TrainState
@@ -51,8 +51,8 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(config.train.max_minutes))
         stop.nothing_to_save(True)
-        lock = stack.enter_context(Lock(folder, stop.without_saving))
-        stop.leave = lock.release
+        stop.leave = release_all
+        stack.enter_context(Lock(folder, stop.without_saving))
         changes = _claim(folder, config)  # again: another command may have come to its end in between
         workdir.record(folder, seeds.config_of_all(config), changes, print)
         (folder / records.SUMMARY).unlink(missing_ok=True)
@@ -68,7 +68,7 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
             with memory.explained(config, run.model, run.image_shape):
                 program = Program(run)
             for members, at_once in groups:
-                group = _Group(program, folder, config, members, at_once, lock)
+                group = _Group(program, folder, config, members, at_once)
                 outcomes |= _train_group(group, stop, introduce=not outcomes)
                 if None in outcomes.values() or (stop.reason and len(outcomes) < len(left)):
                     done = len(wanted) - len(_left(folder, config))
@@ -131,30 +131,22 @@ def _at_once(folder: Path, seed: int) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Seeds that are trained in one program, in the folder of all, which `lock` holds."""
+    """Seeds that are trained in one program, in the folder of all."""
 
     program: Program
     folder: Path
     config: ConfigDict
     members: list[int]
     at_once: int
-    lock: Lock
 
     def open(self, stack: contextlib.ExitStack, stop: Stop) -> dict[int, Trainer]:
         """Their trainers, each in its own folder."""
-        locks = [self.lock]
-
-        def leave() -> None:
-            for lock in locks:
-                lock.release()
-
-        stop.leave = leave
         trainers, clock = {}, Clock()
         for seed in self.members:
             own = seeds.folder_of(self.folder, seed)
             run = dataclasses.replace(self.program.run, config=seeds.config_of(self.config, seed, self.at_once))
             workdir.claim(own, run.config)
-            locks.append(stack.enter_context(Lock(own, stop.without_saving)))
+            stack.enter_context(Lock(own, stop.without_saving))
             changes = workdir.claim(own, run.config)
             name = f"seed {seed}"
             checkpoints = stack.enter_context(open_checkpoints(run, own, changes, lambda *_: None))
@@ -177,7 +169,6 @@ def _train_group(group: _Group, stop: Stop, introduce: bool) -> dict[int, Outcom
             except UserError as error:
                 outcomes = {seed: _told(trainer, error)}
         stop.nothing_to_save(True)
-    stop.leave = group.lock.release
     return outcomes
 
 

@@ -15,7 +15,7 @@ from vit_jax.training import batch_size, inputs, memory, objectives, parallel, w
 from vit_jax.training import run as runs
 from vit_jax.training.attention_choice import Choice
 from vit_jax.training.checkpoint import Checkpoints
-from vit_jax.training.lock import Lock
+from vit_jax.training.lock import Lock, release_all
 from vit_jax.training.program import Program
 from vit_jax.training.run import Run
 from vit_jax.training.stopping import Stop
@@ -48,10 +48,11 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     greet(mesh, say)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(config.train.max_minutes))
+        stop.leave = release_all
         stop.nothing_to_save(True)
 
         def lock() -> list[str]:
-            stop.leave = stack.enter_context(Lock(folder, stop.without_saving)).release
+            stack.enter_context(Lock(folder, stop.without_saving))
             return workdir.claim(folder, config)  # again: another run may have come to its end in between
 
         changes = parallel.by_main(lock)
