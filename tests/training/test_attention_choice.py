@@ -127,6 +127,8 @@ def test_a_resumed_run_keeps_its_backend_on_the_same_kind_of_device(gpu):
         return resolve("auto", ONE, gpu, recorded=Choice(backend, reason, device=device))
 
     assert begun("pallas") == Choice("pallas", "run", device=gpu.device_kind)
+    timed = resolve("auto", ONE, gpu)
+    assert resolve("auto", ONE, gpu, recorded=timed) == dataclasses.replace(timed, reason="run")  # with its timings
     assert begun("gone").backend == begun("heads_first", "device", "cpu").backend == "cudnn"
     assert begun("pallas", device="NVIDIA Other").backend == "cudnn"
     assert begun("plain", "fallback").backend == "cudnn"  # the device was busy, say

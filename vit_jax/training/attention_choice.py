@@ -109,7 +109,7 @@ def resolve(
     able = attention_backends.candidates(kind, shapes)
     kept = recorded is not None and recorded.device == here and recorded.reason not in ("config", "fallback")
     if kept and recorded.backend in able:
-        return Choice(recorded.backend, "run", device=here)
+        return dataclasses.replace(recorded, reason="run")
     if training and any(shape.dropout for shape in shapes):
         return Choice(attention_backends.default(kind.platform), "dropout", device=here)
     if len(able) == 1 or not shapes:
