@@ -97,7 +97,7 @@ def compile_step(flags: argparse.Namespace) -> tuple[Any, Any, float]:
     from jax.sharding import AxisType, Mesh
 
     from vit_jax import config as options
-    from vit_jax.training import model as models
+    from vit_jax.training import build_model
 
     fused_attention_stablehlo.check_cudnn_version = lambda: 91000  # there is no cuDNN to ask
     target = devices.DEVICES[flags.device].target_config()
@@ -105,7 +105,7 @@ def compile_step(flags: argparse.Namespace) -> tuple[Any, Any, float]:
     mesh = Mesh(np.array(topology.devices).reshape(1), ("data",), axis_types=(AxisType.Auto,))
     section = options.default().model
     section.update(variant=flags.variant, **flags.fields)
-    model = models.build(section, flags.classes, dtype=jnp.bfloat16).clone(attention_kernel=flags.kernel)
+    model = build_model.build(section, flags.classes, dtype=jnp.bfloat16).clone(attention_kernel=flags.kernel)
     function, arguments = {"bare": bare_step, "trainer": trainer_step}[flags.step](flags, model, mesh)
     began = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas asks it which device it compiles for
@@ -223,7 +223,7 @@ def main(arguments: list[str]) -> None:
         print(MISSING, file=sys.stderr)
         raise SystemExit(2)
     prepare(flags)
-    from vit_jax.training import hardware
+    from vit_jax.runtime import hardware
 
     device = devices.DEVICES[flags.device]
     peak = hardware.peak(device.name)

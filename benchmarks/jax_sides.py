@@ -14,14 +14,14 @@ import work as works
 from child import resident_mb, serve
 from work import Work
 
-from vit_jax.training import allocator
+from vit_jax.runtime import cpu_allocator
 
 if __name__ == "__main__":
     asked = Work(**json.loads(sys.argv[1]))
     if asked.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
     if asked.side != "plain_flax":
-        allocator.keep_memory()  # as commands do, before JAX is imported
+        cpu_allocator.keep_memory()  # as commands do, before JAX is imported
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +30,15 @@ import optax
 from plain_flax import PlainViT
 
 from vit_jax import config as options
+from vit_jax import objectives, optim, sharding
 from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import attention_choice, hardware, objectives, optimizer, parallel, state
-from vit_jax.training import model as models
-from vit_jax.training.attention_choice import Choice
-from vit_jax.training.losses import cross_entropy
-from vit_jax.training.run import Run
+from vit_jax.objectives.losses import cross_entropy
+from vit_jax.runtime import attention_choice, hardware
+from vit_jax.runtime.attention_choice import Choice
+from vit_jax.training import build_model, state
+from vit_jax.training.setup import Run
 from vit_jax.training.step import make_update
 
 FIRST = 3  # steps whose losses are shown
@@ -96,7 +97,7 @@ def built(work: Work) -> VisionTransformer:
     sizes = {name: getattr(work, name) for name in ("width", "depth", "heads", "mlp_width")}
     section.update(work.fields or {"variant": f"Ti/{work.patch_size}", **sizes})
     section.dtype = work.dtype
-    model = models.build(section, work.classes, dtype=None)
+    model = build_model.build(section, work.classes, dtype=None)
     image = (work.image_size, work.image_size, work.channels)
     training, wanted = work.mode == "train", section.attention_kernel
     choice = attention_choice.resolve_for(model, image, work.batch_size, wanted, training)
@@ -218,14 +219,14 @@ def run_of(work: Work, model: VisionTransformer) -> Run:
     steps = config.train.steps
     return Run(
         config=config,
-        mesh=parallel.make_mesh(1),
+        mesh=sharding.make_mesh(1),
         sources={"train": source},
         image_shape=images.shape[1:],
         model=model,
         applied=model,
         augment=augment,
         steps=steps,
-        optimizer=optimizer.make(config.optimizer, steps),
+        optimizer=optim.make(config.optimizer, steps),
         mask=None,
         objective=objectives.make(config),
         module=model,

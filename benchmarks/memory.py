@@ -26,8 +26,8 @@ from work import Work
 
 from vit_jax.models import variants
 from vit_jax.models.summary import training_bytes
-from vit_jax.training import batch_size as sizes
-from vit_jax.training.run import Run
+from vit_jax.training import auto_batch_size
+from vit_jax.training.setup import Run
 from vit_jax.training.step import make_update
 
 MB = 2**20
@@ -73,7 +73,11 @@ def largest(run: Run, limit: float) -> int | None:
     def estimated(batch_size: int) -> bool:
         return sum(training_bytes(run.model, shape[:2], shape[2], batch_size).values()) <= limit
 
-    return sizes.largest(lambda size: sizes.planned_bytes(run, feeds, size) <= limit, sizes.ladder(1, 2**16), estimated)
+    return auto_batch_size.largest(
+        lambda size: auto_batch_size.planned_bytes(run, feeds, size) <= limit,
+        auto_batch_size.ladder(1, 2**16),
+        estimated,
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -85,7 +89,7 @@ def main(arguments: list[str]) -> None:
     planned = []
     for remat in flags.remat.split(","):
         for size in map(int, flags.batch_sizes.split(",")):
-            planned.append((sizes.planned_bytes(run(remat), run(remat).feeds("train"), size), remat, size))
+            planned.append((auto_batch_size.planned_bytes(run(remat), run(remat).feeds("train"), size), remat, size))
     highest = 0
     for needed, remat, size in sorted(planned):
         line = given | {"remat": remat, "batch_size": size, "planned_mb": round(needed / MB, 1)}
@@ -94,10 +98,10 @@ def main(arguments: list[str]) -> None:
             highest = measured
             line["peak_mb"] = round(measured / MB, 1)
         print(json.dumps(line), flush=True)
-    limit = flags.limit * 2**30 if flags.limit else sizes.limit(run("none").mesh)
+    limit = flags.limit * 2**30 if flags.limit else auto_batch_size.limit(run("none").mesh)
     for remat in flags.remat.split(",") if limit else ():
         line = given | {"remat": remat, "limit_gib": round(limit / 2**30, 1)}
-        print(json.dumps(line | {"largest": largest(run(remat), sizes.SHARE * limit)}), flush=True)
+        print(json.dumps(line | {"largest": largest(run(remat), auto_batch_size.SHARE * limit)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vit_jax.checkpoint.manager import Checkpoints
 from vit_jax.models import variants
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import losses, state
-from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.objectives import losses
+from vit_jax.training import state
 
 
 def main(arguments: list[str]) -> None:

@@ -23,8 +23,8 @@ import numpy as np
 
 from vit_jax import config as options
 from vit_jax.data import pipeline
-from vit_jax.training import memory
-from vit_jax.training import run as runs
+from vit_jax.runtime import oom
+from vit_jax.training import setup
 from vit_jax.training.program import Program
 
 
@@ -79,14 +79,14 @@ def main(flags: argparse.Namespace) -> None:
     for assignment in [*flags.set, f"train.steps_per_dispatch={flags.steps}"]:
         options.override(config, assignment)
     options.check(config)
-    program = Program(runs.build(config, runs.check(config)))
+    program = Program(setup.build(config, setup.check(config)))
     ways = [Way(program, flags, at_once) for at_once in (False, True)]
     for turn in range(flags.turns):
         for way in ways if turn % 2 else ways[::-1]:
             way.turns.append(way.turn())
     for way in ways:
         line = {"name": way.name, "seeds": flags.seeds, "images_per_second": round(statistics.median(way.turns), 1)}
-        line |= {"compile_s": round(way.compile_s, 1), "memory_mb": round(memory.bytes_needed(way.update) / 2**20, 1)}
+        line |= {"compile_s": round(way.compile_s, 1), "memory_mb": round(oom.bytes_needed(way.update) / 2**20, 1)}
         if way.at_once:
             ratios = [b / a for a, b in zip(ways[0].turns, way.turns, strict=True)]
             line |= {"ratio": round(statistics.median(ratios), 3), "least": round(min(ratios), 3)}

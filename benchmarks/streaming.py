@@ -29,10 +29,10 @@ import numpy as np
 from PIL import Image
 
 from vit_jax import config as options
-from vit_jax.data import images, lazy, pipeline, sources
+from vit_jax import sharding
+from vit_jax.data import images, lazy_images, pipeline, sources
 from vit_jax.data.sources import Source
-from vit_jax.training import parallel
-from vit_jax.training import run as runs
+from vit_jax.training import setup
 from vit_jax.training.step import make_update
 
 
@@ -64,7 +64,7 @@ class Way:
         config.train.update(batch_size=flags.batch_size, steps=10**6)
         config.mesh.devices = 1
         options.check(config)
-        run = runs.build(config, runs.check_data(config, ["train"]), {"train": "train"})
+        run = setup.build(config, setup.check_data(config, ["train"]), {"train": "train"})
         self.name, self.turns, self.flags = name, [], flags
         feeds, self.rows = run.feeds("train"), flags.steps
         update = make_update(run.model, run.optimizer, run.augment, config, run.mesh)
@@ -134,15 +134,15 @@ def synthetic(count: int, size: int) -> Source:
             file, "JPEG"
         )
         stored.append(file.getvalue())
-    records = lazy.Records(count, lambda place, shape: (images.decode(stored[place % 64], shape), 0), str)
-    encoded = lazy.Encoded(((records, range(count)),), (size, size, 3))
+    records = lazy_images.Records(count, lambda place, shape: (images.decode(stored[place % 64], shape), 0), str)
+    encoded = lazy_images.Encoded(((records, range(count)),), (size, size, 3))
     return Source("synthetic", "train", encoded, np.zeros(count, np.int32), ("0",), (0.5,) * 3, (0.5,) * 3)
 
 
 def memory(flags: argparse.Namespace) -> None:
     import psutil
 
-    mesh = parallel.make_mesh(1)
+    mesh = sharding.make_mesh(1)
     use = jax.jit(lambda feed: feed.images.astype(np.float32).sum())
     for count in (1_000, 100_000):
         source, rows = synthetic(count, flags.image_size), 10

@@ -35,7 +35,7 @@ from work import Work
 
 from vit_jax.models.summary import forward_flops
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import hardware
+from vit_jax.runtime import hardware
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -58,7 +58,7 @@ def table_4(config: ConfigDict, name: str) -> None:
     config.checkpoint.update(init_head="new", every=500)
     config.data.update(name=name, image_size=384)
     # The published code's crops.
-    config.augment.update(resized_crop=True, crop_area_least=0.05, flip=True)
+    config.augment.update(resized_crop=True, min_crop_area=0.05, flip=True)
     config.optimizer.update(name="sgd", learning_rate=rate, momentum=0.9, warmup_steps=500, gradient_clip=1.0)
     config.train.update(batch_size=512, steps=steps, evaluation_batch_size=256)
     if name == "imagenet2012":
@@ -78,7 +78,7 @@ def cpu(config: ConfigDict) -> None:
     """What minutes of two cores allow: a model of configs/cifar10.py:cpu from 32 to 48 pixels."""
     short(config)
     config.data.image_size = 48
-    config.augment.crop_area_least = 0.5
+    config.augment.min_crop_area = 0.5
     # Of .003, .01, .03 and .1, by 1,000 images held out of CIFAR-10, from configs/pretrain.py:cifar100-cpu, 300 steps
     # at 32 pixels: 48.4, 51.4, 53.6 and 52.3 %.
     config.optimizer.learning_rate = 0.03
@@ -93,7 +93,7 @@ def probe(config: ConfigDict) -> None:
 def adamw(config: ConfigDict) -> None:
     """The end-to-end fine-tuning of MAE, its rate for batches of 512 (1e-3 for 256)."""
     config.model.stochastic_depth = 0.1
-    config.augment.update(crop_area_least=0.08, policy="rand_augment", policy_magnitude=9.0, policy_std=0.5)
+    config.augment.update(min_crop_area=0.08, policy="rand_augment", policy_magnitude=9.0, policy_std=0.5)
     config.augment.update(erasing=0.25, erasing_mode="noise", mixup=0.8, cutmix=1.0, mix_per="batch")
     config.optimizer.update(name="adamw", learning_rate=2e-3, weight_decay=0.05, layer_decay=0.75, gradient_clip=None)
     config.train.label_smoothing = 0.1

@@ -38,7 +38,7 @@ def paper(config: ConfigDict) -> None:
     config.model.update(variant="B/16", pre_logits=768, dropout=0.1)
     config.data.image_size = 224
     # The published code's crop: any window of at least 5 % of the image, scaled to its size.
-    config.augment.update(resized_crop=True, crop_area_least=0.05, flip=True)
+    config.augment.update(resized_crop=True, min_crop_area=0.05, flip=True)
     config.optimizer.update(name="adamw", warmup_steps=10_000, gradient_clip=1.0)
     config.train.update(batch_size=4096, evaluate_every=5000, evaluation_batch_size=1024)
     config.checkpoint.every = 5000
@@ -110,7 +110,7 @@ def without_labels(config: ConfigDict) -> None:
     config.model.update(variant="Ti/4", depth=9, heads=12, mlp_width=384, position="sincos_2d")
     config.data.update(name="cifar10", train="train[:98%]", validation="train[98%:]")
     # Windows and mirror images are all the augmentation that hidden patches need (arXiv 2111.06377, section 4.1).
-    config.augment.update(resized_crop=True, crop_area_least=0.2, flip=True)
+    config.augment.update(resized_crop=True, min_crop_area=0.2, flip=True)
     config.train.update(batch_size=512, epochs=800, evaluate_every=5000)
     config.checkpoint.every = 5000
 

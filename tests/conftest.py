@@ -58,21 +58,21 @@ LONG = (
     "tests/test_benchmarks.py",
     "tests/test_main.py",
     "tests/training/test_seeds.py",
-    "tests/training/test_pretraining.py",
+    "tests/objectives/test_pretraining.py",
     "tests/training/test_cluster.py",
-    "tests/training/test_objectives.py",
-    "tests/training/test_gpu_lowering.py",
+    "tests/objectives/test_objectives.py",
+    "tests/runtime/test_gpu_lowering.py",
     "tests/training/test_step.py",
     "tests/models/test_attention_backends.py",
     "tests/models/test_pallas_attention.py",
     "tests/data/test_augment.py",
-    "tests/training/test_bad_numbers.py",
-    "tests/training/test_damage.py",
-    "tests/training/test_checkpoint.py",
-    "tests/training/test_hardware.py",
+    "tests/training/test_nonfinite.py",
+    "tests/checkpoint/test_damage.py",
+    "tests/checkpoint/test_manager.py",
+    "tests/runtime/test_hardware.py",
     "tests/training/test_heads.py",
-    "tests/training/test_evaluate.py",
-    "tests/training/test_batch_size.py",
+    "tests/evaluation/test_exact.py",
+    "tests/training/test_auto_batch_size.py",
     "tests/test_features.py",
     "tests/test_transfer.py",
     "tests/models/test_masked_autoencoder.py",
@@ -115,6 +115,22 @@ def real_sets(images, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def toy():
+    """The class of a compiled update over the toy source."""
+    from toy import Toy
+
+    return Toy
+
+
+@pytest.fixture(scope="session")
+def make_config():
+    """A function that makes the config of a model so small that it compiles in a second or two."""
+    from toy import toy_config
+
+    return toy_config
+
+
+@pytest.fixture(scope="session")
 def make_run(tmp_path_factory):
     """A function that makes the workdir of a run of a small model on the digits, its parameters drawn, not trained."""
 
@@ -122,21 +138,23 @@ def make_run(tmp_path_factory):
         import jax
         import numpy as np
 
+        from vit_jax import atomic, sharding
         from vit_jax import config as options
-        from vit_jax.training import inputs, parallel, records, run
-        from vit_jax.training.checkpoint import Checkpoints
+        from vit_jax.checkpoint import run_files
+        from vit_jax.checkpoint.manager import Checkpoints
+        from vit_jax.training import input_spec, setup
 
         config = options.default()
         config.model.update(variant="Ti/4", width=16, depth=1, heads=2, mlp_width=16)
         config.train.update(steps=10, batch_size=64)
         for section, values in sections.items():
             config[section].update(values)
-        built, folder = run.build(config, parallel.make_mesh(1)), tmp_path_factory.mktemp("run")
+        built, folder = setup.build(config, sharding.make_mesh(1)), tmp_path_factory.mktemp("run")
         shapes, generator = built.abstract_state().parameters, np.random.default_rng(0)
         drawn = jax.tree.map(lambda leaf: generator.normal(0, 0.4, leaf.shape).astype(np.float32), shapes)
-        records.write_json(folder / records.CONFIG, config.to_dict())
+        atomic.write_json(folder / run_files.CONFIG, config.to_dict())
         source = built.sources["train"]
-        inputs.write(folder, source, source.mean, source.std)
+        input_spec.write(folder, source, source.mean, source.std)
         with Checkpoints(folder) as checkpoints:
             checkpoints.save(built.initial_state(drawn), {"config": config.to_dict(), "seconds": 0.0})
         return folder

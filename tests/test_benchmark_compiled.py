@@ -18,7 +18,7 @@ import devices
 import hlo
 import traces
 
-from vit_jax.training import hardware
+from vit_jax.runtime import hardware
 
 # As XLA writes it for a GPU, shortened: a loop over steps of unknown number in the entry, in it a loop of three.
 PROGRAM = """

@@ -9,11 +9,10 @@ import pytest
 
 from vit_jax import config as options
 from vit_jax import evaluate, features, weights
-from vit_jax.data import sources, stored
+from vit_jax.checkpoint.manager import Checkpoints
+from vit_jax.data import feature_store, sources
 from vit_jax.errors import UserError
-from vit_jax.training import model as models
-from vit_jax.training import train
-from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training import build_model, train
 
 
 def small_config(**sections):
@@ -65,7 +64,7 @@ def heads(backbone, tmp_path_factory):
 
 def test_the_features_are_what_the_head_reads(backbone):
     digits = sources.load("digits", "train")
-    model = models.build(small_config().model, classes=10, dtype=jnp.float32).clone(classes=None)
+    model = build_model.build(small_config().model, classes=10, dtype=jnp.float32).clone(classes=None)
     parameters = arrays(backbone)
     tree = {}
     for name, leaf in parameters.items():
@@ -76,7 +75,7 @@ def test_the_features_are_what_the_head_reads(backbone):
         place[last] = leaf
     inputs = (digits.images / 255 - digits.mean[0]) / digits.std[0]
     wanted = model.apply({"params": tree}, jnp.asarray(inputs, jnp.float32))
-    made = stored.read(backbone / "features" / "train.npz")
+    made = feature_store.read(backbone / "features" / "train.npz")
     np.testing.assert_allclose(made.features, wanted, atol=1e-5)
     logits = made.features @ parameters["head/logits/kernel"] + parameters["head/logits/bias"]
     assert (logits.argmax(1) == digits.labels).mean() > 0.5  # they are worth something
@@ -97,7 +96,7 @@ def test_a_slice_has_the_ids_of_the_whole(backbone, tmp_path, capsys):
     out = tmp_path / "slice.npz"
     assert features.main([f"--workdir={backbone}", "--split=train[100:110]+test[:2]", f"--out={out}"]) == 0
     assert "features 12 x 16, labels (label, parity) and ids, by step 60" in capsys.readouterr().out
-    made, train_features = stored.read(out), stored.read(backbone / "features" / "train.npz")
+    made, train_features = feature_store.read(out), feature_store.read(backbone / "features" / "train.npz")
     assert list(made.ids) == [f"train:{place}" for place in range(100, 110)] + ["test:0", "test:1"]
     np.testing.assert_allclose(made.features[:10], train_features.features[100:110], atol=1e-6)
 
@@ -123,7 +122,7 @@ def test_the_backbone_below_them_is_bitwise_what_it_was(backbone, heads):
 
 def test_the_head_there_was_goes_on_under_its_name(backbone):
     before = arrays(backbone)
-    model = models.build(small_config().model, classes={"label": 10, "parity": 2}, dtype=jnp.float32)
+    model = build_model.build(small_config().model, classes={"label": 10, "parity": 2}, dtype=jnp.float32)
     taken, _ = weights.load_into(backbone, model, (8, 8), 1)
     np.testing.assert_array_equal(taken["head"]["label"]["logits"]["kernel"], before["head/logits/kernel"])
     assert not taken["head"]["parity"]["logits"]["kernel"].any()
@@ -195,16 +194,16 @@ def test_what_does_not_go_with_stored_features_is_refused(sections, said):
 
 def test_features_that_are_not_there_or_not_whole_are_named(backbone, tmp_path):
     with pytest.raises(UserError, match=r"has no features of the validation split\n  make them: python -m vit_jax"):
-        stored.find(backbone / "features", "validation")
+        feature_store.find(backbone / "features", "validation")
     torn = tmp_path / "torn.npz"
     torn.write_bytes((backbone / "features" / "train.npz").read_bytes()[:5000])
     with pytest.raises(UserError, match=r"torn\.npz holds no features that can be read"):
-        stored.read(torn)
+        feature_store.read(torn)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no features that can be read"):
-        stored.read(tmp_path / "empty")
+        feature_store.read(tmp_path / "empty")
     with pytest.raises(UserError, match=r"has no 'colour'\n  it has: label, parity"):
-        stored.read(backbone / "features" / "train.npz").source(("colour",))
+        feature_store.read(backbone / "features" / "train.npz").source(("colour",))
 
 
 def test_nothing_but_features_is_replaced(backbone, tmp_path, capsys):
@@ -218,7 +217,7 @@ def test_nothing_but_features_is_replaced(backbone, tmp_path, capsys):
     out = tmp_path / "new"
     for _ in range(2):
         assert features.main([f"--workdir={backbone}", "--split=test[:9]", f"--out={out}"]) == 0
-    assert len(stored.read(out).ids) == 9 and not list(tmp_path.glob(".*"))
+    assert len(feature_store.read(out).ids) == 9 and not list(tmp_path.glob(".*"))
 
 
 def test_features_of_other_examples_are_refused(backbone, tmp_path):

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import commands, evaluate, weights
+from vit_jax import commands, evaluate, optim, weights
 from vit_jax import config as options
+from vit_jax.checkpoint import manager
 from vit_jax.errors import UserError
 from vit_jax.models.variants import fields_of_options
-from vit_jax.training import checkpoint, optimizer, state, train
-from vit_jax.training import model as models
+from vit_jax.training import build_model, state, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,11 +28,11 @@ def saved_run(folder, classes=10, image_size=8, channels=1, **sections):
     config.model.update(variant="Ti/4", width=16, depth=2, heads=2, mlp_width=24, pre_logits=8)
     for section, values in sections.items():
         config[section].update(values)
-    made = models.build(config.model, classes=classes, dtype="float32")
+    made = build_model.build(config.model, classes=classes, dtype="float32")
     parameters = state.initialize(made, (image_size, image_size, channels), 3)
     parameters["head"] = jax.tree.map(lambda leaf: leaf + 0.1, parameters["head"])
-    one = state.create(parameters, optimizer.make(config.optimizer, 1), False, ("loss",))
-    with checkpoint.Checkpoints(folder) as checkpoints:
+    one = state.create(parameters, optim.make(config.optimizer, 1), False, ("loss",))
+    with manager.Checkpoints(folder) as checkpoints:
         checkpoints.save(one, {"config": config.to_dict(), "seconds": 0.0})
     return made, parameters
 
@@ -123,7 +123,7 @@ def test_the_model_and_the_normalisation_are_those_of_the_run_to_start_from(tmp_
     made, _ = saved_run(tmp_path, model=fields)
     given = [f"checkpoint.init_from={tmp_path}", "model.stochastic_depth=0.2"]
     config = commands.make_config("configs/finetune.py:cifar10", given)
-    found = models.build(config.model, classes=10, dtype="float32")
+    found = build_model.build(config.model, classes=10, dtype="float32")
     assert found == made.clone(stochastic_depth=0.2, pre_logits=None)
     assert config.data.normalization == "set"
     assert config.model.position_grid is None  # what images the run had, nothing says
@@ -175,7 +175,7 @@ def learned(tmp_path_factory):
     config = options.load("configs/digits.py")
     config.model.update(variant="Ti/1", width=32, depth=2, heads=2, mlp_width=64, position="learned", dropout=0.0)
     config.augment.update(mixup=0.0, rotation=0.0, scaling=0.0)
-    config.augment.update(resized_crop=True, crop_area_least=0.5, crop_ratio=1.1)
+    config.augment.update(resized_crop=True, min_crop_area=0.5, crop_ratio=1.1)
     config.optimizer.update(learning_rate=4e-3, warmup_steps=50, weight_decay=0.1, average_decay=0.0)
     config.train.update(epochs=None, steps=600, evaluate_every=0, label_smoothing=0.0)
     return folder, fine_tuned(config, folder)["test/accuracy"]
@@ -194,7 +194,7 @@ def test_at_a_higher_resolution_it_is_as_good_at_once_and_better_in_the_end(lear
             "checkpoint": {"init_head": head, "every": 0},
             "optimizer": {"learning_rate": rate, "warmup_steps": 20},
             "train": {"batch_size": 64, "steps": steps},
-            "augment": {"crop_area_least": 0.8, "flip": False},
+            "augment": {"min_crop_area": 0.8, "flip": False},
         }
         return fine_tuned(config, tmp_path / name, **sections)["test/accuracy"]
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vit_jax import commands, main
-from vit_jax.training import workdir
+from vit_jax.training import run_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 # Everything that could carry over from step to step is on; the model is small, and saves are frequent.
@@ -163,7 +163,7 @@ def test_a_finished_run_says_so_and_shows_its_result(undisturbed, capsys, monkey
     before = (folder / "metrics.jsonl").read_bytes()
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("jax.stages.Lowered.compile", lambda *_: pytest.fail("something was compiled"))
-    monkeypatch.setattr("vit_jax.training.parallel.cache_compilations", lambda: None)
+    monkeypatch.setattr("vit_jax.runtime.compilation_cache.cache_compilations", lambda: None)
     assert main.main([*SMALL, f"--workdir={folder}", "--config.mesh.devices=1"]) == 0
     shown = capsys.readouterr().out
     assert "is finished" in shown
@@ -236,7 +236,7 @@ def test_default_workdirs():
     assert commands.default_workdir("configs/digits.py") == Path("runs/digits")
     assert commands.default_workdir("/some/where/cifar10.py:cpu") == Path("runs/cifar10-cpu")
     assert commands.default_workdir("configs/finetune.py:S/16") == Path("runs/finetune-S_16")
-    assert workdir.read_summary(Path("/nowhere")) is None
+    assert run_directory.read_summary(Path("/nowhere")) is None
 
 
 @pytest.mark.slow

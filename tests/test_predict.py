@@ -15,12 +15,11 @@ import pytest
 from PIL import Image
 
 from vit_jax import config as options
-from vit_jax import evaluate, predict, weights
+from vit_jax import evaluate, inference, predict, weights
 from vit_jax.data import sources
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import model as models
-from vit_jax.training import predictor as predictors
+from vit_jax.training import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,7 +52,7 @@ def stored(folder):
 def logits_of(folder, images, classes):
     """Of uint8 images, by the model and a mean and std computed here."""
     config, parameters = stored(folder)
-    model = models.build(config.model, classes=classes, dtype=np.float32)
+    model = build_model.build(config.model, classes=classes, dtype=np.float32)
     train = sources.load("digits", "train").images / 255
     inputs = ((images / 255 - train.mean()) / train.std()).astype(np.float32)
     return jax.tree.map(np.asarray, jax.jit(model.apply)({"params": parameters}, inputs))
@@ -159,7 +158,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(digits_run, digits, t
     with pytest.raises(UserError, match=r"text\.png cannot be read as an image: it is no image"):
         predict.Predictor(digits_run)(files)
     made = list(predict.Predictor(digits_run).stream([np.zeros((8, 8)), digits.images[0]]))
-    assert made[0] == predictors.Unreadable(0, "it is an array of float64; uint8 is needed")
+    assert made[0] == inference.Unreadable(0, "it is an array of float64; uint8 is needed")
     assert made[1].image == 1
 
 

@@ -57,7 +57,7 @@ def finish(process):
 
 def outcome(folder, step=400):
     """The digests of the last state, and the lines of metrics without what the clock says."""
-    from vit_jax.training.checkpoint import Checkpoints
+    from vit_jax.checkpoint.manager import Checkpoints
 
     with Checkpoints(folder, read_only=True) as checkpoints:
         digests = checkpoints.beside(step)["digests"]

@@ -14,10 +14,10 @@ import pytest
 from vit_jax import config as options
 from vit_jax import features as features_command
 from vit_jax import transfer, weights
-from vit_jax.data import sources, stored
+from vit_jax.data import feature_store, sources
+from vit_jax.evaluation import exact, fewshot
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import evaluate, fewshot
-from vit_jax.training import model as models
+from vit_jax.training import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +34,7 @@ def by_hand(digits_run, sets):
 
     parameters = ocp.load_checkpointables(digits_run / "checkpoints" / "0")["state"]["parameters"]
     config = options.from_dict(json.loads((digits_run / "config.json").read_text()))
-    model = models.build(config.model, classes=10, dtype=np.float32).clone(classes=None)
+    model = build_model.build(config.model, classes=10, dtype=np.float32).clone(classes=None)
     pixels = sets["train"].images / 255
     mean, std = pixels.mean(), pixels.std()
     inputs = {role: ((source.images / 255 - mean) / std).astype(np.float32) for role, source in sets.items()}
@@ -53,7 +53,7 @@ def measured(digits_run, tmp_path_factory):
 
 def test_the_features_are_what_the_head_reads(measured, by_hand, sets):
     for role, source in sets.items():
-        made = stored.read(measured[1] / "features" / f"{role}.npz")
+        made = feature_store.read(measured[1] / "features" / f"{role}.npz")
         np.testing.assert_allclose(made.features, by_hand[0][role], atol=1e-5)
         np.testing.assert_array_equal(made.labels["label"], source.labels)
 
@@ -108,8 +108,8 @@ def test_neighbours_and_probe_are_scikit_learns(measured, by_hand, sets):
 def test_features_are_computed_once(measured, digits_run, tmp_path, monkeypatch, capsys):
     before, out = measured[0], tmp_path / "copy"
     shutil.copytree(measured[1], out)
-    compute = evaluate.extract
-    monkeypatch.setattr(evaluate, "extract", lambda *_: pytest.fail("computed again"))
+    compute = exact.extract
+    monkeypatch.setattr(exact, "extract", lambda *_: pytest.fail("computed again"))
     arguments = [f"--init={digits_run}", f"--out={out}", "--draws=3", "--methods=fewshot"]
     assert transfer.main([*arguments, "--shots=1,5"]) == 0
     captured = capsys.readouterr()
@@ -120,7 +120,7 @@ def test_features_are_computed_once(measured, digits_run, tmp_path, monkeypatch,
     assert f"written: {out / 'transfer.json'}" in captured.out
     # Others than those that lie there are not taken for them.
     calls = []
-    monkeypatch.setattr(evaluate, "extract", lambda *rest: (calls.append(1), compute(*rest))[1])
+    monkeypatch.setattr(exact, "extract", lambda *rest: (calls.append(1), compute(*rest))[1])
     assert transfer.main([*arguments, "--shots=1", "--normalize=half"]) == 0
     assert len(calls) == 2
 
@@ -180,7 +180,7 @@ def test_a_file_of_others_on_images_as_it_knows_them(colour_file, tmp_path):
     assert transfer.main([*arguments, "--methods=knn", f"--out={tmp_path}"]) == 0
     images = sources.load("digits", "test[:50]", image_size=12).images.astype(np.float32).repeat(3, axis=3)
     tokens = model.clone(classes=None, pooling="none").apply({"params": parameters}, jnp.asarray(images / 127.5 - 1))
-    made = stored.read(tmp_path / "features" / "test.npz")
+    made = feature_store.read(tmp_path / "features" / "test.npz")
     np.testing.assert_allclose(made.features, np.asarray(tokens)[:, 1:].mean(1), atol=1e-4)
     found = json.loads((tmp_path / "transfer.json").read_text())
     assert found["image_size"] == [12, 12] and found["normalize"] == "half"

@@ -41,7 +41,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _open(workdir: str):
-    from vit_jax.training.checkpoint import FOLDER, Checkpoints
+    from vit_jax.checkpoint.manager import FOLDER, Checkpoints
 
     folder = commands.folder_of(workdir)
     if not (folder / FOLDER).is_dir():
@@ -111,21 +111,22 @@ def diff(flags: argparse.Namespace) -> int:
 
 def restore_config(flags: argparse.Namespace) -> int:
     """Writes config.json from what a checkpoint was saved with."""
-    from vit_jax.training import records
+    from vit_jax import atomic
+    from vit_jax.checkpoint import run_files
 
     checkpoints = _open(flags.workdirs[0])
     step = checkpoints.existing(flags.step)
     config = checkpoints.metadata(step)["config"]
     options.from_dict(config)
-    path = Path(flags.workdirs[0]).expanduser() / records.CONFIG
-    records.write_json(path, config)
+    path = Path(flags.workdirs[0]).expanduser() / run_files.CONFIG
+    atomic.write_json(path, config)
     print(f"{path}: as of step {step:,}, {sum(map(len, config.values()))} options")
     return 0
 
 
 def average(flags: argparse.Namespace) -> int:
     """Writes the mean of the parameters of several checkpoints."""
-    from vit_jax.weights import own
+    from vit_jax.weights import native
 
     out = Path(flags.out or "").expanduser()
     if out.suffix != ".safetensors":
@@ -144,7 +145,7 @@ def average(flags: argparse.Namespace) -> int:
         raise UserError(f"--steps={flags.steps}\n  allowed: steps with commas between them: {_few(there)}")
     if not wanted:
         raise UserError(f"{checkpoints.folder} has no checkpoint")
-    own.average(folder, wanted, out)
+    native.average(folder, wanted, out)
     print(f"{out}: the mean of the parameters of {len(wanted)} checkpoints, steps {_few(wanted)}")
     return 0
 

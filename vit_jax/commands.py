@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as options
 from vit_jax.errors import UserError
-from vit_jax.training import allocator, starting
+from vit_jax.runtime import cpu_allocator
+from vit_jax.training import init_from
 
 if TYPE_CHECKING:
-    from vit_jax.training.run import Run
+    from vit_jax.training.setup import Run
     from vit_jax.training.state import TrainState
 
 SPLITS = ("train", "validation", "test")
@@ -38,7 +39,7 @@ class Trained:
 
 def finish(action: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit status; what it cannot do ends in its message and status 2."""
-    allocator.keep_memory()  # before anything imports JAX
+    cpu_allocator.keep_memory()  # before anything imports JAX
     try:
         status = action() or 0
         sys.stdout.flush()
@@ -76,7 +77,7 @@ def make_config(spec: str, overrides: list[str]) -> ConfigDict:
     config = options.load(spec)
     for assignment in overrides:
         options.override(config, assignment)
-    starting.take_model(config)
+    init_from.take_model(config)
     options.check(config)
     return config
 
@@ -108,11 +109,11 @@ def open_run(flags: argparse.Namespace) -> Trained:
     Raises:
         UserError: no run in the folder, no such checkpoint or split, data that cannot be had, or other weights.
     """
-    from vit_jax.training import run, workdir
-    from vit_jax.training.checkpoint import Checkpoints
+    from vit_jax.checkpoint.manager import Checkpoints
+    from vit_jax.training import run_directory, setup
 
     folder = folder_of(flags.workdir)
-    config = workdir.trained_config(folder)
+    config = run_directory.trained_config(folder)
     config.mesh.devices = config.data.features = None  # all devices, and images also where features were trained on
     config.data.dir = flags.data_dir or config.data.dir
     if flags.batch_size is not None:
@@ -126,8 +127,8 @@ def open_run(flags: argparse.Namespace) -> Trained:
             f"--split={flags.split}: this run has no {flags.split} split\n  allowed: {known}, or an expression"
         )
     splits = {"train": config.data.train, flags.split: split}
-    mesh, began_with = run.check_data(config, [split]), workdir.attention_choice(folder)
-    parts = run.build(config, mesh, splits, attention=began_with, training=False)
+    mesh, began_with = setup.check_data(config, [split]), run_directory.attention_choice(folder)
+    parts = setup.build(config, mesh, splits, attention=began_with, training=False)
     with Checkpoints(folder, read_only=True) as checkpoints:
         best = checkpoints.best()
         if flags.best and best is None:

@@ -156,8 +156,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "crop_padding": Option(0, int, "random crop from the image padded by so many pixels a side", least=0),
         "crop_border": Option("black", str, "what these pixels are", choices=("black", "reflect")),
         "resized_crop": Option(False, bool, "random crop of random area and ratio, scaled to the image's size"),
-        "crop_area_least": Option(0.08, float, "of resized_crop: least share of the area", least=0.01, below=1.0001),
-        "crop_area_most": Option(1.0, float, "of resized_crop: largest share of the area", least=0.01, below=1.0001),
+        "min_crop_area": Option(0.08, float, "of resized_crop: least share of the area", least=0.01, below=1.0001),
+        "max_crop_area": Option(1.0, float, "of resized_crop: largest share of the area", least=0.01, below=1.0001),
         "crop_ratio": Option(4 / 3, float, "of resized_crop: largest ratio of the sides, either way", least=1),
         "flip": Option(False, bool, "mirror half of the images, at random"),
         "rotation": Option(0.0, float, "turn by up to so many degrees, at random", least=0, below=180.0001),
@@ -183,8 +183,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "erasing_mode": Option(
             "constant", str, "what stands there: the mean, or normal noise", choices=("constant", "noise")
         ),
-        "erasing_area_least": Option(0.02, float, "least share of the area it has", least=0, below=1),
-        "erasing_area_most": Option(1 / 3, float, "largest share of the area it has", least=0, below=1),
+        "min_erasing_area": Option(0.02, float, "least share of the area it has", least=0, below=1),
+        "max_erasing_area": Option(1 / 3, float, "largest share of the area it has", least=0, below=1),
         "erasing_ratio": Option(10 / 3, float, "largest ratio of its sides, either way", least=1),
         "mixup": Option(
             0.0, float, "alpha of mixup: each image blended with another, by Beta(alpha, alpha); 0: off", least=0
@@ -467,8 +467,11 @@ def _check_value(name: str, option: Option, value: Any) -> None:
 
 
 def _check_together(config: ConfigDict) -> None:
+    from vit_jax import objectives
     from vit_jax.data import augment
-    from vit_jax.training import losses, model, objectives, profiling, seeds
+    from vit_jax.objectives import losses
+    from vit_jax.runtime import profiling
+    from vit_jax.training import build_model, seeds
 
     train = config.train
     if (train.steps is None) == (not train.epochs):
@@ -496,7 +499,7 @@ def _check_together(config: ConfigDict) -> None:
     augment.check(config)
     objectives.check(config)
     try:
-        built = model.build(config.model, classes=2, dtype="float32")
+        built = build_model.build(config.model, classes=2, dtype="float32")
         objectives.make(config).module(built, (0.5,), (0.5,))
     except ValueError as error:
         raise UserError(f"config.model: {error}") from None

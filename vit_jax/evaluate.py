@@ -34,13 +34,13 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: as `commands.open_run`.
     """
-    from vit_jax.training import evaluate
+    from vit_jax.evaluation import exact
 
     trained = commands.open_run(flags)
     run, state = trained.run, trained.state
-    scorer = evaluate.make_scorer(run.applied, run.augment, run.mesh, run.objective)
+    scorer = exact.make_scorer(run.applied, run.augment, run.mesh, run.objective)
     how = (run.feeds(flags.split), run.evaluation_batch_size(), flags.split)
-    metrics = evaluate.evaluate(scorer, state.for_evaluation(), *how, objective=run.objective)
+    metrics = exact.evaluate(scorer, state.for_evaluation(), *how, objective=run.objective)
     which = {"step": int(state.step)} if flags.weights is None else {"weights": flags.weights}
     return {**which, **metrics}
 

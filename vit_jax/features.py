@@ -39,28 +39,29 @@ def compute(flags: argparse.Namespace) -> str:
     import jax
     import jax.numpy as jnp
 
-    from vit_jax.data import sources, stored
-    from vit_jax.training import evaluate, freezing
-    from vit_jax.training import run as runs
+    from vit_jax.data import feature_store, sources
+    from vit_jax.evaluation import exact
+    from vit_jax.optim import trainable
+    from vit_jax.training import setup
 
     out = _out(flags)
-    stored.check_place(out)
+    feature_store.check_place(out)
     trained = commands.open_run(flags)
     run = trained.run
     parameters = run.objective.backbone(trained.state.for_evaluation())
     kinds = sources.kinds(run.config.data.name, run.config.data.dir)
-    source = runs.load(run.config, run.sources[flags.split].split, kinds)
+    source = setup.load(run.config, run.sources[flags.split].split, kinds)
     backbone = run.model.clone(classes=None)
     images = jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32)
     example = jax.eval_shape(backbone.apply, {"params": parameters}, images).shape[1:]
-    blocks = evaluate.extract(backbone, run.augment, parameters, run.feeds(flags.split), run.evaluation_batch_size())
+    blocks = exact.extract(backbone, run.augment, parameters, run.feeds(flags.split), run.evaluation_batch_size())
     about = {
         "step": int(trained.state.step),
         "image_shape": list(run.image_shape),
-        "backbone": freezing.backbone_digest(parameters),
+        "backbone": trainable.backbone_digest(parameters),
         "normalization": run.config.data.normalization,
     }
-    stored.write(out, (len(source), *example), blocks, source, about)
+    feature_store.write(out, (len(source), *example), blocks, source, about)
     shape = " x ".join(map(str, (len(source), *example)))
     return f"{out}: features {shape}, labels ({', '.join(kinds)}) and ids, by step {about['step']:,} of {flags.workdir}"
 

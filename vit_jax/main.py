@@ -72,9 +72,10 @@ def run(arguments: list[str]) -> None:
     flags, overrides = parse(arguments)
     config = commands.make_config(flags.config, overrides)
     # Imported only now: what is wrong with the line typed is said at once.
-    from vit_jax.training import parallel, together, train
+    from vit_jax.runtime import compilation_cache
+    from vit_jax.training import together, train
 
-    parallel.cache_compilations()
+    compilation_cache.cache_compilations()
     trained = train.train if config.train.seeds is None else together.train
     folder = commands.folder_of(flags.workdir) if flags.workdir else commands.default_workdir(flags.config)
     trained(config, folder)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import importlib
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from vit_jax import commands
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from vit_jax.training.predictor import Prediction, Predictor
+    from vit_jax.inference import Prediction, Predictor
 
 DESCRIPTION = """\
 Says what a trained model sees in images: the most probable classes of each.
@@ -35,9 +36,7 @@ From Python: vit_jax.predict.Predictor("runs/photos")(["holiday.jpg"]) (docs/pre
 def __getattr__(name: str) -> Any:
     """`Predictor` and `of_file`, imported when they are asked for: the command's --help need not wait for JAX."""
     if name in ("Predictor", "of_file"):
-        from vit_jax.training import predictor
-
-        return getattr(predictor, name)
+        return getattr(importlib.import_module("vit_jax.inference"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -74,16 +73,16 @@ def predict(flags: argparse.Namespace) -> int:
     _check(flags)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="surrogateescape")  # names of files are bytes, and need not be text
-    from vit_jax.training import predictor as predictors
+    from vit_jax import inference
 
-    images = list(predictors.expand(map(commands.folder_of, flags.images)))
+    images = list(inference.expand(map(commands.folder_of, flags.images)))
     if not images:
         raise UserError(f"there is no image below {', '.join(flags.images[:3])}\n  give images, or folders of some")
     predictor, unread = _open(flags), 0
     several = len(predictor.inputs.classes) > 1
     with _table(flags.csv, several) as rows:
         for made in predictor.stream(images, flags.top):
-            if isinstance(made, predictors.Unreadable):
+            if isinstance(made, inference.Unreadable):
                 unread += 1
                 print(f"{made.image}: cannot be read as an image: {made.reason}", file=sys.stderr, flush=True)
                 continue
@@ -109,10 +108,10 @@ def _check(flags: argparse.Namespace) -> None:
 
 
 def _open(flags: argparse.Namespace) -> "Predictor":
-    from vit_jax.training import parallel
-    from vit_jax.training.predictor import Predictor, of_file
+    from vit_jax.inference import Predictor, of_file
+    from vit_jax.runtime import compilation_cache
 
-    parallel.cache_compilations()
+    compilation_cache.cache_compilations()
     if flags.workdir:
         step = "best" if flags.best else flags.step
         return Predictor(commands.folder_of(flags.workdir), step=step, batch_size=flags.batch_size)

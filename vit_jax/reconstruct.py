@@ -49,7 +49,7 @@ def reconstruct(
 
     from vit_jax.models.masked_autoencoder import MaskedAutoencoder
     from vit_jax.models.patches import patchify, unpatchify
-    from vit_jax.training import masked
+    from vit_jax.objectives import masked
 
     run, parameters = trained.run, trained.state.for_evaluation()
     if not isinstance(run.module, MaskedAutoencoder):

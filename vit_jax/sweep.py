@@ -10,7 +10,7 @@ from vit_jax import commands
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from vit_jax.training.objective import Objective
+    from vit_jax.objectives.base import Objective
 
 DESCRIPTION = """\
 Finds the learning rate: trains each on a part of the training split, judges it by the rest, and trains the best one on
@@ -72,17 +72,19 @@ def sweep(arguments: list[str]) -> None:
         raise UserError(f"--held_out={flags.held_out:g}\n  allowed: per cent, above 0 and below 100")
     config = commands.make_config(flags.config, overrides)
     # Imported only now: what is wrong with the line typed is said at once.
-    from vit_jax.training import parallel, rates
+    from vit_jax.runtime import compilation_cache
+    from vit_jax.sharding import multihost
+    from vit_jax.training import lr_sweep
 
-    parallel.cache_compilations()
-    parallel.initialize(config.mesh.distributed)
-    say = print if parallel.is_main() else lambda *_: None
+    compilation_cache.cache_compilations()
+    multihost.initialize(config.mesh.distributed)
+    say = print if multihost.is_rank_0() else lambda *_: None
     folder = commands.folder_of(flags.workdir) if flags.workdir else _default_workdir(flags.config)
-    content = rates.sweep(rates.plan(config, chosen, flags.held_out), folder, lambda text: say(f"sweep: {text}"))
+    content = lr_sweep.sweep(lr_sweep.plan(config, chosen, flags.held_out), folder, lambda text: say(f"sweep: {text}"))
     if content is None:
         say("sweep: stopped; the same command goes on from here")
         return
-    if parallel.is_main():
+    if multihost.is_rank_0():
         _report(folder, content)
     say(f"\n{table(content)}\nresults are in {folder}: sweep.md, sweep.png, sweep.json")
 
@@ -94,10 +96,10 @@ def _default_workdir(spec: str) -> Path:
 
 def table(content: dict[str, Any]) -> str:
     """The results as Markdown: one row per learning rate, which was chosen, and the final run."""
-    from vit_jax.training import records, trainer
+    from vit_jax.training import progress, trainer
 
     objective = _objective(content)
-    metrics = ["accuracy", "loss"] if objective.watched == "accuracy" else ["loss"]
+    metrics = ["accuracy", "loss"] if objective.primary_metric == "accuracy" else ["loss"]
     rows = [
         f"| learning rate | {' | '.join(f'validation {name}' for name in metrics)} | steps | training |",
         "|---" * (len(metrics) + 3) + "|",
@@ -109,7 +111,7 @@ def table(content: dict[str, Any]) -> str:
             cells = [rate, trial["failed"], *[""] * (len(metrics) + 1)]
         else:
             cells = [rate, *(_shown(trial, name) for name in metrics)]
-            cells += [f"{trial['steps']:,}", records.clock(trial["seconds"])]
+            cells += [f"{trial['steps']:,}", progress.clock(trial["seconds"])]
         rows.append("".join(f"| {cell} " if cell else "| " for cell in cells) + "|")
     final = {name: value for name, value in content["final"].items() if name != "folder"}
     splits, counts = content["splits"], {trial.get("validation/examples") for trial in content["trials"]} - {None}
@@ -125,7 +127,7 @@ def table(content: dict[str, Any]) -> str:
 
 def _objective(content: dict[str, Any]) -> "Objective":
     from vit_jax import config as options
-    from vit_jax.training import objectives
+    from vit_jax import objectives
 
     return objectives.make(options.from_dict(content["config"]))
 
@@ -143,7 +145,7 @@ def _shown(trial: dict[str, Any], metric: str) -> str:
 def _report(folder: Path, content: dict[str, Any]) -> None:
     from vit_jax import chart
 
-    metric = _objective(content).watched
+    metric = _objective(content).primary_metric
     finished = [trial for trial in content["trials"] if "failed" not in trial]
     points = [(trial["learning_rate"], _value(trial, metric)) for trial in finished]
     label = "validation accuracy, %" if metric == "accuracy" else f"validation {metric}"

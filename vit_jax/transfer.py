@@ -11,7 +11,7 @@ from vit_jax import commands
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from vit_jax.training.transfer import Examples, Settings
+    from vit_jax.evaluation.frozen_features import Examples, Settings
 
 DESCRIPTION = """\
 Judges a backbone by its frozen features: least squares from a few examples a class, nearest neighbours, a linear probe.
@@ -78,7 +78,7 @@ def settings(flags: argparse.Namespace) -> "Settings":
     Raises:
         UserError: a flag's value is none that it can have.
     """
-    from vit_jax.training.transfer import METHODS, Settings
+    from vit_jax.evaluation.frozen_features import METHODS, Settings
 
     methods = tuple(flags.methods.split(","))
     if not set(methods) <= set(METHODS):
@@ -125,15 +125,17 @@ def measure(flags: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         UserError: a backbone, data or flags that will not do, or a place that cannot be written to.
     """
     wanted = settings(flags)
-    from vit_jax.training import parallel, records, transfer
+    from vit_jax import atomic
+    from vit_jax.evaluation import frozen_features
+    from vit_jax.runtime import compilation_cache
 
-    parallel.cache_compilations()
+    compilation_cache.cache_compilations()
     out, about, train, test, names = _stored(flags, wanted) if flags.features else _computed(flags, wanted)
-    measured = transfer.evaluate(train, test, len(names), wanted)
+    measured = frozen_features.evaluate(train, test, len(names), wanted)
     content = {**about, "seed": wanted.seed, **measured}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        records.write_json(out / RESULTS, content)
+        atomic.write_json(out / RESULTS, content)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written to: {error.strerror}\n  give another --out") from error
     return out / RESULTS, content
@@ -144,27 +146,28 @@ Parts = tuple[Path, dict[str, Any], "Examples", "Examples", tuple[str, ...]]
 
 def _stored(flags: argparse.Namespace, wanted: "Settings") -> Parts:
     """Where results go, what they are of, train, test and class names; of stored features."""
-    from vit_jax.data import stored
-    from vit_jax.training import transfer
+    from vit_jax.data import feature_store
+    from vit_jax.evaluation import frozen_features
 
     folder = commands.folder_of(flags.features)
-    train, test = (stored.read(stored.find(folder, role)) for role in ("train", "test"))
+    train, test = (feature_store.read(feature_store.find(folder, role)) for role in ("train", "test"))
     if train.backbone != test.backbone:
         raise UserError(f"{train.path} and {test.path} were computed by different backbones\n  make one of them again")
     sources = [one.source((flags.label,)) for one in (train, test)]
     for one in (train, test):
         if one.features.ndim != 2:
             raise UserError(f"{one.path} holds every token's features\n  make it anew with a model that pools them")
-    transfer.check(wanted, sources[0].labels, sources[0].class_names)
+    frozen_features.check(wanted, sources[0].labels, sources[0].class_names)
     about = {"init": str(folder), "data": train.about["name"], "train": sources[0].split, "test": sources[1].split}
-    examples = (transfer.Examples(one.images, one.labels) for one in sources)
+    examples = (frozen_features.Examples(one.images, one.labels) for one in sources)
     return Path(flags.out).expanduser() if flags.out else folder, about, *examples, sources[0].class_names
 
 
 def _computed(flags: argparse.Namespace, wanted: "Settings") -> Parts:
     """The same, of features that the backbone computes, or has computed."""
+    from vit_jax import sharding
     from vit_jax.data import normalization, sources
-    from vit_jax.training import parallel, representation, transfer
+    from vit_jax.evaluation import extraction, frozen_features
 
     name, data_dir, trained_size = _data(flags)
     splits, kinds = (flags.train, flags.test), (flags.label,)
@@ -175,16 +178,16 @@ def _computed(flags: argparse.Namespace, wanted: "Settings") -> Parts:
     fitted = {"image_size": flags.image_size, "channels": channels}
     asked = {"step": commands.step_of(flags.step), "pooling": flags.pooling}
     asked["pre_logits"] = flags.label if flags.pre_logits else None
-    backbone = representation.load(flags.init, **asked, **fitted)
+    backbone = extraction.load(flags.init, **asked, **fitted)
     normalize = flags.normalize or backbone.normalization
     size = flags.image_size or backbone.image_size or trained_size
     loaded = [sources.load(name, split, data_dir=data_dir, image_size=size, labels=kinds) for split in splits]
-    transfer.check(wanted, loaded[0].labels, loaded[0].class_names)
-    out, mesh, made = _out(flags, name), parallel.make_mesh(None), []
+    frozen_features.check(wanted, loaded[0].labels, loaded[0].class_names)
+    out, mesh, made = _out(flags, name), sharding.make_mesh(None), []
     for role, source in zip(("train", "test"), loaded, strict=True):
         file, how = out / "features" / f"{role}.npz", {"normalize": normalize, "batch_size": flags.batch_size}
-        features = representation.store(file, backbone, source, mesh, **how).features
-        made.append(transfer.Examples(representation.after_pre_logits(backbone, features), source.labels))
+        features = extraction.store(file, backbone, source, mesh, **how).features
+        made.append(frozen_features.Examples(extraction.after_pre_logits(backbone, features), source.labels))
     about = {
         "init": flags.init,
         "backbone": backbone.about,
@@ -206,19 +209,19 @@ def _data(flags: argparse.Namespace) -> tuple[str, str | None, tuple[int, int] |
     Raises:
         UserError: there is no run to take them from.
     """
-    from vit_jax.training import inputs, workdir
-    from vit_jax.training.checkpoint import FOLDER
+    from vit_jax.checkpoint.manager import FOLDER
+    from vit_jax.training import input_spec, run_directory
 
     folder = commands.folder_of(flags.init)
     if flags.image_size is not None and flags.image_size < 1:
         raise UserError(f"--image_size is {flags.image_size}\n  allowed: a whole number of at least 1")
-    config = workdir.trained_config(folder) if (folder / FOLDER).is_dir() else None
+    config = run_directory.trained_config(folder) if (folder / FOLDER).is_dir() else None
     if config is None:
         if flags.data is None:
             raise UserError(f"--data is missing: {flags.init} is no run that would tell\n  e.g. --data=cifar10")
         return flags.data, flags.data_dir, None
     own = flags.data in (None, config.data.name)
-    known = inputs.read(folder)
+    known = input_spec.read(folder)
     size = known.image_shape[:2] if known else config.data.image_size and (config.data.image_size,) * 2
     return flags.data or config.data.name, flags.data_dir or (config.data.dir if own else None), size
 

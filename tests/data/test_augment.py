@@ -8,10 +8,10 @@ import pytest
 import scipy.ndimage
 
 from vit_jax import config as config_options
+from vit_jax import sharding
 from vit_jax.data import augment, operations
 from vit_jax.errors import UserError
 from vit_jax.models.patches import patchify
-from vit_jax.training import parallel
 
 IMAGES = np.random.default_rng(0).integers(1, 256, (64, 6, 5, 3), np.uint8)
 
@@ -240,13 +240,13 @@ def test_every_number_of_devices_makes_the_same_batch_without_an_exchange(photos
     targets = np.eye(32, dtype=np.float32)
     made = {}
     for devices in (1, 2, 4):
-        mesh = parallel.make_mesh(devices)
-        spread = parallel.spread(mesh)
-        run = jax.jit(make(**options), in_shardings=(parallel.replicated(mesh), spread, spread), out_shardings=spread)
+        mesh = sharding.make_mesh(devices)
+        spread = sharding.data_sharding(mesh)
+        run = jax.jit(make(**options), in_shardings=(sharding.replicated(mesh), spread, spread), out_shardings=spread)
         compiled = run.lower(jax.random.key(9), images, targets).compile()
         arguments = jax.device_put((images, targets), spread)
         made[devices] = jax.device_get(
-            compiled(jax.device_put(jax.random.key(9), parallel.replicated(mesh)), *arguments)
+            compiled(jax.device_put(jax.random.key(9), sharding.replicated(mesh)), *arguments)
         )
         text = compiled.as_text()
         assert not re.findall(r" (all-gather|all-to-all|collective-permute|all-reduce)(?:-start)?\(", text), devices
@@ -258,8 +258,8 @@ def test_every_number_of_devices_makes_the_same_batch_without_an_exchange(photos
     "options, words",
     [
         ({"resized_crop": True, "crop_padding": 4}, ["resized_crop", "crop_padding", "one of the two"]),
-        ({"crop_area_least": 0.9, "crop_area_most": 0.5}, ["crop_area_least", "0.5"]),
-        ({"erasing_area_least": 0.5}, ["erasing_area_least", "erasing_area_most"]),
+        ({"min_crop_area": 0.9, "max_crop_area": 0.5}, ["min_crop_area", "0.5"]),
+        ({"min_erasing_area": 0.5}, ["min_erasing_area", "max_erasing_area"]),
         ({"repeats": 3}, ["repeats", "128"]),
         ({"policy": "autoaugment"}, ["policy", "auto_augment"]),
         ({"policy_magnitude": 11.0}, ["policy_magnitude", "10"]),

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vit_jax import config as options
-from vit_jax.data import lazy, sources
+from vit_jax.data import lazy_images, sources
 from vit_jax.errors import UserError
 
 
@@ -53,7 +53,7 @@ def test_a_folder_holds_every_file_once_under_its_class(tree, decoded):
         pixels = np.frombuffer(b"".join(by_hand(tree, "train")), np.uint8).reshape(-1, 3) / 255
         np.testing.assert_allclose(source.mean, pixels.mean(0), rtol=1e-12)
         np.testing.assert_allclose(source.std, pixels.std(0), rtol=1e-12)
-        assert isinstance(source.images, lazy.Encoded) != decoded
+        assert isinstance(source.images, lazy_images.Encoded) != decoded
 
 
 def test_what_is_decoded_when_read_is_what_is_kept_decoded(tree):

@@ -3,9 +3,9 @@ import jax
 import numpy as np
 import pytest
 
+from vit_jax import sharding
 from vit_jax.data import order, pipeline
 from vit_jax.data.sources import Source
-from vit_jax.training import parallel
 
 
 def toy_source(examples=37):
@@ -56,12 +56,12 @@ def test_evaluation_counts_every_example_once(batch_size):
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_resident_and_a_streamed_set_feed_the_same_batches(devices):
-    mesh, source = parallel.make_mesh(devices), toy_source()
+    mesh, source = sharding.make_mesh(devices), toy_source()
     rows = pipeline.train_indices(2, 8, first=3, count=4, rows=4, examples=37)
     batches = {}
     for resident in ("always", "never"):
         feed = pipeline.make(source, mesh, resident).feed(rows)
-        take = jax.jit(lambda feed, i: pipeline.take(feed, i, parallel.spread(mesh)))
+        take = jax.jit(lambda feed, i: pipeline.get_batch(feed, i, sharding.data_sharding(mesh)))
         batches[resident] = [jax.device_get(take(feed, i)) for i in range(4)]
     chex.assert_trees_all_equal(batches["always"], batches["never"])
     for row, (images, labels) in zip(rows, batches["never"], strict=True):

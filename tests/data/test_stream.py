@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import lazy, order, pipeline, sources
+from vit_jax import sharding
+from vit_jax.data import lazy_images, order, pipeline, sources
 from vit_jax.data.sources import Source
 from vit_jax.data.stream import Reader, Reading, Table, read_ahead
 from vit_jax.errors import UserError
-from vit_jax.training import parallel
 
 SEED, BATCH, ROWS = 5, 8, 3
 
@@ -41,14 +41,14 @@ def tables(first=0, count=12):
 
 
 def batches(feeds, counts, mesh):
-    take = jax.jit(lambda feed, i: pipeline.take(feed, i, parallel.spread(mesh)))
+    take = jax.jit(lambda feed, i: pipeline.get_batch(feed, i, sharding.data_sharding(mesh)))
     return [jax.device_get(take(feed, i)) for feed, count in zip(feeds, counts, strict=True) for i in range(count)]
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_streamed_is_resident_for_any_number_of_workers(jpegs, devices):
     kept, anew = jpegs
-    mesh, counts = parallel.make_mesh(devices), [count for _, count in tables(count=10)]
+    mesh, counts = sharding.make_mesh(devices), [count for _, count in tables(count=10)]
     resident = batches(pipeline.make(kept, mesh, "always").feeds(tables(count=10)), counts, mesh)
     assert len(resident) == 10
     order_ = order.indices(SEED, 0, 10 * BATCH, 40).reshape(10, BATCH)
@@ -66,7 +66,7 @@ def test_streamed_is_resident_for_any_number_of_workers(jpegs, devices):
 
 def test_resumed_with_another_number_of_workers_it_goes_on_the_same(jpegs):
     _, anew = jpegs
-    mesh = parallel.make_mesh(2)
+    mesh = sharding.make_mesh(2)
     run = lambda workers, first, count: batches(  # noqa: E731
         pipeline.make(anew, mesh, "never", Reading(workers)).feeds(tables(first, count)),
         [used for _, used in tables(first, count)],
@@ -102,7 +102,7 @@ def test_each_process_reads_its_own_columns_alone(jpegs, monkeypatch):
     """Of four devices two are taken to be another process's: their half of the batch is never read."""
     _, anew = jpegs
     seen = []
-    mesh = parallel.make_mesh(4)
+    mesh = sharding.make_mesh(4)
     made = pipeline.make(watched(anew, seen.append), mesh, "never", Reading(2))
     mine = set(mesh.devices.flat[:2])
     real = jax.sharding.NamedSharding.addressable_devices_indices_map
@@ -192,16 +192,16 @@ def test_threads_end_with_their_reader(jpegs):
 def test_how_much_is_sent_at_a_time_is_bounded():
     images = np.zeros((4, 256, 256, 3), np.uint8)
     source = Source("toy", "train", images, np.zeros(4, np.int32), ("a",), (0.5,) * 3, (0.5,) * 3)
-    made = pipeline.make(source, parallel.make_mesh(1), "never")
+    made = pipeline.make(source, sharding.make_mesh(1), "never")
     assert made.rows(64, 50) == 5  # 12.6 MB a batch
     assert made.rows(1024, 50) == 1
     assert made.rows(1, 50) == 50
-    assert pipeline.make(source, parallel.make_mesh(1), "always").rows(1024, 50) == 50
+    assert pipeline.make(source, sharding.make_mesh(1), "always").rows(1024, 50) == 50
 
 
 def test_encoded_images_stand_in_for_an_array(jpegs):
     kept, anew = jpegs
-    assert isinstance(anew.images, lazy.Encoded)
+    assert isinstance(anew.images, lazy_images.Encoded)
     assert (anew.images.shape, anew.images.nbytes, anew.images.dtype) == (
         kept.images.shape,
         kept.images.nbytes,

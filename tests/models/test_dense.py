@@ -28,7 +28,7 @@ def test_the_rounded_product_and_its_gradients_are_those_of_rounded_operands(dra
 
 def test_a_dense_layer_keeps_everything_else_in_float32(draw):
     inputs = draw(3, 5, 16)
-    layer = Dense(8, product_dtype=jnp.bfloat16, bias_init=jax.nn.initializers.normal(1.0))
+    layer = Dense(8, matmul_dtype=jnp.bfloat16, bias_init=jax.nn.initializers.normal(1.0))
     variables = layer.init(jax.random.key(0), inputs)
     kernel, bias = variables["params"]["kernel"], variables["params"]["bias"]
     expected = rounded(inputs) @ rounded(kernel) + np.float64(bias)
@@ -56,7 +56,7 @@ def test_gradients_of_a_whole_model_are_within_a_hundredth(draw):
 
         return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.grad(loss)(parameters))])
 
-    mine = gradient(VisionTransformer(**fields, product_dtype=jnp.bfloat16, attention_kernel="heads_first"))
+    mine = gradient(VisionTransformer(**fields, matmul_dtype=jnp.bfloat16, attention_kernel="heads_first"))
     theirs = gradient(exact)
     difference = float(jnp.linalg.norm(mine - theirs) / jnp.linalg.norm(theirs))
     assert 1e-4 < difference < 0.01  # rounded indeed, and not by much

@@ -9,7 +9,9 @@ import pytest
 
 from vit_jax import config as options
 from vit_jax.errors import UserError
-from vit_jax.training import freezing, losses, step
+from vit_jax.objectives import losses
+from vit_jax.optim import trainable
+from vit_jax.training import step
 
 TWO = {"labels": "label,parity"}
 # Everything that could touch a parameter that is not trained: decay, momentum, averaging, noise in the backbone.
@@ -33,7 +35,7 @@ def untouched(before, after):
     """The names of the parameters that are bitwise what they were."""
     old, new = (jax.tree_util.tree_leaves_with_path(tree) for tree in (before, after))
     pairs = zip(old, new, strict=True)
-    return {freezing.name_of(path) for (path, a), (_, b) in pairs if np.array_equal(a, b)}
+    return {trainable.name_of(path) for (path, a), (_, b) in pairs if np.array_equal(a, b)}
 
 
 def test_the_loss_of_several_heads_is_their_weighted_sum():
@@ -70,7 +72,7 @@ def test_training_one_head_leaves_the_backbone_and_the_other_bitwise_untouched(t
     before = shaken(run)
     kept = jax.tree.map(np.array, before)
     after, _ = run.run(before, 20)
-    names = {freezing.name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(kept.parameters)}
+    names = {trainable.name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(kept.parameters)}
     trained = {"head/parity/logits/kernel", "head/parity/logits/bias"}
     assert untouched(kept.parameters, after.parameters) == names - trained
     assert untouched(kept.averaged, after.averaged) == names - trained
@@ -116,7 +118,7 @@ def test_below_heads_alone_there_is_no_dropout(toy, make_config):
         run = toy(make_config(model={"dropout": rate}, optimizer={"trained": "head/*"}))
         parts.append(gradients(run, shaken(run).parameters, run.mask))
     chex.assert_trees_all_equal(*parts)
-    with_norm = freezing.trained(
+    with_norm = trainable.trained(
         make_config(optimizer={"trained": "head/*,encoder/norm/*"}).optimizer, shaken(run).parameters
     )
     noisy = gradients(run, shaken(run).parameters, with_norm)

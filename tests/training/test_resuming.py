@@ -12,9 +12,11 @@ from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
 from vit_jax import config as options
+from vit_jax.checkpoint import run_files
+from vit_jax.checkpoint.manager import Checkpoints
 from vit_jax.errors import UserError
-from vit_jax.training import events, records, run, train
-from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training import setup, tensorboard, train
+from vit_jax.training.metrics import MetricsWriter
 
 STEPS = 24
 LOST = "20.png"
@@ -42,7 +44,7 @@ def everything_on(**sections):
 
 def lines(folder):
     """metrics.jsonl without what the clock says."""
-    found = [json.loads(line) for line in (folder / records.METRICS).read_text().splitlines()]
+    found = [json.loads(line) for line in (folder / run_files.METRICS).read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in found]
 
 
@@ -60,7 +62,7 @@ def whole(tmp_path_factory):
 def as_if_killed_behind(whole, folder, step):
     """The folder of a run that has saved that step and has died some steps later."""
     shutil.copytree(whole, folder)
-    (folder / records.SUMMARY).unlink()
+    (folder / run_files.SUMMARY).unlink()
     for path in (folder / "checkpoints").iterdir():
         if int(path.name) > step:
             shutil.rmtree(path)
@@ -208,10 +210,10 @@ def test_a_last_save_that_never_lands_is_no_success(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(UserError, match=r"the last save, of step 24, did not land: .*No space left on device"):
         train.train(everything_on(), tmp_path)
-    assert not (tmp_path / records.SUMMARY).exists()
+    assert not (tmp_path / run_files.SUMMARY).exists()
     monkeypatch.undo()
     train.train(everything_on(), tmp_path)  # there is room again
-    assert json.loads((tmp_path / records.SUMMARY).read_text())["steps"] == STEPS
+    assert json.loads((tmp_path / run_files.SUMMARY).read_text())["steps"] == STEPS
 
 
 def folder_of_images(folder):
@@ -237,14 +239,14 @@ def test_an_image_that_is_lost_on_the_way_costs_no_step(tmp_path, capsys, monkey
     config.data.update(train="train", test="test", normalization="half")
     config.data.update(decoded=False, resident="never", workers=1, ahead=1)
     train.train(config, tmp_path / "whole")
-    path, build = images / "train" / "a" / LOST, run.build
+    path, build = images / "train" / "a" / LOST, setup.build
 
     def built(*arguments, **named):  # every image was looked at by now
         made = build(*arguments, **named)
         path.rename(tmp_path / LOST)
         return made
 
-    monkeypatch.setattr(run, "build", built)
+    monkeypatch.setattr(setup, "build", built)
     with pytest.raises(UserError, match=LOST):
         train.train(config, tmp_path / "run")
     (step,) = Checkpoints(tmp_path / "run", read_only=True).steps()
@@ -256,7 +258,7 @@ def test_an_image_that_is_lost_on_the_way_costs_no_step(tmp_path, capsys, monkey
 
 
 def test_lines_that_met_a_full_disk_are_written_later(tmp_path):
-    with records.Records(tmp_path, 0, tensorboard=False) as log:
+    with MetricsWriter(tmp_path, 0, tensorboard=False) as log:
         log.write(1, {"a": 1.0})
         log._file.close()
         log._file = open("/dev/full", "a")  # noqa: SIM115
@@ -278,7 +280,7 @@ class FullFile:
 
 
 def test_events_that_met_a_full_disk_are_written_later(tmp_path):
-    log = events.EventFile(tmp_path)
+    log = tensorboard.EventFile(tmp_path)
     log.add(1, {"a": 1.0})
     good, log._file = log._file, FullFile()
     for step in range(2, 30):
@@ -294,18 +296,18 @@ def shown_steps(folder):
     from tensorboardX.proto.event_pb2 import Event
 
     content = b"".join(path.read_bytes() for path in sorted(folder.glob("events.out.tfevents.*")))
-    found = [Event.FromString(record[12:-4]) for record in events.records(content)]
+    found = [Event.FromString(record[12:-4]) for record in tensorboard.records(content)]
     return [event.step for event in found if event.HasField("summary")]
 
 
 def test_tensorboard_events_are_cut_back_with_the_lines(tmp_path):
-    with records.Records(tmp_path, 0, tensorboard=True) as log:
+    with MetricsWriter(tmp_path, 0, tensorboard=True) as log:
         for step in (10, 20, 30):
             log.write(step, {"train/loss": 1 / step})
     (path,) = tmp_path.glob("events.out.tfevents.*")
     path.write_bytes(path.read_bytes()[:-3])  # killed in the middle of the last one
     os.rename(path, path.with_name("events.out.tfevents.1.host"))
-    with records.Records(tmp_path, 10, tensorboard=True) as log:
+    with MetricsWriter(tmp_path, 10, tensorboard=True) as log:
         log.write(20, {"train/loss": 0.5})
     assert shown_steps(tmp_path) == [10, 20]
 
@@ -326,5 +328,5 @@ def test_leftovers_of_a_kill_inside_a_save_are_swept(whole, tmp_path):
 def test_workdirs_of_any_name(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.train(everything_on(train={"steps": 1}), type(tmp_path)(name))  # relative
-    assert (tmp_path / name / records.SUMMARY).exists()
+    assert (tmp_path / name / run_files.SUMMARY).exists()
     assert np.isfinite(state(tmp_path / name, 1)["parameters"]["class_token"]).all()

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from vit_jax import checkpoints, evaluate
+from vit_jax import atomic, checkpoints, evaluate, sharding
 from vit_jax import config as options
+from vit_jax.checkpoint import run_files
 from vit_jax.errors import UserError
-from vit_jax.training import parallel, records, seeds, together, train, workdir
+from vit_jax.training import run_directory, seeds, together, train
 from vit_jax.training.program import make_update_of_seeds
 from vit_jax.training.step import BURST
 from vit_jax.training.trainer import Trainer
@@ -47,7 +48,7 @@ def small(make_config):
 
 def lines(folder):
     """metrics.jsonl without what the clock says."""
-    found = [json.loads(line) for line in (folder / records.METRICS).read_text().splitlines()]
+    found = [json.loads(line) for line in (folder / run_files.METRICS).read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in found]
 
 
@@ -85,7 +86,7 @@ class Disturbed:
             second = lambda trainer: trainer.config.train.seed == 0 and trainer.step >= 7  # noqa: E731
             patch.setattr(Trainer, "_asked_to_stop", second)
             self.stopped = together.train(small(train={"seeds": "3,0"}), folder)
-        self.summary_there = (folder / records.SUMMARY).exists()
+        self.summary_there = (folder / run_files.SUMMARY).exists()
         self.summary = together.train(small(train={"seeds": "3,0"}), folder)
         self.times.append(written(folder / "seed-3"))
 
@@ -145,11 +146,11 @@ def test_one_after_another_each_is_the_run_that_it_is_alone(alone, one_after_ano
     folder, summary = one_after_another
     for name in ("seed-3", "seed-0"):
         ends_as(folder / name, alone / name)
-        assert workdir.read_config(folder / name) == workdir.read_config(alone / name)
-    each = [workdir.read_summary(alone / name)["test/accuracy"] for name in ("seed-3", "seed-0")]
+        assert run_directory.read_config(folder / name) == run_directory.read_config(alone / name)
+    each = [run_directory.read_summary(alone / name)["test/accuracy"] for name in ("seed-3", "seed-0")]
     assert summary["test/accuracy/each"] == each and summary["seeds"] == [3, 0]
     assert summary["test/accuracy"] == np.mean(each)
-    assert workdir.read_summary(folder) == summary
+    assert run_directory.read_summary(folder) == summary
     assert state(folder / "seed-3")["parameters"]["head"]["logits"]["kernel"].any()
     kernels = [state(folder / name)["parameters"]["embedding"]["projection"]["kernel"] for name in ("seed-3", "seed-0")]
     assert not np.allclose(*kernels)
@@ -221,7 +222,7 @@ def test_which_seeds_share_a_program(small, tmp_path):
     for seed in (0, 1, 2):
         own = tmp_path / f"seed-{seed}"
         own.mkdir()
-        records.write_json(own / records.CONFIG, seeds.config_of(config, seed, 3).to_dict())
+        atomic.write_json(own / run_files.CONFIG, seeds.config_of(config, seed, 3).to_dict())
     assert groups(config, [1, 2, 3, 4]) == [([1, 2], 3), ([3, 4], 2)]
     config.train.seeds_at_once = 1
     assert groups(config, [1, 2]) == [([1], 1), ([2], 1)]
@@ -238,7 +239,7 @@ class Vectorised:
         configs = (make_config(train={"seed": seed, "accumulation": 2}, **RANDOM, **sgd) for seed in SEEDS)
         self.toys = [toy(config, devices) for config in configs]
         self.starts = [jax.device_get(each.start()) for each in self.toys]
-        self.everywhere = parallel.replicated(self.toys[0].mesh)
+        self.everywhere = sharding.replicated(self.toys[0].mesh)
         self.together = make_update_of_seeds(self.toys[0].update, self.toys[0].mesh)
 
     def run(self, states, counts):
@@ -302,8 +303,8 @@ def test_at_once_each_is_the_run_that_it_is_alone(alone, at_once):
     for name in ("seed-3", "seed-0"):
         for mine, other in zip(lines(folder / name), lines(alone / name), strict=True):
             assert mine == pytest.approx(other, abs=1e-5)
-    assert workdir.read_config(folder / "seed-3")["train"]["seeds_at_once"] == 2
-    seconds = [workdir.read_summary(folder / name)["seconds"] for name in ("seed-3", "seed-0")]
+    assert run_directory.read_config(folder / "seed-3")["train"]["seeds_at_once"] == 2
+    seconds = [run_directory.read_summary(folder / name)["seconds"] for name in ("seed-3", "seed-0")]
     assert summary["seconds"] == pytest.approx(sum(seconds) / 2)
 
 
@@ -343,7 +344,7 @@ def test_a_seed_that_fails_does_not_keep_the_others_from_their_ends(small, alone
         patch.setattr(Trainer, "_read", read)
         with pytest.raises(UserError, match=r"^seed 3: the disk is away"):
             together.train(config, tmp_path)
-    assert workdir.read_summary(tmp_path) is None and workdir.read_summary(tmp_path / "seed-0") is not None
+    assert run_directory.read_summary(tmp_path) is None and run_directory.read_summary(tmp_path / "seed-0") is not None
     assert together.train(config, tmp_path)["seeds"] == [3, 0]
     np.testing.assert_allclose(
         state(tmp_path / "seed-3")["parameters"]["head"]["logits"]["bias"],

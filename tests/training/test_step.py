@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax.training import losses, step
+from vit_jax.objectives import losses
+from vit_jax.training import step
 
 METRICS = ("loss", "accuracy", "gradient_norm")
 

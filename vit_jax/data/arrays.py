@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax.data import folder, images, lazy
-from vit_jax.data.description import LABEL, Description
+from vit_jax.data import folder, images, lazy_images
+from vit_jax.data.spec import LABEL, Description
 from vit_jax.errors import UserError
 
 
@@ -26,7 +26,7 @@ def describe(root: Path, skipped: Path | None) -> Description:
         raise UserError(f"data set 'arrays': the splits of {root} differ in their channels: {sorted(shapes)}")
     shape = shapes.pop() if len(shapes) == 1 else (None, None, shapes.pop()[2])
     stored = lambda split: records(root, split, *splits[split])  # noqa: E731
-    decode = lambda split, images, labels: lazy.decode_all(stored(split), images, labels)  # noqa: E731
+    decode = lambda split, images, labels: lazy_images.decode_all(stored(split), images, labels)  # noqa: E731
     sizes = {split: len(labels) for split, (_, labels) in splits.items()}
     names = class_names(root, splits)
     files = sorted(path for suffix in ("*.npz", "*.npy") for path in root.glob(suffix))
@@ -108,10 +108,10 @@ def class_names(root: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]]) ->
     return names
 
 
-def records(root: Path, split: str, pictures: np.ndarray, labels: np.ndarray) -> lazy.Records:
+def records(root: Path, split: str, pictures: np.ndarray, labels: np.ndarray) -> lazy_images.Records:
     """The examples as records."""
 
-    def read(place: int, size: lazy.Size):
+    def read(place: int, size: lazy_images.Size):
         return images.resize_and_crop(np.ascontiguousarray(pictures[place]), size[:2]), int(labels[place])
 
-    return lazy.Records(len(labels), read, lambda place: f"example {place:,} of {split} in {root}")
+    return lazy_images.Records(len(labels), read, lambda place: f"example {place:,} of {split} in {root}")

@@ -10,8 +10,8 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from vit_jax.data import geometry, mixing, operations
-from vit_jax.data.fusion import apart
 from vit_jax.data.mixing import mixup
+from vit_jax.data.no_fuse import no_fuse
 from vit_jax.data.operations import CODES, Chain
 from vit_jax.data.policies import POLICIES, Settings
 from vit_jax.errors import UserError
@@ -38,7 +38,7 @@ class Augment:
         crop_padding: pixels added a side before a crop of the old size is taken at random; 0 for none.
         crop_border: what they are: 'black', or 'reflect' for the mirrored image.
         resized_crop: take a window of random area and ratio instead, and scale it to the old size.
-        crop_area_least, crop_area_most: share of the area that it has.
+        min_crop_area, max_crop_area: share of the area that it has.
         crop_ratio: largest ratio of its sides, either way.
         flip: mirror half of the images left to right.
         rotation: largest angle of a random turn, degrees; 0 for none.
@@ -50,7 +50,7 @@ class Augment:
         hue: colour jitter by so much of the circle either way, at most 0.5.
         erasing: share of the images that lose a rectangle.
         erasing_mode: 'constant' for the mean in its place, 'noise' for normal noise.
-        erasing_area_least, erasing_area_most: share of the area that it has.
+        min_erasing_area, max_erasing_area: share of the area that it has.
         erasing_ratio: largest ratio of its sides, either way.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of cutmix; 0 for none.
@@ -69,8 +69,8 @@ class Augment:
     crop_padding: int = 0
     crop_border: str = "black"
     resized_crop: bool = False
-    crop_area_least: float = 0.08
-    crop_area_most: float = 1.0
+    min_crop_area: float = 0.08
+    max_crop_area: float = 1.0
     crop_ratio: float = 4 / 3
     flip: bool = False
     rotation: float = 0.0
@@ -87,8 +87,8 @@ class Augment:
     hue: float = 0.0
     erasing: float = 0.0
     erasing_mode: str = "constant"
-    erasing_area_least: float = 0.02
-    erasing_area_most: float = 1 / 3
+    min_erasing_area: float = 0.02
+    max_erasing_area: float = 1 / 3
     erasing_ratio: float = 10 / 3
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -109,13 +109,13 @@ class Augment:
         chain = self._draw(jax.random.fold_in(key, _POLICY), images)
         images, inside = self._move(key, crop_key, flip_key, turn_key, images, chain)
         images = self._change(jax.random.fold_in(key, _JITTER), images, inside, chain)
-        inputs = apart(self._normalize)(images)
+        inputs = no_fuse(self._normalize)(images)
         if self.erasing:
             inputs = mixing.erase(
                 jax.random.fold_in(key, _ERASING),
                 inputs,
                 probability=self.erasing,
-                area=(self.erasing_area_least, self.erasing_area_most),
+                area=(self.min_erasing_area, self.max_erasing_area),
                 ratio=self.erasing_ratio,
                 noise=self.erasing_mode == "noise",
             )
@@ -150,7 +150,7 @@ class Augment:
         if self.policy == "none":
             return None
         settings = Settings(self.policy_operations, self.policy_magnitude, self.policy_std, self.policy_probability)
-        return apart(lambda key: POLICIES[self.policy].draw(key, *images.shape[:3], settings))(key)
+        return no_fuse(lambda key: POLICIES[self.policy].draw(key, *images.shape[:3], settings))(key)
 
     def _move(
         self,
@@ -175,7 +175,7 @@ class Augment:
             return images, jnp.ones((batch, height, width), bool)
         windows, maps, moved = geometry.whole(batch, height, width), [], jnp.zeros(batch, bool)
         if self.resized_crop:
-            area = self.crop_area_least, self.crop_area_most
+            area = self.min_crop_area, self.max_crop_area
             key = jax.random.fold_in(key, _RESIZED_CROP)
             windows = geometry.resized_crop(key, batch, height, width, area, self.crop_ratio)
         elif self.crop_padding:
@@ -192,7 +192,7 @@ class Augment:
             maps += [operations.maps(*layer, names, height, width) for layer in layers]
             moved = operations.moved(chain.codes)
         images, inside = geometry.look_up(images, windows, maps, moved, height, width)
-        return apart(jnp.where)(inside[..., None], images, self._filling()), inside
+        return no_fuse(jnp.where)(inside[..., None], images, self._filling()), inside
 
     def _filling(self) -> UInt8[Array, " channels"]:
         values = {"mean": [round(255 * mean) for mean in self.mean], "black": [0], "grey": [128]}[self.fill]
@@ -206,7 +206,7 @@ class Augment:
         if chain:
             for layer in zip(chain.codes, chain.arguments, strict=True):
                 changed = operations.apply(changed, inside, *layer, POLICIES[self.policy].names)
-        jitter = apart(lambda key: self._draw_jitter(key, len(images)))(key)
+        jitter = no_fuse(lambda key: self._draw_jitter(key, len(images)))(key)
         if jitter:
             names = tuple(name for name, strength in self._jitters().items() if strength)
             for layer in zip(jitter.codes, jitter.arguments, strict=True):
@@ -344,9 +344,9 @@ def check(config: Any) -> None:
             "  allowed: one of the two crops"
         )
     for name in ("crop_area", "erasing_area"):
-        least, most = section[f"{name}_least"], section[f"{name}_most"]
-        if least > most:
-            raise UserError(f"config.augment.{name}_least is {least:g}\n  allowed: at most {name}_most, {most:g}")
+        minimum, maximum = section[f"min_{name}"], section[f"max_{name}"]
+        if minimum > maximum:
+            raise UserError(f"config.augment.min_{name} is {minimum:g}\n  allowed: at most max_{name}, {maximum:g}")
     if train.batch_size != "auto" and train.batch_size % section.repeats:
         raise UserError(
             f"config.augment.repeats is {section.repeats}\n"

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer
 
-from vit_jax.data.description import LABEL, Description
 from vit_jax.data.images import resize_and_crop
+from vit_jax.data.spec import LABEL, Description
 
 
 def describe() -> Description:

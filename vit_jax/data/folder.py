@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from vit_jax.data import cache, images, lazy
-from vit_jax.data.description import LABEL, Description
+from vit_jax.data import cache, images, lazy_images
+from vit_jax.data.spec import LABEL, Description
 from vit_jax.errors import UserError
 
 SPLITS = ("train", "validation", "val", "test")
@@ -33,7 +33,7 @@ def describe(root: Path, skipped: Path | None) -> Description:
         files = {split: whole(root, found, skipped / key / f"{split}-broken.json") for split, found in files.items()}
         key += "-whole"
     stored = lambda split: records(root, files[split])  # noqa: E731
-    decode = lambda split, images, labels: lazy.decode_all(stored(split), images, labels)  # noqa: E731
+    decode = lambda split, images, labels: lazy_images.decode_all(stored(split), images, labels)  # noqa: E731
     sizes = {split: len(found) for split, found in files.items()}
     return Description("folder", sizes, {LABEL: class_names}, (None, None, 3), key, decode, stored)
 
@@ -90,17 +90,17 @@ def fingerprint(root: Path, files: list[tuple[str, int]]) -> str:
     return digest.hexdigest()[:12]
 
 
-def records(root: Path, files: list[tuple[str, int]]) -> lazy.Records:
+def records(root: Path, files: list[tuple[str, int]]) -> lazy_images.Records:
     """The files as records."""
 
-    def read(place: int, size: lazy.Size):
+    def read(place: int, size: lazy_images.Size):
         name, label = files[place]
         try:
             return images.decode(root / name, size), label
         except _DAMAGED as error:
             raise _broken(root / name, error) from error
 
-    return lazy.Records(len(files), read, lambda place: str(root / files[place][0]))
+    return lazy_images.Records(len(files), read, lambda place: str(root / files[place][0]))
 
 
 def _broken(path: Path, error: Exception) -> UserError:
@@ -144,4 +144,4 @@ def _find_broken(root: Path, files: list[tuple[str, int]]) -> set[str]:
             return True
         return False
 
-    return {files[place][0] for place, bad in enumerate(lazy.in_threads(fails, range(len(files)))) if bad}
+    return {files[place][0] for place, bad in enumerate(lazy_images.in_threads(fails, range(len(files)))) if bad}

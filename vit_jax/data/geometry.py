@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
-from vit_jax.data.fusion import apart
+from vit_jax.data.no_fuse import no_fuse
 
 ATTEMPTS = 10  # at a random resized crop, as in torchvision
 _BITS = 12  # of the weights of the look-up: two of them and 8 bits of a pixel just fit into 32
@@ -143,9 +143,9 @@ def look_up(
     x = jnp.where(edge(windows.mirrored), width - x, x)
     columns, right = _neighbours(x * edge(windows.width / width), edge(windows.left), edge(windows.width))
     rows, below = _neighbours(y * edge(windows.height / height), edge(windows.top), edge(windows.height))
-    corners = apart(_gather)(images, rows, columns)
+    corners = no_fuse(_gather)(images, rows, columns)
     half = jnp.where(edge(moved), 0, 1 << (2 * _BITS - 1)).astype(jnp.uint32)
-    return apart(functools.partial(_weigh, images.shape[-1]))(corners, right, below, half), inside
+    return no_fuse(functools.partial(_weigh, images.shape[-1]))(corners, right, below, half), inside
 
 
 def _neighbours(place: jax.Array, first: jax.Array, size: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:

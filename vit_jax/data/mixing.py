@@ -11,7 +11,7 @@ import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, UInt32
 
-from vit_jax.data.fusion import apart
+from vit_jax.data.no_fuse import no_fuse
 
 Inputs = Float[Array, "batch height width channels"]
 Targets = PyTree[Float[Array, "batch _"]]
@@ -50,8 +50,8 @@ def mix(
         alike: one draw for the whole batch, rather than one an example.
     """
     draw = functools.partial(_draw_mix, inputs.shape[:3], mixup, cutmix, probability, switch, alike)
-    weights, share = apart(draw)(key)
-    return apart(_blend)(inputs, weights.astype(inputs.dtype)), _blend_all(targets, share)
+    weights, share = no_fuse(draw)(key)
+    return no_fuse(_blend)(inputs, weights.astype(inputs.dtype)), _blend_all(targets, share)
 
 
 def _draw_mix(
@@ -126,10 +126,10 @@ def erase(
     """
     draw = functools.partial(_draw_rectangles, inputs.shape[:3], probability, area, ratio)
     draw_key, noise_key = jax.random.split(key)
-    rectangle = apart(draw)(draw_key)[..., None]
+    rectangle = no_fuse(draw)(draw_key)[..., None]
     if not noise:
         return jnp.where(rectangle, jnp.zeros((), inputs.dtype), inputs)
-    return jnp.where(rectangle, apart(lambda key: _normal(key, inputs.shape, inputs.dtype))(noise_key), inputs)
+    return jnp.where(rectangle, no_fuse(lambda key: _normal(key, inputs.shape, inputs.dtype))(noise_key), inputs)
 
 
 def _draw_rectangles(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from vit_jax.data import geometry, pixels
-from vit_jax.data.fusion import apart
+from vit_jax.data.no_fuse import no_fuse
 
 Images = UInt8[Array, "batch height width channels"]
 Inside = Bool[Array, "batch height width"]
@@ -52,12 +52,12 @@ TABLES: dict[str, Callable] = {
     "solarize_add": lambda added, seen: pixels.solarize_add(added),
     "brightness": lambda factor, seen: pixels.brightness(factor),
     "contrast": lambda factor, seen: pixels.contrast(factor, seen.mean()),
-    "auto_contrast": lambda unused, seen: apart(pixels.auto_contrast)(seen.histogram()),
-    "equalize": lambda unused, seen: apart(pixels.equalize)(seen.histogram()),
+    "auto_contrast": lambda unused, seen: no_fuse(pixels.auto_contrast)(seen.histogram()),
+    "equalize": lambda unused, seen: no_fuse(pixels.equalize)(seen.histogram()),
 }
 
 # What an image is blended with, by a factor of which 1 leaves it as it is.
-BLENDED: dict[str, Callable] = {"color": pixels.grey, "sharpness": apart(pixels.smooth)}
+BLENDED: dict[str, Callable] = {"color": pixels.grey, "sharpness": no_fuse(pixels.smooth)}
 
 # Made of (images, argument) as they are.
 OTHERS: dict[str, Callable] = {
@@ -87,7 +87,7 @@ class Statistics:
     def mean(self) -> Int[Array, " batch"]:
         """See `pixels.mean_grey`."""
         if self._mean is None:
-            self._mean = apart(pixels.mean_grey)(self._images, self._inside)
+            self._mean = no_fuse(pixels.mean_grey)(self._images, self._inside)
         return self._mean
 
 
@@ -117,9 +117,9 @@ def apply(
         images = pixels.look_up(before, _table(Statistics(images, inside), codes, arguments, names))
     for name in names:
         if name in BLENDED:
-            images = apart(_blended)(images, before, BLENDED[name](before), here(name), arguments)
+            images = no_fuse(_blended)(images, before, BLENDED[name](before), here(name), arguments)
         if name in OTHERS:
-            images = jnp.where(here(name), apart(OTHERS[name])(before, arguments), images)
+            images = jnp.where(here(name), no_fuse(OTHERS[name])(before, arguments), images)
     return images
 
 

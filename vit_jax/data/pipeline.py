@@ -42,7 +42,7 @@ class Feed:
     indices: Any
 
 
-def take(
+def get_batch(
     feed: Feed, position: Int[Array, ""], sharding: NamedSharding
 ) -> tuple[Shaped[Array, "batch *example"], Int[Array, " batch"] | dict[str, Int[Array, " batch"]]]:
     """The batch at a position of the feed, each device holding its share of the examples."""

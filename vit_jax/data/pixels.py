@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from vit_jax.data.fusion import apart
+from vit_jax.data.no_fuse import no_fuse
 
 Images = UInt8[Array, "batch height width channels"]
 Inside = Bool[Array, "batch height width"]
@@ -29,7 +29,7 @@ def look_up(images: Images, tables: Tables) -> Images:
     batch, *_, channels = images.shape
     tables = jnp.broadcast_to(tables, (batch, channels, 256)).astype(jnp.uint8).reshape(batch, -1)
     places = images.astype(jnp.int32) + 256 * jnp.arange(channels)
-    return apart(jax.vmap(lambda table, place: table.at[place].get(mode="clip")))(tables, places)
+    return no_fuse(jax.vmap(lambda table, place: table.at[place].get(mode="clip")))(tables, places)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def histogram(images: Images, inside: Inside) -> Histograms:
         weights = jnp.broadcast_to(weights[..., None], image.shape).astype(jnp.int32)
         return jnp.zeros(256 * channels, jnp.int32).at[places].add(weights, mode="promise_in_bounds")
 
-    return apart(jax.vmap(count))(images, inside).reshape(-1, channels, 256)
+    return no_fuse(jax.vmap(count))(images, inside).reshape(-1, channels, 256)
 
 
 def grey(images: Images) -> Grey:

@@ -53,12 +53,12 @@ def batch(
     import optax
 
     from vit_jax.data import order, pipeline
-    from vit_jax.training import run as runs
+    from vit_jax.training import setup
 
-    mesh = runs.check_data(config, [config.data.train])
+    mesh = setup.check_data(config, [config.data.train])
     config = config.copy_and_resolve_references()
     config.model.attention_kernel = "plain"  # the model is not applied: nothing is to be timed for it
-    run = runs.build(config, mesh, {"train": config.data.train}, training=False)
+    run = setup.build(config, mesh, {"train": config.data.train}, training=False)
     source, train = run.sources["train"], config.train
     repeats = config.augment.repeats
     indices = pipeline.train_indices(train.seed, train.batch_size, step, 1, 1, len(source), repeats)[0]
@@ -130,12 +130,12 @@ def show(flags: argparse.Namespace, overrides: list[str]) -> None:
     """
     from PIL import Image
 
-    from vit_jax.training import starting
+    from vit_jax.training import init_from
 
     config = options.load(flags.config)
     for assignment in overrides:
         options.override(config, assignment)
-    starting.take_model(config)
+    init_from.take_model(config)
     options.check(config)
     if config.train.batch_size == "auto":
         raise UserError("config.train.batch_size is 'auto'\n  give the run's own: --config.train.batch_size=NUMBER")

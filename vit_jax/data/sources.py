@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int32, Integer, UInt8
 
-from vit_jax.data import archives, arrays, cache, digits, folder, lazy, prepare, tfds
+from vit_jax.data import archives, arrays, cache, digits, folder, lazy_images, prepare, tfds
 from vit_jax.data import splits as split_expressions
-from vit_jax.data.description import LABEL, Description
+from vit_jax.data.spec import LABEL, Description
 from vit_jax.errors import UserError
 
 ImageSize = int | tuple[int, int] | None
@@ -41,7 +41,7 @@ class Source:
         split: the expression that was asked for, such as `train[:98%]`.
         images: [examples, height, width, channels], 0 to 255; may be memory-mapped and is not to be written to. Of a
             set that is not kept decoded it is a `lazy.Encoded`, which has the same shape and decodes what is read; of
-            stored features (`vit_jax.data.stored`), float32 [examples, width] or [examples, tokens, width].
+            stored features (`vit_jax.data.feature_store`), float32 [examples, width] or [examples, tokens, width].
         labels: [examples], the index into `class_names`.
         class_names: one name a class.
         mean, std: per channel, of pixels scaled to [0, 1], over all of the set's train split (over the split that is
@@ -54,7 +54,9 @@ class Source:
     name: str
     split: str
     images: (
-        UInt8[np.ndarray, "examples height width channels"] | lazy.Encoded | Float32[np.ndarray, "examples *features"]
+        UInt8[np.ndarray, "examples height width channels"]
+        | lazy_images.Encoded
+        | Float32[np.ndarray, "examples *features"]
     )
     labels: Int32[np.ndarray, " examples"]
     class_names: tuple[str, ...]
@@ -92,7 +94,7 @@ class Source:
 
     def describe(self, place: int) -> str:
         """Where an example comes from, for whoever has to find it."""
-        if isinstance(self.images, lazy.Encoded):
+        if isinstance(self.images, lazy_images.Encoded):
             records, stored = self.images.locate(place)
             return records.describe(stored)
         return f"example {place:,} of {self.name} {self.split}"
@@ -203,13 +205,13 @@ def _load_lazily(
     place = lambda stored: f"{stored}-{size[0]}x{size[1]}-known"  # noqa: E731
     folders = {stored: root / description.key / place(stored) if description.key else None for stored in splits}
     known = {
-        stored: lazy.survey(description.records(stored), shape, folders[stored], f"{name} {stored}")
+        stored: lazy_images.survey(description.records(stored), shape, folders[stored], f"{name} {stored}")
         for stored in splits
     }
     parts = tuple((description.records(piece.split), range(piece.start, piece.stop)) for piece in pieces)
     whole = {stored: one.labels for stored, one in known.items()}
     first, others = _label_sets(description, kinds, pieces, whole, folders, split)
-    statistics, images = (known[reference].mean, known[reference].std), lazy.Encoded(parts, shape)
+    statistics, images = (known[reference].mean, known[reference].std), lazy_images.Encoded(parts, shape)
     return Source(name, split, images, first.labels, first.class_names, *statistics, kinds[0], others, pieces)
 
 

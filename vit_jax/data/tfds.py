@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax.data import archives, lazy
+from vit_jax.data import archives, lazy_images
 from vit_jax.data import images as pictures
-from vit_jax.data.description import LABEL, Description
+from vit_jax.data.spec import LABEL, Description
 from vit_jax.errors import UserError
 
 _NAME = re.compile(r"^(?P<set>\w+)(/[\w.\-]+)?(:(?P<version>[\d.*]+))?$")
@@ -40,7 +40,7 @@ def describe(name: str, data_dir: Path, others: Collection[str] = ()) -> Descrip
     sizes = {split: info.num_examples for split, info in stored.items()}
     key = f"{builder.info.full_name.replace('/', '_')}-{_fingerprint(builder)}"
     records = functools.cache(functools.partial(_records, builder))
-    decode = lambda split, images, labels: lazy.decode_all(records(split), images, labels)  # noqa: E731
+    decode = lambda split, images, labels: lazy_images.decode_all(records(split), images, labels)  # noqa: E731
     read_labels = functools.partial(_read_labels, builder)
     return Description(name, sizes, labels, image.shape, key, decode, records, read_labels)
 
@@ -133,13 +133,13 @@ def _fingerprint(builder) -> str:
     return digest.hexdigest()[:12]
 
 
-def _records(builder, split: str) -> lazy.Records:
+def _records(builder, split: str) -> lazy_images.Records:
     import tensorflow_datasets as tfds
 
     stored = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record")
     set_name = builder.info.full_name
 
-    def read(place: int, size: lazy.Size):
+    def read(place: int, size: lazy_images.Size):
         try:
             example = stored[place]
             return pictures.decode(example["image"], size), example["label"]
@@ -149,7 +149,7 @@ def _records(builder, split: str) -> lazy.Records:
                 f"Remove {builder.data_dir} and prepare it again."
             ) from error
 
-    return lazy.Records(len(stored), read, lambda place: f"example {place:,} of {set_name} {split}")
+    return lazy_images.Records(len(stored), read, lambda place: f"example {place:,} of {set_name} {split}")
 
 
 def _read_labels(builder, split: str, kind: str, labels: np.ndarray) -> None:

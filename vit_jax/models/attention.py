@@ -37,7 +37,7 @@ class Attention(nn.Module):
         qk_norm: whether queries and keys pass a LayerNorm over each head's channels (arXiv 2302.05442, section 2).
         layer_norm_epsilon: of that LayerNorm.
         kernel: the backend, of `attention_backends.BACKENDS`; where it does not have what a call needs, 'plain'.
-        product_dtype: of the operands of the dense layers' matmuls, where it is not `dtype` (see `Dense`).
+        matmul_dtype: of the operands of the dense layers' matmuls, where it is not `dtype` (see `Dense`).
     """
 
     heads: int
@@ -47,7 +47,7 @@ class Attention(nn.Module):
     qk_norm: bool = False
     layer_norm_epsilon: float = 1e-6
     kernel: str = "plain"
-    product_dtype: Dtype | None = None
+    matmul_dtype: Dtype | None = None
 
     @nn.compact
     def __call__(
@@ -86,7 +86,7 @@ class Attention(nn.Module):
             mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values).reshape(batch, count, width)
         else:
             mixed = self._attend(tokens, lengths, positions)
-        return Dense(width, dtype=self.dtype, product_dtype=self.product_dtype, name="out")(mixed)[:, :count]
+        return Dense(width, dtype=self.dtype, matmul_dtype=self.matmul_dtype, name="out")(mixed)[:, :count]
 
     def shape(
         self,
@@ -148,5 +148,5 @@ class Attention(nn.Module):
 
     def _dense(self, features: int, parts: int = 1) -> Dense:
         kernel_init = stacked(nn.initializers.xavier_uniform(), 3)
-        about = {"dtype": self.dtype, "product_dtype": self.product_dtype, "parts": parts}
+        about = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype, "parts": parts}
         return Dense(features, self.qkv_bias, **about, kernel_init=kernel_init, name="qkv")

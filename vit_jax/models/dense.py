@@ -21,7 +21,7 @@ class Dense(nn.Module):
         features: size of the last axis of the result.
         use_bias: whether a bias is added.
         dtype: compute dtype of the matmul; parameters are float32 whatever it is.
-        product_dtype: bfloat16 for a matmul whose operands alone are rounded to it, on a CPU that has instructions for
+        matmul_dtype: bfloat16 for a matmul whose operands alone are rounded to it, on a CPU that has instructions for
             that: sums, result and all else are in `dtype` (see `rounded_product`). None: all is in `dtype`.
         kernel_init: initializer of the kernel [inputs, features].
         bias_init: initializer of the bias [features].
@@ -34,7 +34,7 @@ class Dense(nn.Module):
     dtype: Dtype = jnp.float32
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     bias_init: Initializer = nn.initializers.zeros
-    product_dtype: Dtype | None = None
+    matmul_dtype: Dtype | None = None
     parts: int = 1
 
     @nn.compact
@@ -47,10 +47,10 @@ class Dense(nn.Module):
         rows = inputs.reshape(-1, size).astype(self.dtype)
 
         def project(rows: jax.Array, kernel: ArrayLike, bias: ArrayLike | None) -> jax.Array:
-            if self.product_dtype is None:
+            if self.matmul_dtype is None:
                 outputs = jnp.dot(rows, kernel.astype(self.dtype))
             else:
-                outputs = rounded_product(rows, kernel, self.product_dtype).astype(self.dtype)
+                outputs = rounded_product(rows, kernel, self.matmul_dtype).astype(self.dtype)
             if bias is not None:
                 outputs = outputs + bias.astype(self.dtype)
             return outputs.reshape(*inputs.shape[:-1], outputs.shape[-1])

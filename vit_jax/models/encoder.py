@@ -42,7 +42,7 @@ class BlockOptions:
         layer_norm_epsilon: added to the variance.
         dtype: compute dtype.
         attention_kernel: of `attention_backends.BACKENDS`.
-        product_dtype: of the operands of the dense layers' matmuls, where it is not `dtype` (see `Dense`).
+        matmul_dtype: of the operands of the dense layers' matmuls, where it is not `dtype` (see `Dense`).
     """
 
     heads: int
@@ -58,7 +58,7 @@ class BlockOptions:
     layer_norm_epsilon: float = 1e-6
     dtype: Dtype = jnp.float32
     attention_kernel: str = "plain"
-    product_dtype: Dtype | None = None
+    matmul_dtype: Dtype | None = None
 
 
 class EncoderBlock(nn.Module):
@@ -114,7 +114,7 @@ class EncoderBlock(nn.Module):
     def _attention(
         self, tokens: jax.Array, mask: jax.Array | None, train: bool, positions: Terms
     ) -> Float[Array, "batch tokens width"]:
-        fields = ("heads", "dtype", "qkv_bias", "qk_norm", "layer_norm_epsilon", "product_dtype")
+        fields = ("heads", "dtype", "qkv_bias", "qk_norm", "layer_norm_epsilon", "matmul_dtype")
         given = {name: getattr(self.options, name) for name in fields}
         given |= {"dropout": self.options.attention_dropout, "kernel": self.options.attention_kernel}
         attention = Attention(**given, name="attention")
@@ -123,7 +123,7 @@ class EncoderBlock(nn.Module):
     def _mlp(self) -> MlpBlock | SwigluBlock:
         form = {"gelu": self.options.gelu} if self.options.mlp == "gelu" else {}
         options = self.options
-        form["product_dtype"] = options.product_dtype
+        form["matmul_dtype"] = options.matmul_dtype
         return MLPS[options.mlp](options.mlp_width, options.dropout, options.dtype, **form, name="mlp")
 
     def _finish(

@@ -47,8 +47,8 @@ class Decoder(nn.Module):
             extra: class token and registers.
             train: as of the encoder.
         """
-        dtype, products = self.options.dtype, self.options.product_dtype
-        tokens = Dense(self.width, dtype=dtype, product_dtype=products, name="embedding")(tokens)
+        dtype, products = self.options.dtype, self.options.matmul_dtype
+        tokens = Dense(self.width, dtype=dtype, matmul_dtype=products, name="embedding")(tokens)
         mask = self.param("mask_embedding", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32)
         mask = jnp.broadcast_to(mask.astype(dtype), (len(tokens), 1, self.width))
         visible = jnp.concatenate([tokens[:, extra:], mask], axis=1)
@@ -129,7 +129,7 @@ class MaskedAutoencoder(nn.Module):
             gelu=backbone.gelu,
             dtype=backbone.dtype,
             attention_kernel=backbone.attention_kernel,
-            product_dtype=backbone.product_dtype,
+            matmul_dtype=backbone.matmul_dtype,
         )
 
 

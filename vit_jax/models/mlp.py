@@ -19,20 +19,20 @@ class MlpBlock(nn.Module):
         dropout: rate after each of the two layers in training.
         dtype: arithmetic of the products.
         gelu: 'tanh' (as the published code computes it) or 'exact' (by erf, as PyTorch does unless told).
-        product_dtype: see `Dense`.
+        matmul_dtype: see `Dense`.
     """
 
     hidden: int
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
     gelu: str = "tanh"
-    product_dtype: Dtype | None = None
+    matmul_dtype: Dtype | None = None
 
     @nn.compact
     def __call__(
         self, tokens: Float[Array, "batch tokens width"], train: bool = False
     ) -> Float[Array, "batch tokens width"]:
-        given = {"dtype": self.dtype, "product_dtype": self.product_dtype, "bias_init": nn.initializers.normal(1e-6)}
+        given = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype, "bias_init": nn.initializers.normal(1e-6)}
         hidden = Dense(self.hidden, **given, name="up")(tokens)
         hidden = gelu(hidden, self.gelu)
         hidden = Dropout(self.dropout)(hidden, train)
@@ -49,19 +49,19 @@ class SwigluBlock(nn.Module):
         hidden: width of gate and up, each.
         dropout: rate after the gated product and after the last layer in training.
         dtype: arithmetic of the products.
-        product_dtype: see `Dense`.
+        matmul_dtype: see `Dense`.
     """
 
     hidden: int
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
-    product_dtype: Dtype | None = None
+    matmul_dtype: Dtype | None = None
 
     @nn.compact
     def __call__(
         self, tokens: Float[Array, "batch tokens width"], train: bool = False
     ) -> Float[Array, "batch tokens width"]:
-        given = {"dtype": self.dtype, "product_dtype": self.product_dtype}
+        given = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype}
         kernel_init = stacked(nn.initializers.xavier_uniform(), 2)
         fused = Dense(2 * self.hidden, **given, kernel_init=kernel_init, name="gate_up")(tokens)
         gate, up = jnp.split(fused, 2, axis=-1)

@@ -66,7 +66,7 @@ class VisionTransformer(nn.Module):
             'full', 'dots' or 'dots_no_batch' (keep the results of all products, or of those with parameters).
         scan: one program for all blocks; their parameters are then stacked (see `stacking`).
         attention_kernel: backend of attention, of `attention_backends.BACKENDS`.
-        product_dtype: of the operands of the blocks' dense products, where it is not `dtype` (see `dense`).
+        matmul_dtype: of the operands of the blocks' dense products, where it is not `dtype` (see `dense`).
 
     Raises:
         ValueError: at construction, for fields that contradict each other.
@@ -103,7 +103,7 @@ class VisionTransformer(nn.Module):
     scan: bool = False
     norm_after_pooling: bool = False
     attention_kernel: str = "plain"
-    product_dtype: Dtype | None = None
+    matmul_dtype: Dtype | None = None
     head_bias: float = 0.0
     position_grid: int | None = None
 

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vit_jax import sharding
 from vit_jax.data.pipeline import Feed
-from vit_jax.training import evaluate, hardware, parallel
-from vit_jax.training.run import Run
+from vit_jax.evaluation import exact
+from vit_jax.runtime import hardware
+from vit_jax.training.setup import Run
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import make_update
 
@@ -35,7 +37,7 @@ class Program:
         self.feeds = {role: run.feeds(role) for role in run.sources}
         self.overlaps = run.mesh.devices.flat[0].platform != "cpu"
         self.rows = self._rows()
-        self.scorer = evaluate.make_scorer(run.applied, run.augment, run.mesh, run.objective)
+        self.scorer = exact.make_scorer(run.applied, run.augment, run.mesh, run.objective)
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
     def _rows(self) -> int:
@@ -82,7 +84,7 @@ def make_update_of_seeds(update: Callable, mesh: Mesh) -> Callable[..., tuple[tu
         ends = vectorised(_stack(states), feed, jnp.stack(counts), jnp.stack(seeds))
         return tuple(jax.tree.map(lambda leaf, place=place: leaf[place], ends) for place in range(len(states)))
 
-    everywhere, options = parallel.replicated(mesh), hardware.compiler_options(mesh.devices.flat[0].platform)
+    everywhere, options = sharding.replicated(mesh), hardware.compiler_options(mesh.devices.flat[0].platform)
     return jax.jit(together, donate_argnums=0, out_shardings=everywhere, compiler_options=options)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.training import freezing
+from vit_jax.optim import trainable
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -68,7 +68,7 @@ def create(
         shift=jnp.zeros((), jnp.int32),
         streak=jnp.zeros((), jnp.int32),
         parameters=parameters,
-        optimizer=optimizer.init(freezing.select(parameters, mask)),
+        optimizer=optimizer.init(trainable.select(parameters, mask)),
         # A copy: two leaves of the state must not share a buffer that is then donated twice.
         averaged=jax.tree.map(jnp.copy, parameters) if average else None,
         metrics=empty_metrics(metrics),

@@ -11,12 +11,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
+from vit_jax import objectives, sharding
 from vit_jax.data import order, pipeline
 from vit_jax.data.augment import AsTheyAre, Augment
-from vit_jax.training import freezing, hardware, losses, objectives, parallel
-from vit_jax.training.classification import CLASSIFY
-from vit_jax.training.objective import Objective
-from vit_jax.training.optimizer import global_norm, update_count
+from vit_jax.objectives import losses
+from vit_jax.objectives.base import Objective
+from vit_jax.objectives.classification import CLASSIFY
+from vit_jax.optim import trainable
+from vit_jax.optim.registry import global_norm, update_count
+from vit_jax.runtime import hardware
 from vit_jax.training.state import TrainState, empty_metrics
 
 Gradients = Any
@@ -48,7 +51,7 @@ def make_update(
     def step(state: TrainState, inputs: jax.Array, labels: Any, seed: int | Int[Array, ""]) -> TrainState:
         augment_key, dropout_key = order.keys(seed, state.step + state.shift)
         batch = named_input(augment)(augment_key, inputs, objective.targets(labels, model))
-        chosen = freezing.select(state.parameters, mask)
+        chosen = trainable.select(state.parameters, mask)
         gradients, metrics = accumulate(
             model, state.parameters, *batch, dropout_key, config.train.accumulation, objective, mask
         )
@@ -65,7 +68,7 @@ def make_update(
         return state.replace(
             step=state.step + 1,
             streak=jnp.where(good, 0, state.streak + 1),
-            parameters=keep(freezing.merge(chosen, state.parameters), state.parameters),
+            parameters=keep(trainable.merge(chosen, state.parameters), state.parameters),
             optimizer=keep(optimizer_state, state.optimizer),
             averaged=keep(average(state.averaged, chosen, state.step, config.optimizer.average_decay), state.averaged),
             metrics={name: sums[name] + metrics[name] for name in sums},
@@ -77,7 +80,9 @@ def make_update(
         first = state.step
 
         def body(state: TrainState) -> TrainState:
-            return step(state, *named_input(pipeline.take)(feed, state.step - first, parallel.spread(mesh)), seed)
+            return step(
+                state, *named_input(pipeline.get_batch)(feed, state.step - first, sharding.data_sharding(mesh)), seed
+            )
 
         def goes_on(state: TrainState) -> jax.Array:
             return (state.step - first < count) & (state.streak < BURST)
@@ -85,7 +90,7 @@ def make_update(
         state = jax.lax.while_loop(goes_on, body, state)
         return state, record(state)
 
-    everywhere, options = parallel.replicated(mesh), hardware.compiler_options(mesh.devices.flat[0].platform)
+    everywhere, options = sharding.replicated(mesh), hardware.compiler_options(mesh.devices.flat[0].platform)
     return jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere), compiler_options=options)
 
 
@@ -111,14 +116,14 @@ def accumulate(
     """
     objective = objective or CLASSIFY
     # What is never updated has no use for noise: heads learn from the features that they will see.
-    train = not freezing.only_head(mask)
+    train = not trainable.only_head(mask)
 
     def loss(chosen: Any, inputs: jax.Array, targets: losses.Logits, key: jax.Array) -> tuple[jax.Array, dict]:
-        whole = freezing.merge(chosen, parameters)
-        total, metrics = objective.measure(model, whole, inputs, targets, key, train)
+        whole = trainable.merge(chosen, parameters)
+        total, metrics = objective.loss_and_metrics(model, whole, inputs, targets, key, train)
         return total / parts, jax.tree.map(lambda metric: metric / parts, metrics)
 
-    differentiate, chosen = jax.grad(loss, has_aux=True), freezing.select(parameters, mask)
+    differentiate, chosen = jax.grad(loss, has_aux=True), trainable.select(parameters, mask)
     if parts == 1:
         return differentiate(chosen, inputs, targets, jax.random.fold_in(key, 0))
 
@@ -144,4 +149,4 @@ def average(averaged: Any, chosen: Any, step: Int[Array, ""], decay: float) -> A
         return None
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     one = lambda new, old: None if new is None else optax.incremental_update(new, old, 1 - decay)  # noqa: E731
-    return freezing.merge(jax.tree.map(one, chosen, averaged, is_leaf=lambda leaf: leaf is None), averaged)
+    return trainable.merge(jax.tree.map(one, chosen, averaged, is_leaf=lambda leaf: leaf is None), averaged)

@@ -15,14 +15,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from vit_jax import atomic
+from vit_jax.checkpoint import run_files
 from vit_jax.errors import UserError
-from vit_jax.training import memory, records, seeds, workdir
-from vit_jax.training import run as runs
+from vit_jax.runtime import oom
+from vit_jax.training import progress, run_directory, seeds, setup
 from vit_jax.training.lock import Lock, release_all
-from vit_jax.training.meter import Clock
 from vit_jax.training.program import Program
+from vit_jax.training.shutdown import Stop
 from vit_jax.training.state import TrainState
-from vit_jax.training.stopping import Stop
+from vit_jax.training.throughput import Clock
 from vit_jax.training.train import greet, open_checkpoints
 from vit_jax.training.trainer import Trainer
 
@@ -41,9 +43,9 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: as `train.train`; where some seeds have failed, for the first of them, once the others are finished.
     """
-    mesh, wanted = runs.check(config), seeds.listed(config)
+    mesh, wanted = setup.check(config), seeds.listed(config)
     _claim(folder, config)
-    summary = workdir.read_summary(folder)
+    summary = run_directory.read_summary(folder)
     if summary is not None and summary["seeds"] == wanted and not _left(folder, config):
         print(f"{folder} is finished: {seeds.describe(summary)}\nto train anew, give another --workdir, or remove it")
         return summary
@@ -54,18 +56,18 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
         stop.leave = release_all
         stack.enter_context(Lock(folder, stop.without_saving))
         changes = _claim(folder, config)  # again: another command may have come to its end in between
-        workdir.record(folder, seeds.config_of_all(config), changes, print)
-        (folder / records.SUMMARY).unlink(missing_ok=True)
+        run_directory.record(folder, seeds.config_of_all(config), changes, print)
+        (folder / run_files.SUMMARY).unlink(missing_ok=True)
         outcomes: dict[int, Outcome] = {}
         if left := _left(folder, config):
             groups = list(_groups(folder, config, left))
-            run = runs.build(
+            run = setup.build(
                 seeds.config_of(config, left[0], 1),
                 mesh,
-                attention=workdir.attention_choice(seeds.folder_of(folder, seeds.listed(config)[0])),
+                attention=run_directory.attention_choice(seeds.folder_of(folder, seeds.listed(config)[0])),
                 vectorized=any(at_once > 1 for _, at_once in groups),
             )
-            with memory.explained(config, run.model, run.image_shape):
+            with oom.explained(config, run.model, run.image_shape):
                 program = Program(run)
             for members, at_once in groups:
                 group = _Group(program, folder, config, members, at_once)
@@ -83,10 +85,10 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
 
 def _claim(folder: Path, config: ConfigDict) -> list[str]:
     """As `workdir.claim`, where another choice of seeds is no change."""
-    every, before = seeds.config_of_all(config), workdir.read_config(folder)
+    every, before = seeds.config_of_all(config), run_directory.read_config(folder)
     if before is not None and before.get("train", {}).get("seeds") is not None:
         every.train.seeds = before["train"]["seeds"]
-    return workdir.claim(folder, every)
+    return run_directory.claim(folder, every)
 
 
 def _left(folder: Path, config: ConfigDict) -> list[int]:
@@ -96,8 +98,8 @@ def _left(folder: Path, config: ConfigDict) -> list[int]:
         own = seeds.folder_of(folder, seed)
         if not own.is_dir():
             return False
-        changes = workdir.claim(own, seeds.config_of(config, seed, 1))
-        return workdir.read_summary(own) is not None and not changes
+        changes = run_directory.claim(own, seeds.config_of(config, seed, 1))
+        return run_directory.read_summary(own) is not None and not changes
 
     return [seed for seed in seeds.listed(config) if not is_finished(seed)]
 
@@ -125,7 +127,7 @@ def _groups(folder: Path, config: ConfigDict, left: list[int]) -> Iterator[tuple
 
 def _at_once(folder: Path, seed: int) -> int | None:
     """How many seeds a seed is, or was, trained with; None where it has not begun."""
-    saved = workdir.read_config(seeds.folder_of(folder, seed))
+    saved = run_directory.read_config(seeds.folder_of(folder, seed))
     return None if saved is None else saved.get("train", {}).get("seeds_at_once") or 1
 
 
@@ -145,9 +147,9 @@ class _Group:
         for seed in self.members:
             own = seeds.folder_of(self.folder, seed)
             run = dataclasses.replace(self.program.run, config=seeds.config_of(self.config, seed, self.at_once))
-            workdir.claim(own, run.config)
+            run_directory.claim(own, run.config)
             stack.enter_context(Lock(own, stop.without_saving))
-            changes = workdir.claim(own, run.config)
+            changes = run_directory.claim(own, run.config)
             name = f"seed {seed}"
             checkpoints = stack.enter_context(open_checkpoints(run, own, changes, lambda *_: None))
             trainers[seed] = Trainer(run, self.program, own, checkpoints, stop, name, self.at_once, clock)
@@ -156,7 +158,7 @@ class _Group:
 
 def _train_group(group: _Group, stop: Stop, introduce: bool) -> dict[int, Outcome]:
     program, run = group.program, group.program.run
-    with contextlib.ExitStack() as stack, memory.explained(run.config, run.model, run.image_shape, group.at_once):
+    with contextlib.ExitStack() as stack, oom.explained(run.config, run.model, run.image_shape, group.at_once):
         trainers = group.open(stack, stop)
         if introduce:
             trainers[group.members[0]].introduce(print)
@@ -225,11 +227,11 @@ def _advance(
 
 def _finish(folder: Path, wanted: list[int]) -> dict[str, Any]:
     """Writes and shows what the seeds come to."""
-    summaries = [workdir.read_summary(seeds.folder_of(folder, seed)) for seed in wanted]
+    summaries = [run_directory.read_summary(seeds.folder_of(folder, seed)) for seed in wanted]
     summary = seeds.summarise(wanted, summaries, [_at_once(folder, seed) or 1 for seed in wanted])
-    records.write_json(folder / records.SUMMARY, summary)
+    atomic.write_json(folder / run_files.SUMMARY, summary)
     print("\n".join(seeds.describe_each(summary)))
-    spent = f"{summary['steps']:,} steps each, {records.clock(summary['seconds'])} of training"
+    spent = f"{summary['steps']:,} steps each, {progress.clock(summary['seconds'])} of training"
     print(f"finished: {seeds.describe(summary)} after {spent}")
-    print(f"results are in {folder}: {records.SUMMARY}, and each seed's in seed-K/")
+    print(f"results are in {folder}: {run_files.SUMMARY}, and each seed's in seed-K/")
     return summary

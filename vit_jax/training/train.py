@@ -10,15 +10,17 @@ import jax
 from ml_collections import ConfigDict
 
 import vit_jax
+from vit_jax import objectives
+from vit_jax.checkpoint.manager import Checkpoints
 from vit_jax.data import normalization
-from vit_jax.training import batch_size, inputs, memory, objectives, parallel, workdir
-from vit_jax.training import run as runs
-from vit_jax.training.attention_choice import Choice
-from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.runtime import oom
+from vit_jax.runtime.attention_choice import Choice
+from vit_jax.sharding import multihost
+from vit_jax.training import auto_batch_size, input_spec, run_directory, setup
 from vit_jax.training.lock import Lock, release_all
 from vit_jax.training.program import Program
-from vit_jax.training.run import Run
-from vit_jax.training.stopping import Stop
+from vit_jax.training.setup import Run
+from vit_jax.training.shutdown import Stop
 from vit_jax.training.trainer import Trainer, describe
 
 
@@ -35,12 +37,12 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
         UserError: before anything is compiled or written over, for data, devices or a workdir that do not do; later,
             where numbers are bad for good, memory is too small, or the last save does not land.
     """
-    parallel.initialize(config.mesh.distributed)
-    mesh = runs.check(config)
-    config = batch_size.resolve(config, folder, mesh)
-    changes = parallel.by_main(lambda: workdir.claim(folder, config))
-    summary = parallel.by_main(lambda: workdir.read_summary(folder))
-    say = print if parallel.is_main() else lambda *_, **__: None
+    multihost.initialize(config.mesh.distributed)
+    mesh = setup.check(config)
+    config = auto_batch_size.resolve(config, folder, mesh)
+    changes = multihost.on_rank_0(lambda: run_directory.claim(folder, config))
+    summary = multihost.on_rank_0(lambda: run_directory.read_summary(folder))
+    say = print if multihost.is_rank_0() else lambda *_, **__: None
     if summary is not None and not changes:
         say(f"{folder} is finished: {describe(objectives.make(config), summary)}")
         say("to train anew, give another --workdir, or remove this one")
@@ -53,12 +55,12 @@ def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
 
         def lock() -> list[str]:
             stack.enter_context(Lock(folder, stop.without_saving))
-            return workdir.claim(folder, config)  # again: another run may have come to its end in between
+            return run_directory.claim(folder, config)  # again: another run may have come to its end in between
 
-        changes = parallel.by_main(lock)
-        run = runs.build(config, mesh, attention=recorded_attention(folder))
+        changes = multihost.on_rank_0(lock)
+        run = setup.build(config, mesh, attention=recorded_attention(folder))
         checkpoints = stack.enter_context(open_checkpoints(run, folder, changes, say))
-        with memory.explained(config, run.model, run.image_shape):
+        with oom.explained(config, run.model, run.image_shape):
             trainer = Trainer(run, Program(run), folder, checkpoints, stop)
             trainer.introduce(say)
             return trainer.train()
@@ -68,10 +70,10 @@ def recorded_attention(folder: Path) -> Choice | None:
     """The choice of an attention backend with which a workdir's run began, in all processes of a cluster."""
 
     def read() -> dict[str, Any] | None:
-        choice = workdir.attention_choice(folder)
+        choice = run_directory.attention_choice(folder)
         return None if choice is None else dataclasses.asdict(choice)
 
-    found = parallel.by_main(read)
+    found = multihost.on_rank_0(read)
     return None if found is None else Choice(**found)
 
 
@@ -88,9 +90,9 @@ def open_checkpoints(run: Run, folder: Path, changes: list[str], say: Callable[[
         UserError: the run is to be shorter than it is already, or the folder cannot be written to.
     """
     checkpoints = Checkpoints(folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best, say=say)
-    workdir.check_length(changes, run.steps, parallel.by_main(checkpoints.steps))
-    parallel.by_main(lambda: workdir.record(folder, run.config, changes, say, run.attention))
+    run_directory.check_length(changes, run.steps, multihost.on_rank_0(checkpoints.steps))
+    multihost.on_rank_0(lambda: run_directory.record(folder, run.config, changes, say, run.attention))
     source = run.sources["train"]
     statistics = normalization.of_source(run.config.data.normalization, source)
-    parallel.by_main(lambda: inputs.write(folder, source, *statistics))
+    multihost.on_rank_0(lambda: input_spec.write(folder, source, *statistics))
     return checkpoints

@@ -11,30 +11,33 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
-from vit_jax import weights
+from vit_jax import atomic, optim, sharding, weights
+from vit_jax.checkpoint import run_files
+from vit_jax.checkpoint.manager import Checkpoints, SaveFailed, goodness
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
-from vit_jax.training import (
-    evaluate,
-    freezing,
-    hardware,
-    optimizer,
-    parallel,
-    profiling,
-    records,
-    trouble,
-)
-from vit_jax.training import run as runs
-from vit_jax.training.checkpoint import Checkpoints, SaveFailed, goodness
-from vit_jax.training.meter import Clock, Meter
-from vit_jax.training.objective import Objective
+from vit_jax.evaluation import exact
+from vit_jax.objectives.base import Objective
+from vit_jax.optim import trainable
+from vit_jax.runtime import hardware, profiling
+from vit_jax.sharding import multihost
+from vit_jax.training import nonfinite, progress, setup
+from vit_jax.training.metrics import MetricsWriter
 from vit_jax.training.program import Program
-from vit_jax.training.run import Run
+from vit_jax.training.setup import Run
+from vit_jax.training.shutdown import Stop
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import BURST, record
-from vit_jax.training.stopping import Stop
+from vit_jax.training.throughput import Clock, Meter
 
-WRITTEN = (records.SUMMARY, records.METRICS, records.CONFIG, records.ENVIRONMENT, "TensorBoard events", "checkpoints/")
+WRITTEN = (
+    run_files.SUMMARY,
+    run_files.METRICS,
+    run_files.CONFIG,
+    run_files.ENVIRONMENT,
+    "TensorBoard events",
+    "checkpoints/",
+)
 DISPATCH = 0.4  # seconds that a dispatch may take, so that a run stops soon when it is asked to
 RETRY = 30.0  # seconds until a save that did not land is tried again
 ATTEMPTS = 3  # at the last save
@@ -51,8 +54,8 @@ class Burst(Exception):
 
 def describe(objective: Objective, summary: dict[str, Any]) -> str:
     """'test accuracy 97.50 % (351 of 360) after 4,490 steps, 1:11 of training'."""
-    seconds = records.clock(summary["seconds"])
-    return f"{objective.headline(summary)} after {summary['steps']:,} steps, {seconds} of training"
+    seconds = progress.clock(summary["seconds"])
+    return f"{objective.summary_line(summary)} after {summary['steps']:,} steps, {seconds} of training"
 
 
 class Trainer:
@@ -83,28 +86,28 @@ class Trainer:
         """
         self.run, self.config, self.folder, self.checkpoints, self.stop = run, run.config, folder, checkpoints, stop
         self.program, self.beside = program, beside
-        self.progress = records.Progress(
-            run.steps, run.steps_an_epoch, enabled=parallel.is_main(), name=name, live=beside == 1
+        self.progress = progress.Progress(
+            run.steps, run.steps_per_epoch, enabled=multihost.is_rank_0(), name=name, live=beside == 1
         )
         # Where all there were were damaged, nothing is begun anew without a word.
-        resumed = parallel.by_main(lambda: bool(checkpoints.steps() or checkpoints.set_aside()))
+        resumed = multihost.on_rank_0(lambda: bool(checkpoints.steps() or checkpoints.set_aside()))
         self.state: TrainState = checkpoints.restore_newest(run.abstract_state()) if resumed else self._start()
         self.step, self.shift = int(self.state.step), int(self.state.shift)
-        metadata = parallel.by_main(lambda: checkpoints.metadata(self.step)) if resumed else {}
+        metadata = multihost.on_rank_0(lambda: checkpoints.metadata(self.step)) if resumed else {}
         # Whether the line of metrics of this step has been written: not where a stop came in between.
         self.settled = metadata.get("settled", True)
         self.rollbacks, self.rolled_back_from = 0, metadata.get("rolled_back_from")
         if resumed and self.config.data.features:
-            runs.check_features(self.config, self.state.for_evaluation(), run.sources)
+            setup.check_features(self.config, self.state.for_evaluation(), run.sources)
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.scores: dict[str, float] = {}
         self.retry_at: float | None = None
         self.given_up = False
         self.tested: dict[str, float | int] = {}
-        self.schedule = optimizer.schedule(self.config.optimizer, run.steps)
+        self.schedule = optim.schedule(self.config.optimizer, run.steps)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.parameters))
         self.flops = run.objective.forward_flops(run.module, run.image_shape[:2], run.image_shape[2])
-        self.metric = f"validation/{run.objective.watched}"
+        self.metric = f"validation/{run.objective.primary_metric}"
         self.meter = self._make_meter(metadata.get("seconds", 0.0), clock or Clock())
         # Steps a dispatch. Found out by the clock, but in a cluster, whose processes must cut the run alike, and beside
         # other seeds, which wait for each other.
@@ -120,7 +123,7 @@ class Trainer:
         parameters, report = weights.load_into(path, run.model, *image, new_head=new)
         self.progress.say(str(report))
         if self.config.data.features:
-            runs.check_features(self.config, parameters, run.sources)
+            setup.check_features(self.config, parameters, run.sources)
         return run.initial_state(parameters)
 
     def _make_meter(self, seconds: float, clock: Clock) -> Meter:
@@ -128,7 +131,7 @@ class Trainer:
         peak = hardware.peak(run.mesh.devices.flat[0].device_kind)
         peak = peak * run.mesh.size if peak and run.applied is run.module else None
         # Forward and twice that backward; below a frozen backbone's heads there is no backward pass.
-        passes = 1 if freezing.only_head(run.mask) else 3
+        passes = 1 if trainable.only_head(run.mask) else 3
         return Meter(self.beside * self.config.train.batch_size, passes * self.flops, peak, seconds, clock)
 
     def train(self) -> dict[str, Any] | None:
@@ -153,12 +156,12 @@ class Trainer:
         `state` is what they have made of it.
         """
         log, start = self.config.log, self.step if self.settled else self.step - 1
-        with records.Records(self.folder, start, log.tensorboard, enabled=parallel.is_main()) as self.records:
+        with MetricsWriter(self.folder, start, log.tensorboard, enabled=multihost.is_rank_0()) as self.records:
             try:
                 if self.step < self.run.steps or not self.settled:
                     yield from self._loop()
                 summary = self.tested or self._evaluate("test" if "test" in self.program.feeds else "validation")
-            except (Asked, evaluate.Interrupted):
+            except (Asked, exact.Interrupted):
                 self._stop()
                 return None
             except (UserError, OSError):
@@ -166,8 +169,8 @@ class Trainer:
                 raise
             self._land()
         summary |= {"steps": self.run.steps, "seconds": self.meter.seconds(), "parameters": self.parameters}
-        if parallel.is_main():
-            records.write_json(self.folder / records.SUMMARY, summary)
+        if multihost.is_rank_0():
+            atomic.write_json(self.folder / run_files.SUMMARY, summary)
         self.progress.say(f"finished: {describe(self.run.objective, summary)}")
         self.progress.say(f"results are in {self.folder}: {', '.join(WRITTEN)}")
         return summary
@@ -183,7 +186,7 @@ class Trainer:
             f"model: patch {model.patch_size}, width {model.width}, depth {model.depth}, heads {model.heads}, MLP "
             f"{model.mlp_width}; {self.parameters:,} parameters, {self.flops / 1e9:.3g} GFLOP an image forward; "
             f"arithmetic in {model.dtype.name}"
-            + (f", large products in {model.product_dtype.name}" if model.product_dtype else "")
+            + (f", large products in {model.matmul_dtype.name}" if model.matmul_dtype else "")
             + f"; attention: {run.attention.describe()}"
         )
         if run.mask is not None:
@@ -195,7 +198,7 @@ class Trainer:
         """Says where it begins."""
         run = self.run
         start = f"going on at step {self.step:,} of" if self.step else "training for"
-        epochs = run.steps / run.steps_an_epoch
+        epochs = run.steps / run.steps_per_epoch
         size = self.config.train.batch_size
         self.progress.say(f"{start} {run.steps:,} steps of {size} ({epochs:.1f} epochs), in {self.folder}")
 
@@ -268,7 +271,7 @@ class Trainer:
         return self.step == self.run.steps or bool(every and self.step % every == 0)
 
     def _asked_to_stop(self) -> bool:
-        return parallel.any_of(self.stop.reason is not None)  # all processes of a cluster stop at the same step
+        return multihost.any_of(self.stop.reason is not None)  # all processes of a cluster stop at the same step
 
     def _read(self, step: int, sums: dict[str, jax.Array]) -> dict[str, float]:
         """Waits for a dispatch and shows it; what is to be recorded of it, if anything."""
@@ -278,7 +281,7 @@ class Trainer:
         due = step == self.run.steps or step % self.config.log.every == 0
         names = self.run.objective.metrics if sums["count"] else ()
         metrics = {f"train/{name}": sums[name] / sums["count"] for name in names}
-        metrics["train/learning_rate"] = optimizer.learning_rate(self.schedule, max(sums["updates"] - 1, 0))
+        metrics["train/learning_rate"] = optim.learning_rate(self.schedule, max(sums["updates"] - 1, 0))
         if sums["skipped"]:
             metrics["train/skipped"] = sums["skipped"]
         if due and self.rolled_back_from is not None:
@@ -299,7 +302,7 @@ class Trainer:
         if "train/rolled_back_from" in metrics:
             self.rolled_back_from = None
         if reason is not None:
-            self.progress.say(f"warning: {records.METRICS} cannot be written ({reason}); it is tried again")
+            self.progress.say(f"warning: {run_files.METRICS} cannot be written ({reason}); it is tried again")
 
     def _settle(self, pending: tuple[int, dict[str, jax.Array]]) -> None:
         """Records, evaluates and saves while the device rests; one line of metrics a step."""
@@ -326,13 +329,13 @@ class Trainer:
         if not self.config.checkpoint.keep_best or self.metric not in metrics:
             return False
         self._wait()
-        best = parallel.by_main(self.checkpoints.best)
+        best = multihost.on_rank_0(self.checkpoints.best)
         return best is None or goodness({self.metric: metrics[self.metric]}) > best[1]
 
     def _evaluate(self, role: str) -> dict[str, float | int]:
         batches, size = self.program.feeds[role], self.run.evaluation_batch_size()
         arguments = (batches, size, role, self._asked_to_stop, self.run.objective)
-        metrics = evaluate.evaluate(self.program.scorer, self.state.for_evaluation(), *arguments)
+        metrics = exact.evaluate(self.program.scorer, self.state.for_evaluation(), *arguments)
         said = self.run.objective.describe(role, metrics)
         self.progress.say(f"step {self.step}/{self.run.steps}  {role}: {said}")
         return metrics
@@ -369,12 +372,12 @@ class Trainer:
         """Hears of a save that has failed since, and tries again once some time has passed."""
         if not self.checkpoints.is_saving():
             self._wait()
-        if self.retry_at is not None and parallel.by_main(lambda: time.monotonic() > self.retry_at):
+        if self.retry_at is not None and multihost.on_rank_0(lambda: time.monotonic() > self.retry_at):
             self._record()
             self._save({})
 
     def _is_saved(self) -> bool:
-        return parallel.by_main(lambda: self.checkpoints.has(self.step))
+        return multihost.on_rank_0(lambda: self.checkpoints.has(self.step))
 
     def _land(self) -> None:
         """Sees that the last save has reached the disk.
@@ -444,11 +447,11 @@ class Trainer:
             self._give_up(bad)
         self._wait()
         self.state = None  # two of them need not fit
-        known = parallel.by_main(lambda: bool(self.checkpoints.steps()))
+        known = multihost.on_rank_0(lambda: bool(self.checkpoints.steps()))
         back = self.checkpoints.restore_newest(self.run.abstract_state()) if known else self._start()
         self.step = int(back.step)
         self.shift = place - self.step
-        everywhere = parallel.replicated(self.run.mesh)
+        everywhere = sharding.replicated(self.run.mesh)
         counts = jax.device_put((jnp.int32(self.shift), jnp.int32(0)), everywhere)
         self.state = back.replace(shift=counts[0], streak=counts[1])
         self.records.cut_back(self.step)
@@ -461,13 +464,13 @@ class Trainer:
 
     def _give_up(self, bad: int) -> None:
         self.given_up = True
-        learning_rate = optimizer.learning_rate(self.schedule, int(optimizer.update_count(self.state.optimizer)))
-        report = trouble.report(self.run, self.state, learning_rate)
-        if parallel.is_main():
-            records.write_json(self.folder / trouble.REPORT, report)
+        learning_rate = optim.learning_rate(self.schedule, int(optim.update_count(self.state.optimizer)))
+        report = nonfinite.report(self.run, self.state, learning_rate)
+        if multihost.is_rank_0():
+            atomic.write_json(self.folder / nonfinite.REPORT, report)
         raise UserError(
             f"numbers are not finite at step {bad:,}, after {ROLLBACKS} returns to a checkpoint: first in "
             f"{report['first']}, learning rate {report['learning_rate']:.3g}, gradient norm {report['gradient_norm']}\n"
-            f"  the batch is in {self.folder / trouble.REPORT}\n"
+            f"  the batch is in {self.folder / nonfinite.REPORT}\n"
             "  lower config.optimizer.learning_rate, lengthen its warm-up, or set config.optimizer.gradient_clip"
         )

@@ -65,7 +65,7 @@ class Description:
         """Height and width of the images that the table of positions is for."""
         if self.grid is None:
             return None
-        pixels = pixels_of_a_patch(self.model)
+        pixels = pixels_per_patch(self.model)
         return self.grid[0] * pixels, self.grid[1] * pixels
 
 
@@ -226,7 +226,7 @@ class Choices:
         )
 
 
-def pixels_of_a_patch(model: VisionTransformer) -> int:
+def pixels_per_patch(model: VisionTransformer) -> int:
     """Height and width, in pixels of the image, of what a patch stands for: with a stem more than its own."""
     if model.stem is None:
         return model.patch_size

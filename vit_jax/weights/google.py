@@ -16,7 +16,7 @@ import numpy as np
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules as forms
-from vit_jax.weights.describe import Choices, Description, Names, check_names, few, pixels_of_a_patch
+from vit_jax.weights.describe import Choices, Description, Names, check_names, few, pixels_per_patch
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Parts, Rule, dense, norm
 
@@ -170,7 +170,7 @@ def _grid(
     if not parts.positions:
         return None
     rows = names.shape(naming.positions, 3)[1] - int(parts.class_token and naming.class_row)
-    return choices.grid(rows, pixels_of_a_patch(model))
+    return choices.grid(rows, pixels_per_patch(model))
 
 
 def _rules(parts: Parts, naming: Naming) -> list[Rule]:

@@ -17,7 +17,7 @@ import numpy as np
 from vit_jax.errors import UserError
 from vit_jax.models.positions import POSITIONS
 from vit_jax.models.vit import VisionTransformer, position_at, token_grid
-from vit_jax.weights import files, fit, google, hub, huggingface, own, stacked, timm
+from vit_jax.weights import files, fit, google, hub, huggingface, native, stacked, timm
 from vit_jax.weights.describe import Description, few, pair
 from vit_jax.weights.report import Report, Row
 from vit_jax.weights.rules import Rule
@@ -183,16 +183,16 @@ def _understand(
 ) -> tuple[str, Description, Mapping[str, np.ndarray]]:
     """What the file is called in messages, what it is, and its arrays."""
     path = Path(hub.fetch(os.fspath(path_or_name)))
-    if own.recognise(path):
+    if native.recognise(path):
         with _as_user_error(str(path)):
-            return (str(path), *own.describe(path, step))
+            return (str(path), *native.describe(path, step))
     if step is not None:
         raise UserError(f"step is {step!r}, but {path} is a file: only a workdir of a run has steps")
     stored = files.open_file(path)
     source = str(stored.path)
     with _as_user_error(source):
-        if own.is_ours(stored):
-            return source, *own.describe_file(stored)
+        if native.is_ours(stored):
+            return source, *native.describe_file(stored)
         for family in FAMILIES:
             if family.recognise(stored.shapes):
                 return source, family.describe(stored, given), stored.arrays

@@ -24,7 +24,7 @@ from vit_jax.weights.describe import (
     check_names,
     few,
     hint,
-    pixels_of_a_patch,
+    pixels_per_patch,
     said,
 )
 from vit_jax.weights.files import Stored
@@ -119,7 +119,7 @@ def describe(stored: Stored, given: Mapping[str, Any]) -> Description:
     grid = None
     if parts.positions:
         rows = names.shape("pos_embed", 3)[1] - _rows_before(names, parts, spelling)[spelling.rows]
-        grid = choices.grid(rows, pixels_of_a_patch(model), told.get("image_size"))
+        grid = choices.grid(rows, pixels_per_patch(model), told.get("image_size"))
     return Description(
         LABEL,
         model,

@@ -1,0 +1,1 @@
+"""Exact evaluation, features, few-shot, k-NN and linear probes."""
