@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# ./run.sh            trains the embedded default (handwritten digits) and shows its test accuracy
-# ./run.sh test ...   runs the tests (what follows goes to pytest)
-# ./run.sh ARGS...    is python -m vit_jax.main ARGS...
-# The first call sets up .venv beside this file; PYTHON=/path/to/python chooses the interpreter.
+# ./run.sh            trains the default config (handwritten digits, included) and prints its test accuracy
+# ./run.sh test ...   runs the tests (further arguments are passed to pytest)
+# ./run.sh ARGS...    runs python -m vit_jax.main ARGS...
+# The first call creates .venv in this directory; PYTHON=/path/to/python chooses the interpreter.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -22,9 +22,9 @@ find_python() {
             printf '%s\n' "$name"
             return
         fi
-        [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is no Python 3.11 or newer"
+        [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is not Python 3.11 or newer"
     done
-    fail "no Python 3.11 or newer is found; install one, or name it: PYTHON=/path/to/python ./run.sh"
+    fail "Python 3.11 or newer was not found; install it, or give its path: PYTHON=/path/to/python ./run.sh"
 }
 
 make_venv() {
@@ -37,9 +37,9 @@ make_venv() {
         fail "$python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"
     }
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check -r "$root/requirements.txt" ||
-        fail "the packages could not be installed (see above); the next call tries again"
-    cp "$root/requirements.txt" "$venv/requirements.txt" # written last: an interrupted set-up is not taken for done
-    say "set up"
+        fail "installing the packages failed (see above); run the command again to retry"
+    cp "$root/requirements.txt" "$venv/requirements.txt" # written last: marks a complete set-up
+    say "environment is ready"
 }
 
 ready() {
@@ -48,7 +48,7 @@ ready() {
 
 set_up() {
     ready && return
-    # Two first calls at once must not build into the same folder.
+    # Two first calls at the same time must not install into the same directory.
     if command -v flock >/dev/null; then
         exec 9>"$root/.venv.lock"
         flock 9
@@ -66,7 +66,7 @@ case "${1:-}" in
 test)
     shift
     cd "$root"
-    # Two at a time, each a file: one of them mostly compiles, on one core. tests/conftest.py sorts the files.
+    # Two workers, each runs whole files: mostly they compile, on one core. tests/conftest.py sorts the files.
     exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
     ;;
 *) exec "$venv/bin/python" -m vit_jax.main "$@" ;;

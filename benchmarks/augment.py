@@ -1,19 +1,19 @@
-"""Speed of the augmentation, beside host pipelines for the same recipe, and its share of a training step.
+"""Speed of the augmentation, compared with host pipelines for the same recipe, and its share of a training step.
 
     python benchmarks/augment.py --images=/data/cifar-10-batches-bin/test_batch.bin
     python benchmarks/augment.py --turns=9 --only=ours,pillow
 
-The recipe: crop from a border of 4, flip, RandAugment (2 operations, magnitude 9, deviation 0.5), a quarter of the
-images with a noisy rectangle, mixup 0.8 and cutmix 1.0 in turns, at 32 pixels. The sides:
+The recipe: random crop with padding 4, flip, RandAugment (2 operations, magnitude 9, deviation 0.5), random erasing
+with noise (probability 0.25), alternating mixup 0.8 and cutmix 1.0, at 32 pixels. The sides:
 
-    ours     on the device, compiled, from uint8 images to the normalised, mixed batch
-    pillow   the same in Pillow and NumPy, in 2 processes, by a plain multiprocessing pool
-    timm     torchvision's and timm's transforms, random erasing and mixing in a DataLoader of 2 worker processes;
-             left out, with a line on standard error, where torch, torchvision or timm is not installed
+    ours     on the device, compiled: from uint8 images to the normalized, mixed batch
+    pillow   the same in Pillow and NumPy, in a multiprocessing pool of 2 processes
+    timm     torchvision's and timm's transforms, random erasing and mixing in a DataLoader with 2 workers;
+             skipped, with a message on standard error, if torch, torchvision or timm is not installed
     step     a whole training step of Ti/4 (batch 128, AdamW), without augmentation
 
-They take turns, so that what else the machine does falls on all of them. One JSON line a side: images_per_second
-(median over the turns), and for ours `ratio` to each other side (the median of the turns' own ratios).
+They take turns, so that other load on the machine affects all of them. Prints one JSON line per side: images_per_second
+(median over turns), and for ours the ratio to each other side (the median of the ratios of the turns).
 """
 
 import argparse
@@ -39,16 +39,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="a file of CIFAR-10's binary version (default: smoothed noise)")
     parser.add_argument("--batch_size", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--turns", type=int, default=7, help="turns of each side (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=40, help="batches a turn (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=40, help="batches per turn (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes of the host pipelines (default: %(default)s)")
-    parser.add_argument("--variant", default="Ti/4", help="of the training step (default: %(default)s)")
+    parser.add_argument("--variant", default="Ti/4", help="model of the training step (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="(default: %(default)s)")
-    parser.add_argument("--only", default="ours,pillow,timm,step", help="sides (default: %(default)s)")
+    parser.add_argument("--only", default="ours,pillow,timm,step", help="sides to measure (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
 def load(flags: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels: of the file, or noise that is smooth enough to have the statistics of an image."""
+    """Images and labels: of the file, or of noise that is smoothed to resemble images."""
     if flags.images:
         records = np.fromfile(flags.images, np.uint8).reshape(-1, 3073)
         return np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), records[:, 0]
@@ -61,7 +61,7 @@ def load(flags: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Ours:
-    """Batches made on the device, from a batch of uint8 images that lies there."""
+    """Augments a batch of uint8 images that is on the device."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, flags: argparse.Namespace):
         import jax
@@ -77,17 +77,17 @@ class Ours:
         self.turn(2)
 
     def turn(self, batches: int) -> float:
-        """Images a second."""
+        """Images per second."""
         keys = self.jax.block_until_ready(self.jax.random.split(self.jax.random.key(0), batches))
         began = time.perf_counter()
         for key in keys:
-            made = self.run(key, self.images, self.targets)
-        self.jax.block_until_ready(made)
+            batch = self.run(key, self.images, self.targets)
+        self.jax.block_until_ready(batch)
         return batches * self.size / (time.perf_counter() - began)
 
 
 class Step:
-    """Training steps of a model on a batch that lies on the device."""
+    """Training steps of a model on a batch that is on the device."""
 
     def __init__(self, flags: argparse.Namespace):
         from jax_sides import Bare
@@ -99,7 +99,7 @@ class Step:
         self.side, self.size = Bare(Work("ours", "train", **variants.fields(flags.variant), **sizes)), flags.batch_size
 
     def turn(self, batches: int) -> float:
-        """Images a second."""
+        """Images per second."""
         steps = max(1, batches // 40)
         return steps * self.size / self.side.turn(steps)
 
@@ -133,8 +133,8 @@ def operations(share: float, sign: float) -> list:
     ]
 
 
-def by_pillow(pixels: np.ndarray) -> np.ndarray:
-    """One image through the recipe, but for mixing."""
+def augment_by_pillow(pixels: np.ndarray) -> np.ndarray:
+    """The recipe for one image, without mixing."""
     top, left = random.randrange(9), random.randrange(9)
     image = Image.fromarray(np.pad(pixels, ((4, 4), (4, 4), (0, 0)))[top : top + SIDE, left : left + SIDE])
     if random.random() < 0.5:
@@ -143,34 +143,34 @@ def by_pillow(pixels: np.ndarray) -> np.ndarray:
         if random.random() < 0.5:
             share = min(max(random.gauss(9, 0.5), 0), 10) / 10
             image = random.choice(operations(share, random.choice((-1, 1))))(image)
-    made = (np.asarray(image, np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    pixels = (np.asarray(image, np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
     if random.random() < 0.25:
         area, ratio = random.uniform(0.02, 1 / 3) * SIDE**2, 3.3 ** random.uniform(-1, 1)
         high, wide = (min(SIDE - 1, round((area * r) ** 0.5)) for r in (ratio, 1 / ratio))
         top, left = random.randrange(SIDE - high + 1), random.randrange(SIDE - wide + 1)
-        made[top : top + high, left : left + wide] = np.random.standard_normal((high, wide, 3))
-    return made
+        pixels[top : top + high, left : left + wide] = np.random.standard_normal((high, wide, 3))
+    return pixels
 
 
 def batch_by_pillow(work: tuple[int, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """A whole batch, mixed as one with its mirror image, as timm does."""
+    """Augments a batch and mixes it with itself in reverse order, as timm does."""
     seed, images, targets = work
     random.seed(seed)
     np.random.seed(seed)
-    made, cut = np.stack([by_pillow(image) for image in images]), random.random() < 0.5
+    batch, cut = np.stack([augment_by_pillow(image) for image in images]), random.random() < 0.5
     share = np.random.beta(*((1.0, 1.0) if cut else (0.8, 0.8)))
     if cut:
         half = int(SIDE * np.sqrt(1 - share)) // 2
         (top, bottom), (left, right) = (np.clip([c - half, c + half], 0, SIDE) for c in np.random.randint(SIDE, size=2))
-        made[:, top:bottom, left:right] = made[::-1, top:bottom, left:right].copy()
+        batch[:, top:bottom, left:right] = batch[::-1, top:bottom, left:right].copy()
         share = 1 - (bottom - top) * (right - left) / SIDE**2
     else:
-        made = share * made + (1 - share) * made[::-1]
-    return made.astype(np.float32), share * targets + (1 - share) * targets[::-1]
+        batch = share * batch + (1 - share) * batch[::-1]
+    return batch.astype(np.float32), share * targets + (1 - share) * targets[::-1]
 
 
 class Pillow:
-    """Batches made by a pool of processes, a batch a task."""
+    """Augments batches in a pool of processes; each task is one batch."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, flags: argparse.Namespace):
         self.size, self.images = flags.batch_size, images[: flags.batch_size]
@@ -179,7 +179,7 @@ class Pillow:
         self.turn(2 * flags.workers)
 
     def turn(self, batches: int) -> float:
-        """Images a second."""
+        """Images per second."""
         work = [(k, self.images, self.targets) for k in range(batches)]
         began = time.perf_counter()
         for _ in self.pool.imap(batch_by_pillow, work):
@@ -193,8 +193,8 @@ class Pillow:
 # --- torchvision and timm -------------------------------------------------------------------------------------------
 
 
-class Set:
-    """CIFAR as torch's loaders take it, endless."""
+class TorchDataset:
+    """An endless dataset of torch."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         from timm.data.auto_augment import rand_augment_transform
@@ -215,8 +215,8 @@ class Set:
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
-class Mixed:
-    """torch's collation, then timm's mixing, in the workers."""
+class Collate:
+    """Collates examples as torch does and mixes them as timm does, in the workers."""
 
     def __init__(self):
         from timm.data.mixup import Mixup
@@ -231,21 +231,21 @@ class Mixed:
 
 
 class Timm:
-    """Batches from a DataLoader of worker processes."""
+    """Batches of a DataLoader with worker processes."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, flags: argparse.Namespace):
         import torch
         from torch.utils.data import DataLoader
 
         torch.set_num_threads(1)
-        self.size, self.waiting = flags.batch_size, 2 * flags.workers
+        self.size, self.prefetched = flags.batch_size, 2 * flags.workers
         context = {"num_workers": flags.workers, "multiprocessing_context": "spawn"}
-        self.batches = iter(DataLoader(Set(images, labels), self.size, collate_fn=Mixed(), **context))
+        self.batches = iter(DataLoader(TorchDataset(images, labels), self.size, collate_fn=Collate(), **context))
         self.turn(2)
 
     def turn(self, batches: int) -> float:
-        """Images a second; what the workers had ready before the turn does not count."""
-        for _ in range(self.waiting):
+        """Images per second; batches that the workers prepared before the turn are not counted."""
+        for _ in range(self.prefetched):
             next(self.batches)
         began = time.perf_counter()
         for _ in range(batches):
@@ -261,7 +261,7 @@ def make(name: str, images: np.ndarray, labels: np.ndarray, flags: argparse.Name
     except ModuleNotFoundError as error:
         if name != "timm":
             raise
-        print(f"left out: timm ({error})", file=sys.stderr)
+        print(f"skipped: timm ({error})", file=sys.stderr)
         return None
 
 

@@ -1,4 +1,4 @@
-"""The process of one side: it answers with JSON lines, and sleeps on standard input between its turns."""
+"""The process of one side of a comparison: it answers in JSON lines and waits on standard input between turns."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from work import Work
 
 
 def serve(make: Callable[[Work], Any]) -> None:
-    """Makes a side of the first argument, reports, and takes a turn for every line {"steps": n}, until there are none.
+    """Makes a side from the command's argument and reports it; then runs a turn for each input line {"steps": n}.
 
-    A side has `report`, a dictionary, and `turn(steps)`, the seconds of each step or of all of them. What fails is
-    answered as {"error": ...}.
+    A side has `report`, a dictionary, and `turn(steps)`, which returns seconds: a list with one value per step, or
+    their sum. An exception is answered as {"error": ...}.
     """
-    # Libraries print what they like; the answers have a way of their own.
+    # Libraries may print to standard output: answers use a copy of it, and standard output itself becomes stderr.
     answers, work = os.fdopen(os.dup(1), "w"), Work(**json.loads(sys.argv[1]))
     os.dup2(2, 1)
 
@@ -33,5 +33,5 @@ def serve(make: Callable[[Work], Any]) -> None:
 
 
 def resident_mb() -> float:
-    """The most memory that this process has had."""
+    """Peak resident memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

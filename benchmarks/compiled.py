@@ -1,24 +1,23 @@
-"""What a training step is compiled to for a GPU, and what its kernels cost, on a machine that has no GPU.
+"""Compiles a training step for a GPU on a machine without one, and predicts the time of its kernels.
 
     python benchmarks/compiled.py --variant=B/16 --image_size=224 --batch_size=256 --fields='{"registers": 3}'
     python benchmarks/compiled.py --device=A100 --variant=S/4 --image_size=32 --classes=10 --batch_size=1024 \\
         --kernel=pallas --json
 
-XLA compiles for a described device (benchmarks/devices.py). Fusions, layouts, copies, what is written to memory and how
-much memory is needed are those of the real device; matmuls and cuDNN's attention are library calls, which are placed
-but not run, and nothing is autotuned. Every kernel of one step is then counted, with the bytes that it reads and
-writes, and priced:
+XLA compiles for a described device (benchmarks/devices.py). Fusions, layouts, copies and memory are those of the real
+device; matmuls and cuDNN's attention are library calls, which do not run, and nothing is autotuned. The time of each
+kernel of one step is predicted from the bytes that it reads and writes and from its FLOPs:
 
-* matmuls at their FLOPs over a rate measured on an H200 (620 TFLOP/s where the smallest dimension is 384, 715 at 768);
-* attention kernels at rates measured there, by tokens;
-* all others, and matmuls for which it takes longer, by their bytes at 83 % of the memory's bandwidth.
+* matmuls from FLOPs, at rates measured on an H200 (620 TFLOP/s if the smallest dimension is 384, 715 at 768);
+* attention kernels from FLOPs, at rates measured there for numbers of tokens;
+* all others, and matmuls for which this takes longer, from bytes, at 83 % of the memory bandwidth.
 
 Of five steps that were also measured on an H200, four are predicted within 3 % and one 6 % too low
-(docs/performance.md). What launching costs is left out: small models, whose kernels are shorter than a launch, are
-slower than predicted. For other devices the same shares of peak and bandwidth are assumed.
+(docs/compiled_step.md). Launch overhead is not included: small models, whose kernels are shorter than a launch, are
+slower than predicted. Other devices are assumed to reach the same shares of peak and bandwidth.
 
-It needs JAX's CUDA plug-in, but no driver and no GPU. --step=trainer is the step of `python -m vit_jax.main`, one
-iteration of its loop, without augmentation; --step=bare is forward, backward and AdamW alone.
+Needs JAX's CUDA plug-in, but no driver and no GPU. --step=trainer is the step of `python -m vit_jax.main` (one
+iteration of its loop) without augmentation; --step=bare is forward pass, backward pass and AdamW.
 """
 
 import argparse
@@ -41,9 +40,9 @@ from costs import ATTENTION_KERNEL, Kernel, Row
 
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 MISSING = """\
-error: JAX's CUDA plug-in is not installed, and without it XLA cannot compile for a GPU (no GPU is needed)
-  in an environment of its own: pip install "jax[cuda13]" and what requirements.txt lists
-  then run this again with that Python (JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 and JAX_PLATFORMS=cpu are set here)"""
+error: JAX's CUDA plug-in is not installed; XLA needs it to compile for a GPU (no GPU is needed)
+  install it in a separate environment: pip install "jax[cuda13]" -r requirements.txt
+  then run this with that Python (JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 and JAX_PLATFORMS=cpu are set here)"""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -56,18 +55,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--classes", type=int, default=1000, help="(default: %(default)s)")
     known = ("plain", "heads_first", "cudnn", "pallas", "pallas_two_pass_64", "pallas_two_pass_32")
     add("--kernel", default="cudnn", choices=known, help="config.model.attention_kernel (default: %(default)s)")
-    add("--fields", type=json.loads, default={}, help="further options of config.model, as JSON")
+    add("--fields", type=json.loads, default={}, help="more options of config.model, as JSON")
     add("--step", default="trainer", choices=["trainer", "bare"], help="(default: %(default)s)")
-    add("--attention_tflops", help="FORWARD,BACKWARD rates of the attention kernel, in place of the measured ones")
-    add("--triton_gemm", action="store_true", help="let XLA compile matmuls with Triton where it would")
-    add("--hlo", type=Path, help="write the compiled program's text here")
-    add("--top", type=int, default=12, help="the largest movers of bytes to list (default: %(default)s)")
+    add("--attention_tflops", help="FORWARD,BACKWARD rates of the attention kernel instead of the measured ones")
+    add("--triton_gemm", action="store_true", help="allow XLA to compile matmuls with Triton")
+    add("--hlo", type=Path, help="file for the text of the compiled program")
+    add("--top", type=int, default=12, help="number of kernels to list, by bytes moved (default: %(default)s)")
     add("--json", action="store_true", help="print one JSON line instead of tables")
     return parser.parse_args(arguments)
 
 
 def prepare(flags: argparse.Namespace) -> None:
-    """Sets what XLA reads from the environment; before JAX is imported."""
+    """Sets the environment variables that XLA reads; must run before JAX is imported."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     options = ["--xla_gpu_autotune_level=0"]
     if (toolkit := cuda_directory()) is not None:
@@ -78,9 +77,9 @@ def prepare(flags: argparse.Namespace) -> None:
 
 
 def cuda_directory() -> Path | None:
-    """Where CUDA's libdevice lies: among the installed packages, or where CUDA was installed."""
+    """The directory with CUDA's libdevice: of an installed package or of a CUDA installation."""
     spec = importlib.util.find_spec("nvidia")
-    packages = [Path(folder) for folder in spec.submodule_search_locations] if spec else []
+    packages = [Path(location) for location in spec.submodule_search_locations] if spec else []
     found = [path for package in packages for path in sorted(package.glob("cu1*")) + [package / "cuda_nvcc"]]
     found += [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     found += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
@@ -88,7 +87,7 @@ def cuda_directory() -> Path | None:
 
 
 def compile_step(flags: argparse.Namespace) -> tuple[Any, Any, float]:
-    """The compiled step, the model, and the seconds that compiling took."""
+    """The compiled step, the model, and the seconds of compilation."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -99,7 +98,7 @@ def compile_step(flags: argparse.Namespace) -> tuple[Any, Any, float]:
     from vit_jax import config as options
     from vit_jax.training import build_model
 
-    fused_attention_stablehlo.check_cudnn_version = lambda: 91000  # there is no cuDNN to ask
+    fused_attention_stablehlo.check_cudnn_version = lambda: 91000  # no cuDNN is installed
     target = devices.DEVICES[flags.device].target_config()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     mesh = Mesh(np.array(topology.devices).reshape(1), ("data",), axis_types=(AxisType.Auto,))
@@ -108,41 +107,41 @@ def compile_step(flags: argparse.Namespace) -> tuple[Any, Any, float]:
     model = build_model.build(section, flags.classes, dtype=jnp.bfloat16).clone(attention_kernel=flags.kernel)
     function, arguments = {"bare": bare_step, "trainer": trainer_step}[flags.step](flags, model, mesh)
     began = time.perf_counter()
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas asks it which device it compiles for
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas finds the device there
         compiled = function.lower(*arguments).compile()
     return compiled, model, time.perf_counter() - began
 
 
 def on(mesh: Any, tree: Any) -> Any:
-    """The shapes of a tree's arrays, replicated over a mesh."""
+    """The abstract arrays of a tree, replicated over a mesh."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), tree)
 
 
 def bare_step(flags: argparse.Namespace, model: Any, mesh: Any) -> tuple[Any, tuple]:
-    """Forward, backward and AdamW, with images in the model's compute dtype; and its abstract arguments."""
+    """Forward pass, backward pass and AdamW on images in the compute dtype; and its abstract arguments."""
     import jax
     import jax.numpy as jnp
     import jax_sides
     import optax
     import work as works
 
-    from vit_jax.training import state
+    from vit_jax.training import setup
 
     size = (flags.image_size, flags.image_size, 3)
-    rule = optax.adamw(works.LEARNING_RATE, *works.BETAS, works.EPSILON, weight_decay=works.WEIGHT_DECAY)
-    parameters = jax.eval_shape(lambda: state.initialize(model, size, 0))
-    given = (parameters, jax.eval_shape(rule.init, parameters))
+    optimizer = optax.adamw(works.LEARNING_RATE, *works.BETAS, works.EPSILON, weight_decay=works.WEIGHT_DECAY)
+    parameters = jax.eval_shape(lambda: setup.init_parameters(model, size, 0))
+    abstract_state = (parameters, jax.eval_shape(optimizer.init, parameters))
     images = jax.ShapeDtypeStruct((flags.batch_size, *size), model.dtype)
     targets = jax.ShapeDtypeStruct((flags.batch_size, flags.classes), jnp.float32)
-    return jax.jit(jax_sides.make_step(model, rule), donate_argnums=0), on(mesh, (given, images, targets))
+    return jax.jit(jax_sides.make_step(model, optimizer), donate_argnums=0), on(mesh, (abstract_state, images, targets))
 
 
 def trainer_step(flags: argparse.Namespace, model: Any, mesh: Any) -> tuple[Any, tuple]:
-    """The update of the trainer, many steps in a loop; and its abstract arguments."""
+    """The update of the trainer, a loop over steps; and its abstract arguments."""
     import jax_sides
     import numpy as np
     from work import Work
@@ -154,11 +153,10 @@ def trainer_step(flags: argparse.Namespace, model: Any, mesh: Any) -> tuple[Any,
         name: variants.fields(flags.variant)[name] for name in ("width", "depth", "heads", "mlp_width", "patch_size")
     }
     sizes = {"image_size": flags.image_size, "classes": flags.classes, "batch_size": flags.batch_size}
-    run = jax_sides.run_of(Work("ours_trainer", "train", dtype="bfloat16", **fields, **sizes), model)
-    feed = run.feeds("train").abstract_feed(jax_sides.ROWS, flags.batch_size)
-    run = dataclasses.replace(run, mesh=mesh)
-    update = make_update(run.applied, run.optimizer, run.augment, run.config, mesh)
-    return update, (run.abstract_state(), on(mesh, feed), np.int32(0))
+    experiment = jax_sides.experiment_of(Work("ours_trainer", "train", dtype="bfloat16", **fields, **sizes), model)
+    feed = experiment.pipelines["train"].abstract_feed(jax_sides.ROWS, flags.batch_size)
+    experiment = dataclasses.replace(experiment, mesh=mesh)
+    return make_update(experiment), (experiment.abstract_state(), on(mesh, feed), np.int32(0), np.int32(0))
 
 
 def attention_ms(flags: argparse.Namespace, model: Any, kernels: list[Kernel], peak: float) -> dict[str, float]:
@@ -167,24 +165,24 @@ def attention_ms(flags: argparse.Namespace, model: Any, kernels: list[Kernel], p
 
     rows, columns = token_grid(model, (flags.image_size, flags.image_size))
     tokens = rows * columns + model.class_token + model.registers
-    given = [1e12 * float(rate) for rate in (flags.attention_tflops or "").split(",") if rate]
-    rates = given or costs.attention_rates(flags.kernel, tokens, peak)
+    overrides = [1e12 * float(rate) for rate in (flags.attention_tflops or "").split(",") if rate]
+    rates = overrides or costs.attention_rates(flags.kernel, tokens, peak)
     runs = sum(one.count for one in kernels if one.kind == f"{ATTENTION_KERNEL}, forward")
     return costs.attention_ms(2 * flags.batch_size * tokens**2 * model.width, rates, runs, model.depth)
 
 
 def summary(flags: argparse.Namespace, model: Any, rows: dict[str, Row], temporary: int, peak: float) -> dict[str, Any]:
-    """The figures of the whole step, as the JSON line has them."""
+    """The JSON line: predictions for the whole step."""
     from vit_jax.models.summary import forward_flops
 
     step = sum(row.ms for row in rows.values())
     rate = 1e3 * flags.batch_size / step
     rest = [row.bytes for kind, row in rows.items() if not kind.startswith(("matmul", ATTENTION_KERNEL))]
-    given = ("variant", "image_size", "batch_size", "kernel", "fields", "step")
+    options = ("variant", "image_size", "batch_size", "kernel", "fields", "step")
     return {
         "benchmark": "compiled",
         "compiled_for": devices.DEVICES[flags.device].name,
-        **{name: getattr(flags, name) for name in given},
+        **{name: getattr(flags, name) for name in options},
         "step_ms": round(step, 2),
         "images_per_second": round(rate, 1),
         "mfu": round(3 * forward_flops(model, (flags.image_size, flags.image_size), 3) * rate / peak, 4),
@@ -198,23 +196,23 @@ def summary(flags: argparse.Namespace, model: Any, rows: dict[str, Row], tempora
 
 def show(line: dict[str, Any], rows: dict[str, Row], kernels: list[Kernel], top: int) -> None:
     """Prints the tables."""
-    given = f"{line['variant']}, {line['image_size']} px, batch {line['batch_size']}, {line['step']} step"
-    print(f"{line['compiled_for']}: {given}, attention by {line['kernel']}")
+    title = f"{line['variant']}, {line['image_size']} px, batch {line['batch_size']}, {line['step']} step"
+    print(f"{line['compiled_for']}: {title}, attention by {line['kernel']}")
     print(f"{'kernels':>7}  {'GB':>7}  {'ms':>7}  kind")
     for kind, row in rows.items():
         print(f"{row.count:7d}  {row.bytes / 1e9:7.2f}  {row.ms:7.2f}  {kind}")
     print(f"{line['kernels']:7d}  {sum(row.bytes for row in rows.values()) / 1e9:7.2f}  {line['step_ms']:7.2f}  all")
     print(
-        f"\nall but matmuls and attention kernels: {line['other_gb']} GB; temporary memory: {line['temporary_gib']} GiB"
+        f"\nneither matmuls nor attention kernels: {line['other_gb']} GB; temporary memory: {line['temporary_gib']} GiB"
     )
     print(f"predicted: {line['step_ms']} ms per step, {line['images_per_second']:,.0f} images/s, MFU {line['mfu']:.1%}")
-    places: collections.Counter[str] = collections.Counter()
+    origins: collections.Counter[str] = collections.Counter()
     for one in kernels:
         if not one.kind.startswith(("matmul", ATTENTION_KERNEL)):
-            places[one.place] += one.count * one.bytes
-    print("\nthe largest of all but matmuls and attention kernels:")
-    for place, total in places.most_common(top):
-        print(f"{total / 1e9:7.2f} GB  {place[:200]}")
+            origins[one.origin] += one.count * one.bytes
+    print("\nthe largest of these:")
+    for origin, total in origins.most_common(top):
+        print(f"{total / 1e9:7.2f} GB  {origin[:200]}")
 
 
 def main(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the kernels of a compiled training step cost: how many there are, what they move, how long that takes."""
+"""The cost of the kernels of a compiled training step: their number, the bytes that they move, and their time."""
 
 import collections
 import dataclasses
@@ -18,9 +18,9 @@ BANDWIDTH_SHARE = 4.0 / 4.8
 # bfloat16 matmuls of a block, by their smallest dimension: share of the peak.
 MATMUL = {384: 620 / 989, 768: 715 / 989}
 # Attention kernels with heads of 64, by tokens: share of the peak, forward and backward, of the matmuls that they
-# compute: two (scores, weighted sum), and five (the scores again, and four gradients). cuDNN's backward pass was not
-# measured by itself; at the forward pass's rate, whole steps are predicted within 3 %. The Pallas kernels are those of
-# revision 2335790; the backward pass is what both passes took less what the forward pass did.
+# compute: two (scores, weighted sum) and five (scores again, four gradients). cuDNN's backward pass was not measured
+# separately; with the rate of the forward pass, whole steps are predicted within 3 %. The Pallas kernels are those of
+# revision 2335790; the time of the backward pass is that of both passes minus that of the forward pass.
 FORWARD_MATMULS, BACKWARD_MATMULS = 2, 5
 ATTENTION = {
     "cudnn": ({65: 33 / 989, 197: 95 / 989}, {65: 33 / 989, 197: 95 / 989}),
@@ -29,7 +29,7 @@ ATTENTION = {
 
 
 def at(table: dict[int, float], size: float) -> float:
-    """A measured share at a size: linear in its logarithm between measured sizes, the nearest one's outside."""
+    """The share at a size: interpolated linearly in the logarithm of the size; outside, that of the nearest size."""
     (low, first), (high, last) = sorted(table.items())
     position = math.log(size / low) / math.log(high / low)
     return first + (last - first) * min(1.0, max(0.0, position))
@@ -37,7 +37,7 @@ def at(table: dict[int, float], size: float) -> float:
 
 @dataclasses.dataclass
 class Row:
-    """The kernels of a kind: their number, the bytes that they move, and the milliseconds that they are priced at."""
+    """The kernels of one kind: their number, bytes moved, and predicted milliseconds."""
 
     count: int = 0
     bytes: int = 0
@@ -49,16 +49,16 @@ class Kernel:
     """One kernel of the step.
 
     Attributes:
-        kind: as tables group it.
-        place: where it comes from, and what it writes.
-        count: how often it runs in a step.
-        bytes: that it reads and writes each time.
-        flops: of a matmul; 0 of others.
+        kind: its group in the tables.
+        origin: path in the model, and the type of the result.
+        count: number of runs per step.
+        bytes: read and written per run.
+        flops: per run, of a matmul; 0 for others.
         smallest: the smallest dimension of a matmul.
     """
 
     kind: str
-    place: str
+    origin: str
     count: int
     bytes: int
     flops: int
@@ -66,20 +66,20 @@ class Kernel:
 
 
 def account(program: hlo.Program) -> list[Kernel]:
-    """Every kernel of one step."""
+    """All kernels of one step."""
     shapes = {name: one.shape for name, one in program.named().items()}
     found = []
     for one, count in hlo.kernels(program, hlo.step_computation(program)):
         kind, path = group(program, one)
         dims = hlo.matmul(program, one, shapes)
         flops, smallest = (2 * math.prod(dims), min(dims[-3:])) if dims else (0, 0)
-        place = re.sub(r"block_\d+", "block_N", path) or re.sub(r"[.\d]+$", "", one.name)
-        found.append(Kernel(kind, f"{place} -> {one.shape}", count, hlo.moved(program, one, shapes), flops, smallest))
+        origin = re.sub(r"block_\d+", "block_N", path) or re.sub(r"[.\d]+$", "", one.name)
+        found.append(Kernel(kind, f"{origin} -> {one.shape}", count, hlo.moved(program, one, shapes), flops, smallest))
     return found
 
 
 def group(program: hlo.Program, kernel: hlo.Instruction) -> tuple[str, str]:
-    """A kernel's kind as the tables show it, 'elementwise, norm, backward', and the path that decides it."""
+    """The kind of a kernel, such as 'elementwise, norm, backward', and the path that determines it."""
     kind, path = traces.describe(program, kernel)
     passes = "backward" if "transpose(jvp" in path else "forward"
     if kind == "attention" and kernel.opcode == "custom-call" and not hlo.is_matmul(kernel):
@@ -92,18 +92,20 @@ def group(program: hlo.Program, kernel: hlo.Instruction) -> tuple[str, str]:
         return "elementwise, unnamed", path
     if kind == "elementwise":
         parts = path.split("/")
-        signs = {"norm": "norm", "mlp": "MLP", "attention": "attention projections"}
-        module = next((shown for sign, shown in signs.items() if any(part.startswith(sign) for part in parts)), "other")
+        prefixes = {"norm": "norm", "mlp": "MLP", "attention": "attention projections"}
+        module = next(
+            (shown for prefix, shown in prefixes.items() if any(part.startswith(prefix) for part in parts)), "other"
+        )
         return f"elementwise, {module}, {passes}", path
     return (f"{kind}, {passes}" if kind in ("matmul", "attention") else kind), path
 
 
 def price(kernels: list[Kernel], device: Device, peak: float, attention: dict[str, float]) -> dict[str, Row]:
-    """The kernels by kind, the most expensive first.
+    """Predicted cost of the kernels by kind, the most expensive first.
 
     Args:
         kernels: of the step.
-        device: that they run on.
+        device: the GPU.
         peak: FLOP/s of the device.
         attention: milliseconds of all attention kernels by pass, 'forward' and 'backward'.
     """
@@ -123,9 +125,9 @@ def price(kernels: list[Kernel], device: Device, peak: float, attention: dict[st
 
 
 def attention_rates(kernel: str, tokens: int, peak: float) -> tuple[float, float]:
-    """FLOP/s of an attention kernel forward and backward, at so many tokens.
+    """FLOP/s of an attention kernel, forward and backward, at a number of tokens.
 
-    What XLA computes itself is not an attention kernel, and has no rates.
+    Attention that XLA compiles itself is not an attention kernel.
     """
     forward, backward = ATTENTION["pallas" if kernel.startswith("pallas") else "cudnn"]
     return peak * at(forward, tokens), peak * at(backward, tokens)
@@ -137,8 +139,8 @@ def attention_ms(matmul: int, rates: Sequence[float], runs: int, depth: int) -> 
     Args:
         matmul: FLOPs of one of a block's matmuls, over all images and heads: 2 * batch * tokens^2 * width.
         rates: FLOP/s forward and backward.
-        runs: number of forward kernels; more than blocks where some are computed again.
-        depth: number of blocks. A block's backward pass counts once, however many kernels it has.
+        runs: number of forward kernels; more than the number of blocks if some are rematerialized.
+        depth: number of blocks. The backward pass of a block counts once, for any number of kernels.
     """
     forward, backward = rates
     return {

@@ -1,4 +1,4 @@
-"""Descriptions of GPUs, to compile for them without having one."""
+"""Descriptions of GPUs, to compile for them on machines without one."""
 
 import dataclasses
 
@@ -8,20 +8,20 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What XLA asks of a GPU before it compiles for it.
+    """The properties of a GPU that XLA needs to compile for it.
 
     Attributes:
-        name: as JAX's `device_kind` has it, so that `hardware.peak` knows its FLOP/s.
+        name: the `device_kind` in JAX, by which `hardware.peak` finds its FLOP/s.
         capability: CUDA compute capability, (major, minor).
         cores: streaming multiprocessors (SMs).
         memory: bytes.
-        bandwidth: bytes per second of the memory.
+        bandwidth: of the memory, in bytes per second.
         l2: bytes of the L2 cache.
-        shared_per_core: bytes of shared memory of an SM.
-        shared_per_block: bytes of it that one block may ask for.
-        clock: GHz, boost.
-        threads_per_core: maximum number of resident threads of an SM.
-        units_per_core: float32 units of an SM.
+        shared_per_core: bytes of shared memory per SM.
+        shared_per_block: maximum bytes of shared memory per block.
+        clock: boost clock in GHz.
+        threads_per_core: maximum number of resident threads per SM.
+        units_per_core: float32 units per SM.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Device:
     units_per_core: int = 128
 
     def target_config(self) -> str:
-        """The text of XLA's GpuTargetConfigProto; what is the same for all of these GPUs stands here alone."""
+        """The text of XLA's GpuTargetConfigProto; fields that all of these GPUs share are constants here."""
         major, minor = self.capability
         return f"""
             gpu_device_info {{
@@ -58,7 +58,7 @@ class Device:
 
 # SMs, memory, bandwidth and clock: NVIDIA's data sheets and architecture white papers of each product (SXM versions
 # where there are several); caches and shared memory: the white papers and the CUDA programming guide's table of
-# compute capabilities. XLA's own descriptions (xla/backends/gpu/target_config/specs) agree where they have the device.
+# compute capabilities. XLA's own descriptions (xla/backends/gpu/target_config/specs) agree for the devices in them.
 DEVICES = {
     "H200": Device(
         "NVIDIA H200", (9, 0), 132, 141 * GIB, 4800 * GB, 50 * MIB, 228 * KIB, 227 * KIB, 1.98

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Everything to measure on an accelerator, in under seven minutes: is attention right, then how fast is it all; the most
-# wanted first.
+# All measurements on an accelerator, in under seven minutes: whether attention is correct, then speed, the most important
+# first.
 #
 #   benchmarks/gpu.sh            # -> results/<device>.json, and its tables in docs/performance.md
 #   benchmarks/gpu.sh --small    # the same on a CPU with small models, as a test of itself
 #
-# No data set and no network is needed. A part that fails does not stop the others, and parts that do not fit into LIMIT
-# seconds are left out; both are lines `skipped` of the results. With LIMIT=1200 all parts run.
+# Needs no data set and no network. If a part fails, the others still run; parts that do not fit into LIMIT seconds are
+# skipped. Both are `skipped` lines of the results. With LIMIT=1200 all parts run.
 #
-# PYTHON, VIT_JAX_TORCH_PYTHON: interpreters (python3). RESULTS, PAGE: where results go. LIMIT: seconds in all (400).
+# PYTHON, VIT_JAX_TORCH_PYTHON: interpreters (python3). RESULTS, PAGE: directory and page of the results. LIMIT: total
+# seconds (400).
 set -u
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
@@ -17,7 +18,7 @@ RESULTS=${RESULTS:-results} PAGE=${PAGE:-docs/performance.md} LIMIT=${LIMIT:-400
 lines=$(mktemp)
 trap 'rm -f "$lines"' EXIT
 
-# part MAXIMUM SCRIPT ARGUMENTS...: runs a benchmark for at most this many seconds.
+# part MAXIMUM SCRIPT ARGUMENTS...: runs a benchmark for at most MAXIMUM seconds.
 part() {
     local maximum=$1 left=$((LIMIT - SECONDS)) status=timeout
     shift
@@ -49,7 +50,7 @@ else
     part 60 breakdown.py "${b16[@]}" --dtype=bfloat16
     part 60 breakdown.py "${s4[@]}" --dtype=bfloat16
     part 75 kernels.py --widths=384,768 --seconds=0.05 --dtypes=bfloat16
-    # What is left out unless LIMIT is raised.
+    # Skipped unless LIMIT is raised.
     part 60 inference.py --variant=S/16 --image_size=224 --dtypes=bfloat16 --sides=ours,timm --turns=3 --seconds=0.5
     part 100 train_step.py --variant=S/16 --image_size=224 --batch_size=512 --classes=1000 "${step[@]}"
     part 150 train_step.py --variant=L/16 --image_size=224 --batch_size=128 --classes=1000 "${step[@]}"

@@ -11,7 +11,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _MATMUL = re.compile(r"gemm|matmul|cublas", re.IGNORECASE)
 _BITS = {"pred": 8, "bf16": 16, "token": 0}
-# Instructions that launch nothing themselves: they name, group or reinterpret buffers, or run other computations.
+# Instructions that launch no kernel: they name, group or reinterpret buffers, or run other computations.
 _NO_KERNEL = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
     "while", "call", "conditional", "async-start", "opt-barrier",
@@ -25,9 +25,9 @@ class Instruction:
     Attributes:
         name: unique in the program.
         opcode: 'fusion', 'dot', 'custom-call', ...
-        shape: its type, as 'f32[8,4]{1,0}' or '(bf16[8], s8[4])'.
-        arguments: what stands in its parentheses.
-        path: `op_name`, as 'jit(update)/jvp(VisionTransformer)/encoder/block_0/attention/qkv/dot_general'.
+        shape: its type, such as 'f32[8,4]{1,0}' or '(bf16[8], s8[4])'.
+        arguments: the text in its parentheses.
+        path: `op_name`, such as 'jit(update)/jvp(VisionTransformer)/encoder/block_0/attention/qkv/dot_general'.
         target: of a custom call.
         calls: the computation that a fusion or call runs.
         attributes: the rest of the line.
@@ -55,7 +55,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations by name, each a list of instructions; `entry` is the name of the first to run."""
+    """Lists of instructions by the name of their computation; `entry` is the one that runs first."""
 
     computations: dict[str, list[Instruction]]
     entry: str
@@ -64,7 +64,7 @@ class Program:
         return {one.name: one for instructions in self.computations.values() for one in instructions}
 
     def inside(self, instruction: Instruction) -> list[Instruction]:
-        """The instruction, and all that the fusions and calls in it run."""
+        """The instruction, and all instructions of the fusions and calls in it."""
         called = self.computations.get(instruction.calls, []) if instruction.opcode in ("fusion", "call") else []
         return [instruction, *(below for one in called for below in self.inside(one))]
 
@@ -92,7 +92,7 @@ def _field(text: str, pattern: str) -> str:
 
 
 def _split(rest: str) -> tuple[str, str]:
-    """What stands before and after the closing parenthesis of an instruction's operands."""
+    """The text before and after the parenthesis that closes the operands of an instruction."""
     depth = 1
     for match in re.finditer(r"[()]", rest):
         depth += 1 if match[0] == "(" else -1
@@ -102,7 +102,7 @@ def _split(rest: str) -> tuple[str, str]:
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """The element type and dimensions of each array of a type."""
+    """The element type and dimensions of each array in a type."""
     return [(kind, tuple(int(dim) for dim in dims.split(",") if dim)) for kind, dims in _ARRAY.findall(shape)]
 
 
@@ -112,7 +112,7 @@ def size(shape: str) -> int:
 
 
 def _bits(kind: str) -> int:
-    """Bits of an element: 16 of 'bf16', 8 of 'f8e4m3fn', 4 of 's4'."""
+    """Bits per element: 16 for 'bf16', 8 for 'f8e4m3fn', 4 for 's4'."""
     digits = re.match(r"[a-z]+(\d+)", kind)
     return _BITS[kind] if kind in _BITS else int(digits[1]) if digits else 0
 
@@ -120,8 +120,8 @@ def _bits(kind: str) -> int:
 def kernels(program: Program, computation: str, times: int = 1) -> Iterator[tuple[Instruction, int]]:
     """The instructions of a computation that launch a kernel, each with how often it runs.
 
-    Loops, calls and the branches of conditionals are followed. A loop runs as often as the compiler knows; once where
-    it does not, so that what is counted is one iteration.
+    Includes those of loops, calls and conditionals (the branch with the most kernels). The iterations of a loop count
+    if the compiler knows their number; otherwise one iteration counts.
     """
     for one in program.computations.get(computation, []):
         if one.opcode == "while":
@@ -137,7 +137,7 @@ def kernels(program: Program, computation: str, times: int = 1) -> Iterator[tupl
             yield from max(found, key=len)
         elif one.opcode in ("call", "async-start"):
             yield from kernels(program, one.calls, times)
-        elif one.opcode == "fusion-start":  # its type is of its operands, its results, and a context
+        elif one.opcode == "fusion-start":  # its type lists operands, results and a context
             result = program.computations[one.calls][-1].shape
             yield dataclasses.replace(one, opcode="fusion", shape=result), times
         elif one.opcode not in _NO_KERNEL and not one.opcode.endswith(("-done", "-update")):
@@ -147,7 +147,7 @@ def kernels(program: Program, computation: str, times: int = 1) -> Iterator[tupl
 def step_computation(program: Program) -> str:
     """The computation that is one training step: the body of the loop over steps where there is one, else the entry.
 
-    The loop over steps is the one whose number of iterations the compiler does not know.
+    The compiler does not know the number of iterations of the loop over steps.
     """
     loops = [one for one in program.computations[program.entry] if one.opcode == "while"]
     bodies = [one.attribute(r"\bbody=%?([\w.\-]+)") for one in loops if "known_trip_count" not in one.attributes]
@@ -158,11 +158,11 @@ def step_computation(program: Program) -> str:
 def moved(program: Program, kernel: Instruction, shapes: dict[str, str]) -> int:
     """Bytes that a kernel reads and writes: its operands and results, each once.
 
-    Of an operand that a fusion only slices dynamically or gathers from, what is taken counts; of a result that is
-    updated in place, the update.
+    For an operand that a fusion only slices dynamically or gathers from, the slice counts; for a result that is updated
+    in place, the update.
 
     Args:
-        program: where the kernel is from.
+        program: the program of the kernel.
         kernel: one of `kernels`.
         shapes: the type of every instruction of the program, by name.
     """
@@ -180,7 +180,7 @@ def moved(program: Program, kernel: Instruction, shapes: dict[str, str]) -> int:
 
 
 def _read(name: str, users: dict[str, list[Instruction]], shapes: dict[str, str]) -> int:
-    """Bytes that a fusion reads of one of its values."""
+    """Bytes that a fusion reads from one of its parameters."""
     total = 0
     for one in users[name]:
         first = one.operands[0] == name
@@ -194,7 +194,7 @@ def _read(name: str, users: dict[str, list[Instruction]], shapes: dict[str, str]
 
 
 def _written(inside: list[Instruction], kernel: Instruction, shapes: dict[str, str]) -> int:
-    """Bytes of a kernel's results; a library's workspace, which it returns as bytes beside them, is none."""
+    """Bytes of the results of a kernel, without the workspace that library calls return as an array of bytes."""
     if kernel.opcode == "custom-call" and kernel.shape.startswith("("):
         return size(re.sub(r"\b[su]8\[\d*\]", "", kernel.shape))
     named = {one.name: one for one in inside}
@@ -211,20 +211,20 @@ def _written(inside: list[Instruction], kernel: Instruction, shapes: dict[str, s
 
 
 def is_matmul(instruction: Instruction) -> bool:
-    """Whether it multiplies matrices: a `dot`, or a call of cuBLAS."""
+    """Whether an instruction is a matmul: a `dot` or a call of cuBLAS."""
     return instruction.opcode == "dot" or bool(_MATMUL.search(instruction.target))
 
 
 def matmul(program: Program, kernel: Instruction, shapes: dict[str, str]) -> tuple[int, ...]:
-    """Batch, rows, columns and contracted size of the matmul that a kernel is, or is fused around; () of any other."""
-    product = next((one for one in program.inside(kernel) if is_matmul(one)), None)
-    if product is None:
+    """Batch, rows, columns and contracted size of the matmul in a kernel; () if it has none."""
+    dot = next((one for one in program.inside(kernel) if is_matmul(one)), None)
+    if dot is None:
         return ()
-    pattern = r"%s_%s_dims=\{([^}]*)\}" if product.opcode == "dot" else r'"%s_%s_dimensions":\[([^\]]*)\]'
-    (_, left), (_, right) = (arrays(shapes[name])[0] for name in (product.operands * 2)[:2])
+    pattern = r"%s_%s_dims=\{([^}]*)\}" if dot.opcode == "dot" else r'"%s_%s_dimensions":\[([^\]]*)\]'
+    (_, left), (_, right) = (arrays(shapes[name])[0] for name in (dot.operands * 2)[:2])
 
     def extent(dims: tuple[int, ...], side: str, role: str) -> int:
-        found = re.findall(r"\d+", product.attribute(pattern % (side, role)))
+        found = re.findall(r"\d+", dot.attribute(pattern % (side, role)))
         return math.prod(dims[int(dim)] for dim in found)
 
     batch, contracted = extent(left, "lhs", "batch"), extent(left, "lhs", "contracting")

@@ -1,13 +1,13 @@
-"""Time of a forward pass, one call at a time: ours, and beside it others' models of the very same size.
+"""Time of a forward pass, one call at a time: ours, compared with other implementations of the same size.
 
     python benchmarks/inference.py --variant=S/16 --image_size=224 --batch_sizes=1,64
     python benchmarks/inference.py --sides=ours,timm --dtypes=float32
 
-The sides are those of train_step.py, each in a process of its own, taking turns; every call is waited for. One JSON
-line a side, batch size and dtype: ms (the median of all calls), ms_p95, images_per_second (of the median), logits (the
-first image's first three: all sides have the same parameters and images), waiting (cores that it used while the others
-measured), and for all but ours `ratio`: how many times as fast ours is, the median over the turns of the ratio of
-their medians. A side that fails is a line with `error`.
+The sides are those of train_step.py, each in a separate process, in turns; every call is waited for. Prints one JSON
+line per side, batch size and compute dtype: ms (the median of all calls), ms_p95, images_per_second (of the median),
+logits (the first three of the first image: all sides have the same parameters and images), waiting (cores used while
+other sides were measured), and for all but ours `ratio`, the speedup of ours over this side: the median over turns of
+the ratio of medians, with ratio_min and ratio_max. For a side that fails the line has `error`.
 """
 
 import argparse
@@ -26,14 +26,16 @@ KNOWN = ("ours", "plain_flax", "torch", "torch_compile", "timm", "timm_compile",
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     comparing.add_flags(parser, variant="S/16", image_size=224, known=KNOWN)
-    parser.add_argument("--batch_sizes", default="1,64", help="images a call (default: %(default)s)")
-    parser.add_argument("--calls", type=int, help="calls a turn (default: as --seconds allow)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="a turn takes about (default: %(default)s)")
+    parser.add_argument("--batch_sizes", default="1,64", help="images per call (default: %(default)s)")
+    parser.add_argument("--calls", type=int, help="calls per turn (default: as --seconds allows)")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="approximate length of a turn (default: %(default)s)"
+    )
     return parser.parse_args(arguments)
 
 
 def compare(flags: argparse.Namespace, dtype: str, batch_size: int, names: list[str]) -> None:
-    """All sides in one arithmetic, with one batch size; prints their lines."""
+    """Compares all sides in one compute dtype and batch size, and prints their lines."""
     works = [comparing.work_of(flags, name, "infer", dtype, batch_size) for name in names]
     opened, errors = comparing.open_all(works, flags.torch_python)
 
@@ -51,14 +53,14 @@ def compare(flags: argparse.Namespace, dtype: str, batch_size: int, names: list[
             continue
         side = next(side for side in opened if side.name == name)
         times = sorted(seconds for turn in side.turns for seconds in turn)
-        middle = statistics.median(times)
+        median = statistics.median(times)
         line |= {"device": side.report["device"], "library": side.report["library"]}
-        line |= {"ms": round(1e3 * middle, 3), "ms_p95": round(1e3 * times[int(0.95 * len(times))], 3)}
-        line |= {"images_per_second": round(batch_size / middle, 1), "waiting": side.waiting()}
+        line |= {"ms": round(1e3 * median, 3), "ms_p95": round(1e3 * times[int(0.95 * len(times))], 3)}
+        line |= {"images_per_second": round(batch_size / median, 1), "waiting": side.waiting()}
         line["logits"] = side.report["logits"]
         if name != "ours" and "ours" in medians:
             ratio = comparing.ratio(medians["ours"], medians[name])
-            line |= {"ratio": ratio.median, "ratio_least": ratio.least, "ratio_most": ratio.most}
+            line |= {"ratio": ratio.median, "ratio_min": ratio.minimum, "ratio_max": ratio.maximum}
         print(json.dumps(line), flush=True)
     for side in opened:
         side.close()

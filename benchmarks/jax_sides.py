@@ -1,5 +1,6 @@
-"""The sides that are JAX: a model's bare step, the trainer's own step, and logits. Started by sides.py."""
+"""The JAX sides: the bare training step of a model, the step of the trainer, and inference. Started by sides.py."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -17,10 +18,10 @@ from work import Work
 from vit_jax.runtime import cpu_allocator
 
 if __name__ == "__main__":
-    asked = Work(**json.loads(sys.argv[1]))
-    if asked.device == "cpu":
+    requested = Work(**json.loads(sys.argv[1]))
+    if requested.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
-    if asked.side != "plain_flax":
+    if requested.side != "plain_flax":
         cpu_allocator.keep_memory()  # as commands do, before JAX is imported
 
 import jax
@@ -30,19 +31,18 @@ import optax
 from plain_flax import PlainViT
 
 from vit_jax import config as options
-from vit_jax import objectives, optim, sharding
-from vit_jax.data.augment import Augment
+from vit_jax import sharding
 from vit_jax.data.sources import Source
+from vit_jax.models.attention_backends import FALLBACK
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.losses import cross_entropy
 from vit_jax.runtime import attention_choice, hardware
-from vit_jax.runtime.attention_choice import Choice
-from vit_jax.training import build_model, state
-from vit_jax.training.setup import Run
+from vit_jax.training import build_model, setup
+from vit_jax.training.setup import Experiment
 from vit_jax.training.step import make_update
 
-FIRST = 3  # steps whose losses are shown
-ROWS = 10  # steps that a dispatch of the trainer's has room for
+FIRST = 3  # number of steps whose losses are reported
+ROWS = 10  # maximum number of steps per dispatch of the trainer
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def for_plain_flax(flat: dict[str, np.ndarray], work: Work) -> dict[str, Any]:
-    """The same parameters by the names and shapes of Flax's own layers."""
+    """The same parameters by the names and with the shapes of Flax's own layers."""
     width, heads, patch = work.width, work.heads, work.patch_size
     size = width // heads
     named = {"token": flat["class_token"], "positions": flat["positions/table"]}
@@ -77,8 +77,8 @@ def for_plain_flax(flat: dict[str, np.ndarray], work: Work) -> dict[str, Any]:
             layer(f"{ours}/{name}", f"{theirs}/{other}")
         layer(f"{ours}/attention/out", f"{attention}/out")
         named[f"{attention}/out/kernel"] = named[f"{attention}/out/kernel"].reshape(heads, size, width)
-        for place, name in enumerate(("query", "key", "value")):
-            part = slice(place * width, (place + 1) * width)
+        for index_in_qkv, name in enumerate(("query", "key", "value")):
+            part = slice(index_in_qkv * width, (index_in_qkv + 1) * width)
             kernel, bias = flat[f"{ours}/attention/qkv/kernel"][:, part], flat[f"{ours}/attention/qkv/bias"][part]
             named[f"{attention}/{name}/kernel"] = kernel.reshape(width, heads, size)
             named[f"{attention}/{name}/bias"] = bias.reshape(heads, size)
@@ -104,41 +104,41 @@ def built(work: Work) -> VisionTransformer:
     return model.clone(attention_kernel=choice.backend)
 
 
-def as_training_does(name: str) -> dict[str, Any]:
-    """What training asks of the compiler for our sides; nothing for others."""
+def compiler_options(name: str) -> dict[str, Any]:
+    """The compiler options of training for our sides; none for others."""
     return {} if name == "plain_flax" else {"compiler_options": hardware.compiler_options(jax.devices()[0].platform)}
 
 
 def start(work: Work, name: str) -> tuple[Any, Any]:
-    """The model, and the parameters that every side starts from."""
+    """The model and its initial parameters, which are the same for all sides."""
     if name == "plain_flax":
         model = PlainViT(classes=work.classes, dtype=jnp.dtype(work.dtype), **work.model())
     else:
         model = built(work)
     if work.fields:
         shape = (work.image_size, work.image_size, work.channels)
-        return model, jax.jit(lambda: state.initialize(model, shape, 0))()
+        return model, jax.jit(lambda: setup.init_parameters(model, shape, 0))()
     flat = works.parameters(work)
     tree = nested(flat) if name == "ours" else for_plain_flax(flat, work)
-    # Copied: what is donated must not be what NumPy holds.
+    # Copied, because donated buffers must not be those of NumPy.
     return model, jax.block_until_ready(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree))
 
 
 def send(work: Work) -> list[tuple[jax.Array, jax.Array]]:
-    """Normalised images and one-hot targets of each batch, on the device."""
+    """Normalized images and one-hot targets of each batch, on the device."""
     images, labels = works.examples(work)
     return [
-        (jax.device_put(works.normalised(batch)), jax.nn.one_hot(of, work.classes))
-        for batch, of in zip(images, labels, strict=True)
+        (jax.device_put(works.normalized(batch)), jax.nn.one_hot(indices, work.classes))
+        for batch, indices in zip(images, labels, strict=True)
     ]
 
 
-def make_step(model: Any, rule: optax.GradientTransformation) -> Callable:
-    """One update, as it is written where nothing else is wanted: (parameters, moments), images, targets."""
+def make_step(model: Any, optimizer: optax.GradientTransformation) -> Callable:
+    """A minimal training step: a function of (parameters, optimizer state), images and targets."""
 
     def step(state, images, targets):
         parameters, moments = state
-        # For models with dropout; of the step, so that nothing is drawn when it is compiled.
+        # For models with dropout; a function of the step, so that it is not a constant of the program.
         key = jax.random.fold_in(jax.random.key(0), optax.tree_utils.tree_get(moments, "count"))
 
         def loss(parameters):
@@ -146,19 +146,19 @@ def make_step(model: Any, rule: optax.GradientTransformation) -> Callable:
             return cross_entropy(logits, targets).mean()
 
         value, gradients = jax.value_and_grad(loss)(parameters)
-        updates, moments = rule.update(gradients, moments, parameters)
+        updates, moments = optimizer.update(gradients, moments, parameters)
         return (optax.apply_updates(parameters, updates), moments), value
 
     return step
 
 
 class Side:
-    """What the sides have in common: what they report once compiled and warm."""
+    """Base of the sides: the report that they make once they are compiled and warmed up."""
 
     compile_s = 0.0
 
-    def introduce(self, first: float, **more: Any) -> None:
-        """`first`: seconds of a step."""
+    def set_report(self, first: float, **more: Any) -> None:
+        """`first`: seconds per step."""
         stats = jax.local_devices()[0].memory_stats() or {}
         peak = stats["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in stats else resident_mb()
         self.report = {
@@ -178,81 +178,68 @@ class Side:
 
 
 class Bare(Side):
-    """Whole steps of AdamW in a loop of the host, and nothing besides."""
+    """Whole training steps with AdamW in a plain loop on the host."""
 
     def __init__(self, work: Work):
         model, parameters = start(work, work.side)
-        rule = optax.adamw(works.LEARNING_RATE, *works.BETAS, works.EPSILON, weight_decay=works.WEIGHT_DECAY)
-        self.batches, self.taken = send(work), 0
-        self.state = (parameters, rule.init(parameters))
-        settings = {"donate_argnums": 0, **as_training_does(work.side)}
-        self.step = self.compile(make_step(model, rule), self.state, *self.batches[0], **settings)
-        shown = []
+        optimizer = optax.adamw(works.LEARNING_RATE, *works.BETAS, works.EPSILON, weight_decay=works.WEIGHT_DECAY)
+        self.batches, self.num_steps = send(work), 0
+        self.state = (parameters, optimizer.init(parameters))
+        settings = {"donate_argnums": 0, **compiler_options(work.side)}
+        self.step = self.compile(make_step(model, optimizer), self.state, *self.batches[0], **settings)
+        losses = []
         for _ in range(FIRST):
-            self._take(1)
-            shown.append(round(float(self.value), 5))
-        self.introduce(self.turn(1), losses=shown)
+            self._run(1)
+            losses.append(round(float(self.value), 5))
+        self.set_report(self.turn(1), losses=losses)
 
-    def _take(self, steps: int) -> None:
+    def _run(self, steps: int) -> None:
         for _ in range(steps):
-            batch = self.batches[self.taken % len(self.batches)]
+            batch = self.batches[self.num_steps % len(self.batches)]
             self.state, self.value = self.step(self.state, *batch)
-            self.taken += 1
+            self.num_steps += 1
 
     def turn(self, steps: int) -> float:
         began = time.perf_counter()
-        self._take(steps)
+        self._run(steps)
         jax.block_until_ready((self.state, self.value))
         return time.perf_counter() - began
 
 
-def run_of(work: Work, model: VisionTransformer) -> Run:
-    """The parts that training makes of such a config: one device, no augmentation, the set resident."""
+def experiment_of(work: Work, model: VisionTransformer) -> Experiment:
+    """The experiment that training assembles for such a model: one device, no augmentation, the set resident."""
     config = options.default()
+    config.model.update(variant=f"Ti/{model.patch_size}", attention_kernel=FALLBACK)  # replaced by the model below
     config.optimizer.update(schedule="constant", weight_decay=works.WEIGHT_DECAY)
     config.train.update(batch_size=work.batch_size, steps=10**6, steps_per_dispatch=ROWS)
     config.data.resident, config.log.every = "always", 10**6
     images, labels = (array.reshape(-1, *array.shape[2:]) for array in works.examples(work))
     names = tuple(str(k) for k in range(work.classes))
     source = Source("synthetic", "train", images, labels, names, (works.MEAN,) * 3, (works.STD,) * 3)
-    augment = Augment(source.mean, source.std, dtype=model.dtype, **config.augment.to_dict())
-    steps = config.train.steps
-    return Run(
-        config=config,
-        mesh=sharding.make_mesh(1),
-        sources={"train": source},
-        image_shape=images.shape[1:],
-        model=model,
-        applied=model,
-        augment=augment,
-        steps=steps,
-        optimizer=optim.make(config.optimizer, steps),
-        mask=None,
-        objective=objectives.make(config),
-        module=model,
-        attention=Choice(model.attention_kernel, "config"),
-    )
+    experiment = setup.assemble(config, sharding.make_mesh(1), {"train": source})
+    augment = dataclasses.replace(experiment.augment, dtype=model.dtype)
+    return dataclasses.replace(experiment, model=model, module=model, augment=augment)
 
 
 class Trainer(Side):
-    """The step that training runs: many in one dispatch, from the 8-bit images on, with all its checks and sums."""
+    """The step of training: many per dispatch, from uint8 images, with all its checks and metrics."""
 
     def __init__(self, work: Work):
         model, parameters = start(work, "ours")
-        run = run_of(work, model)
-        self.state = run.initial_state(parameters)
-        # Batch k is always the same examples, so that the first losses are those of the other sides.
+        experiment = experiment_of(work, model)
+        self.state = experiment.init_state(0, parameters)
+        # Batch k always has the same examples, so that the first losses equal those of the other sides.
         table = np.arange(work.batches * work.batch_size, dtype=np.int32).reshape(work.batches, -1)
-        self.feed = run.feeds("train").feed(np.resize(table, (ROWS, work.batch_size)))
-        update = make_update(run.applied, run.optimizer, run.augment, run.config, run.mesh)
+        self.feed = experiment.pipelines["train"].feed(np.resize(table, (ROWS, work.batch_size)))
+        update = make_update(experiment)
         began = time.perf_counter()
-        self.update = update.lower(self.state, self.feed, np.int32(0)).compile()
+        self.update = update.lower(self.state, self.feed, np.int32(0), np.int32(0)).compile()
         self.compile_s = time.perf_counter() - began
-        shown = np.diff([0.0] + [self._losses_after(1) for _ in range(FIRST)]).round(4).tolist()
-        self.introduce(self.turn(1), losses=shown)
+        losses = np.diff([0.0] + [self._losses_after(1) for _ in range(FIRST)]).round(4).tolist()
+        self.set_report(self.turn(1), losses=losses)
 
     def _losses_after(self, steps: int) -> float:
-        """The sum of the losses so far."""
+        """Runs steps; the sum of the losses since the start."""
         self.turn(steps)
         return float(self.sums["loss"])
 
@@ -260,14 +247,14 @@ class Trainer(Side):
         began = time.perf_counter()
         while steps:
             count = min(steps, ROWS)
-            self.state, self.sums = self.update(self.state, self.feed, np.int32(count))
+            self.state, self.sums = self.update(self.state, self.feed, np.int32(count), np.int32(0))
             steps -= count
         jax.block_until_ready((self.state, self.sums))
         return time.perf_counter() - began
 
 
 class Inference(Side):
-    """Logits of one batch; every call is waited for."""
+    """Computes the logits of one batch; waits for every call."""
 
     def __init__(self, work: Work):
         model, self.parameters = start(work, work.side)
@@ -276,10 +263,10 @@ class Inference(Side):
         def logits(parameters, images):
             return model.apply({"params": parameters}, images)
 
-        self.run = self.compile(logits, self.parameters, self.images, **as_training_does(work.side))
-        shown = [round(float(value), 5) for value in self.run(self.parameters, self.images)[0, :3]]
+        self.run = self.compile(logits, self.parameters, self.images, **compiler_options(work.side))
+        first_logits = [round(float(value), 5) for value in self.run(self.parameters, self.images)[0, :3]]
         self.turn(2)
-        self.introduce(self.turn(1)[0], logits=shown)
+        self.set_report(self.turn(1)[0], logits=first_logits)
 
     def turn(self, steps: int) -> list[float]:
         seconds = []

@@ -1,17 +1,17 @@
-"""The parts of the model, one by one, on this device: matmuls, attention, LayerNorm, GELU.
+"""Speed of the parts of the model on this device: matmuls, attention, LayerNorm, GELU.
 
     python benchmarks/kernels.py
     python benchmarks/kernels.py --widths=384 --rows=8192 --dtypes=float32
     python benchmarks/kernels.py --check --widths=384 --tokens=64,65,197,200
 
-matmul: `rows` tokens through the MLP's first layer (width -> 4 width): forward, and the two of the backward pass, for
-the tokens' gradient (dx) and the kernel's (dw); TFLOP/s. attention: heads of 64, at 65 and 197 tokens, by
-implementation, forward and with the backward pass; ms and TFLOP/s of its two matmuls (six with the backward pass).
-layer_norm, gelu: GB/s of the arrays that must be read or written (two, with the backward pass five). One JSON line
-each; `error` where one is refused.
+matmul: the first layer of the MLP (width -> 4 width) for `rows` tokens: the forward pass, and the two matmuls of the
+backward pass, which give the gradients of the input (dx) and of the kernel (dw); in TFLOP/s. attention: heads of 64, at
+65 and 197 tokens, for each backend, forward and with the backward pass; ms and TFLOP/s of its two matmuls (six with the
+backward pass). layer_norm, gelu: GB/s of the arrays that must be read or written (two; five with the backward pass).
+Prints JSON lines, with `error` if an implementation fails.
 
---check measures nothing: it compares value and gradient of every attention implementation that this device has with
-plain attention in float32, and exits with status 1 where one fails or is off by more than rounding explains.
+--check compares the value and the gradient of every attention backend of this device with plain attention in float32,
+instead of measuring. It exits with status 1 if one fails or differs by more than rounding can explain.
 """
 
 import argparse
@@ -29,6 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import jax
 import jax.numpy as jnp
 
+from vit_jax.errors import one_line
 from vit_jax.models.activations import gelu
 from vit_jax.models.attention_backends import BACKENDS, Backend, Device, Shape, obstacle, plain_fused, split
 from vit_jax.models.norm import LayerNorm
@@ -44,13 +45,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=65536, help="number of tokens (default: %(default)s)")
     parser.add_argument("--dtypes", default="bfloat16,float32", help="(default: %(default)s)")
     parser.add_argument("--tokens", default="65,197", help="per image, for attention (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="to measure each for (default: %(default)s)")
-    parser.add_argument("--check", action="store_true", help="compare attention with float32 instead of measuring")
+    parser.add_argument("--seconds", type=float, default=0.3, help="length of each measurement (default: %(default)s)")
+    parser.add_argument(
+        "--check", action="store_true", help="compare attention backends with float32 instead of measuring"
+    )
     return parser.parse_args(arguments)
 
 
 def timed(function: Callable[..., Any], arguments: tuple[jax.Array, ...], seconds: float) -> float:
-    """Seconds a call, the median of five rounds; calls follow each other without waiting."""
+    """Seconds per call, the median of five rounds; calls are not waited for."""
     run = jax.jit(function)
     jax.block_until_ready(run(*arguments))
 
@@ -69,32 +72,32 @@ def draw(*shape: int, dtype: str) -> jax.Array:
     return jax.random.normal(jax.random.key(len(shape)), shape, jnp.float32).astype(dtype)
 
 
-def short(number: float) -> float:
+def rounded(number: float) -> float:
     return float(f"{number:.4g}")
 
 
-def say(seconds: float, name: str, **values: Any) -> None:
+def report(seconds: float, name: str, **values: Any) -> None:
     device = jax.devices()[0].device_kind
-    print(json.dumps({"benchmark": name, "device": device, **values, "ms": short(1e3 * seconds)}), flush=True)
+    print(json.dumps({"benchmark": name, "device": device, **values, "ms": rounded(1e3 * seconds)}), flush=True)
 
 
 def matmul(rows: int, width: int, dtype: str, seconds: float) -> None:
     tokens, kernel, back = (
         draw(*shape, dtype=dtype) for shape in ((rows, width), (width, 4 * width), (rows, 4 * width))
     )
-    products = {
+    matmuls = {
         "forward": (lambda a, b: a @ b, (tokens, kernel)),
         "dx": (lambda a, b: a @ b.T, (back, kernel)),
         "dw": (lambda a, b: a.T @ b, (tokens, back)),
     }
-    for name, (product, arguments) in products.items():
-        took = timed(product, arguments, seconds)
+    for name, (function, arguments) in matmuls.items():
+        took = timed(function, arguments, seconds)
         rate = 2 * rows * width * 4 * width / took / 1e12
-        say(took, "matmul", product=name, width=width, rows=rows, dtype=dtype, tflops=short(rate))
+        report(took, "matmul", operation=name, width=width, rows=rows, dtype=dtype, tflops=rounded(rate))
 
 
 def passes_of(function: Callable, argument: jax.Array, cotangent: jax.Array) -> dict[str, tuple[Callable, tuple]]:
-    """The function forward, and with its backward pass."""
+    """The forward pass of a function, and forward and backward pass together."""
 
     def both(argument: jax.Array, cotangent: jax.Array) -> Any:
         result, pull = jax.vjp(function, argument)
@@ -113,24 +116,25 @@ def attention(rows: int, tokens: int, width: int, dtype: str, seconds: float) ->
                 took = timed(run, arguments, seconds)
             except Exception as error:
                 device = jax.devices()[0].device_kind
-                said = " ".join(str(error).split())[:200]
-                print(json.dumps({"benchmark": "attention", "device": device, **about, "error": said}), flush=True)
+                message = one_line(error)
+                line = {"benchmark": "attention", "device": device, **about, "error": message}
+                print(json.dumps(line), flush=True)
                 continue
-            products = 2 if passes == "forward" else 6
-            rate = products * 2 * batch * heads * tokens**2 * 64 / took / 1e12
-            say(took, "attention", **about, tflops=short(rate))
+            num_matmuls = 2 if passes == "forward" else 6
+            rate = num_matmuls * 2 * batch * heads * tokens**2 * 64 / took / 1e12
+            report(took, "attention", **about, tflops=rounded(rate))
 
 
 def usable(batch: int, tokens: int, heads: int, dtype: str) -> dict[str, Callable]:
-    """The attention backends for heads of 64 on this device, each from queries, keys and values side by side."""
+    """The attention backends for heads of 64 on this device, each as a function of the fused qkv array."""
     device, shape = Device.of(jax.devices()[0]), Shape(batch, tokens, heads, 64, dtype)
     return {name: from_fused(backend) for name, backend in BACKENDS.items() if obstacle(name, device, shape) is None}
 
 
 def from_fused(backend: Backend) -> Callable[[jax.Array, int], jax.Array]:
-    """A backend as a function of the fused array, with the padding that it needs.
+    """A backend as a function of the fused qkv array, with the padding that it needs.
 
-    In the model, one that reads queries, keys and values apart gets them from three matmuls; here they are copied.
+    Backends with separate queries, keys and values get them from three matmuls in the model; here they are copied.
     """
 
     def attend(fused: jax.Array, heads: int) -> jax.Array:
@@ -146,7 +150,7 @@ def from_fused(backend: Backend) -> Callable[[jax.Array, int], jax.Array]:
 
 
 def check(rows: int, tokens: int, width: int, dtype: str) -> bool:
-    """Compares every attention implementation with plain attention in float32; whether all are right."""
+    """Compares every attention backend with plain attention in float32; whether all are correct."""
     heads, batch = max(1, width // 64), max(1, rows // tokens)
     fused, cotangent = draw(batch, tokens, 3 * width, dtype=dtype), draw(batch, tokens, width, dtype=dtype)
 
@@ -158,22 +162,22 @@ def check(rows: int, tokens: int, width: int, dtype: str) -> bool:
         exact = jax.jit(lambda *arrays: both(plain_fused, *arrays))(*(x.astype("float32") for x in (fused, cotangent)))
     about = {"benchmark": "attention_check", "device": jax.devices()[0].device_kind}
     about |= {"tokens": tokens, "width": width, "dtype": dtype}
-    good = True
+    all_correct = True
     for name, kernel in usable(batch, tokens, heads, dtype).items():
         line = about | {"implementation": name}
         try:
             found = jax.jit(lambda *arrays, kernel=kernel: both(kernel, *arrays))(fused, cotangent)
-            errors = [short(float(difference(*pair))) for pair in zip(found, exact, strict=True)]
-            line |= {"value_error": errors[0], "gradient_error": errors[1], "right": max(errors) < TOLERANCE[dtype]}
+            errors = [rounded(float(difference(*pair))) for pair in zip(found, exact, strict=True)]
+            line |= {"value_error": errors[0], "gradient_error": errors[1], "correct": max(errors) < TOLERANCE[dtype]}
         except Exception as error:
-            line |= {"right": False, "error": " ".join(str(error).split())[:200]}
-        good &= line["right"]
+            line |= {"correct": False, "error": one_line(error)}
+        all_correct &= line["correct"]
         print(json.dumps(line), flush=True)
-    return good
+    return all_correct
 
 
 def difference(found: jax.Array, exact: jax.Array) -> jax.Array:
-    """Norm of the difference over the norm of what is exact; infinite where anything is not finite."""
+    """Norm of the difference relative to the norm of the exact value; infinite if any value is not finite."""
     error = jnp.linalg.norm((found.astype("float32") - exact).ravel()) / jnp.linalg.norm(exact.ravel())
     return jnp.where(jnp.isfinite(error), error, jnp.inf)
 
@@ -186,18 +190,18 @@ def elementwise(rows: int, width: int, dtype: str, seconds: float) -> None:
     for name, (function, array) in functions.items():
         for passes, (run, arguments) in passes_of(function, array, array).items():
             took = timed(run, arguments, seconds)
-            # Read x, write y; then read x and the cotangent, write its own.
+            # Reads x and writes y; then reads x and the cotangent and writes the gradient.
             moved = (2 if passes == "forward" else 5) * array.nbytes
-            say(took, name, passes=passes, width=width, rows=rows, dtype=dtype, gb_s=short(moved / took / 1e9))
+            report(took, name, passes=passes, width=width, rows=rows, dtype=dtype, gb_s=rounded(moved / took / 1e9))
 
 
 def main(arguments: list[str]) -> None:
     flags = parse(arguments)
     if flags.check:
         sizes = itertools.product(map(int, flags.tokens.split(",")), map(int, flags.widths.split(",")))
-        given = itertools.product(sizes, flags.dtypes.split(","))
-        right = [check(flags.rows, *size, dtype) for size, dtype in given]
-        raise SystemExit(0 if all(right) else 1)
+        cases = itertools.product(sizes, flags.dtypes.split(","))
+        correct = [check(flags.rows, *size, dtype) for size, dtype in cases]
+        raise SystemExit(0 if all(correct) else 1)
     for dtype in flags.dtypes.split(","):
         for width in map(int, flags.widths.split(",")):
             matmul(flags.rows, width, dtype, flags.seconds)

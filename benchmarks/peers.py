@@ -1,6 +1,6 @@
-"""The sides that are PyTorch: a plain model, timm's and transformers', eager or compiled. Started by sides.py.
+"""The PyTorch sides: a plain model, timm's and that of transformers, eager or compiled. Started by sides.py.
 
-It runs in an interpreter that need not have JAX.
+Runs in an interpreter that need not have JAX.
 """
 
 import functools
@@ -20,7 +20,7 @@ from child import resident_mb, serve
 from torch import nn
 from work import Work
 
-FIRST = 3  # steps whose losses are shown
+FIRST = 3  # number of steps whose losses are reported
 GELU = functools.partial(nn.GELU, approximate="tanh")
 
 
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class PlainViT(nn.Module):
-    """The Vision Transformer as most would write it with PyTorch's own parts; parameters are named as timm's."""
+    """A straightforward Vision Transformer in PyTorch's own layers; parameters are named as in timm."""
 
     def __init__(self, work: Work):
         super().__init__()
@@ -59,7 +59,7 @@ class PlainViT(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
-def of_timm(work: Work) -> nn.Module:
+def timm_model(work: Work) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     sizes = {"embed_dim": work.width, "depth": work.depth, "num_heads": work.heads}
@@ -67,8 +67,8 @@ def of_timm(work: Work) -> nn.Module:
     return VisionTransformer(img_size=work.image_size, patch_size=work.patch_size, **sizes)
 
 
-class OfTransformers(nn.Module):
-    """transformers' classifier, logits alone."""
+class TransformersModel(nn.Module):
+    """The classifier of transformers; returns only logits."""
 
     def __init__(self, work: Work):
         super().__init__()
@@ -94,11 +94,15 @@ class OfTransformers(nn.Module):
         return self.model(pixel_values=images).logits
 
 
-MODELS: dict[str, Callable[[Work], nn.Module]] = {"torch": PlainViT, "timm": of_timm, "transformers": OfTransformers}
+MODELS: dict[str, Callable[[Work], nn.Module]] = {
+    "torch": PlainViT,
+    "timm": timm_model,
+    "transformers": TransformersModel,
+}
 
 
 def timm_names(flat: dict[str, np.ndarray], work: Work) -> dict[str, np.ndarray]:
-    """The parameters by timm's names; kernels are [outputs, inputs] here."""
+    """The parameters by their names in timm; kernels are [outputs, inputs]."""
     named = {"cls_token": flat["class_token"], "pos_embed": flat["positions/table"]}
 
     def layer(ours: str, theirs: str) -> None:
@@ -137,8 +141,8 @@ TRANSFORMERS = {
 
 
 def transformers_names(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """timm's names turned into those of transformers 5."""
-    made = {}
+    """Renames parameters from timm's names to those of transformers 5."""
+    renamed = {}
     for name, value in named.items():
         stem, _, kind = name.rpartition(".") if name.endswith(("weight", "bias")) else (name, "", "")
         tail = f".{kind}" if kind else ""
@@ -146,45 +150,45 @@ def transformers_names(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         above = f"model.vit.layers.{block}." if block else "model."
         if part == "attn.qkv":
             for letter, third in zip("qkv", np.split(value, 3), strict=True):
-                made[f"{above}attention.{letter}_proj{tail}"] = third
+                renamed[f"{above}attention.{letter}_proj{tail}"] = third
         else:
-            made[f"{above}{TRANSFORMERS[part]}{tail}"] = value
-    return made
+            renamed[f"{above}{TRANSFORMERS[part]}{tail}"] = value
+    return renamed
 
 
 class Side:
-    """A model with the common parameters on its device, and what it reports."""
+    """A model with the common parameters on its device, and its report."""
 
     def __init__(self, work: Work):
-        kind, _, way = work.side.partition("_")
+        kind, _, mode = work.side.partition("_")
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        # As XLA does: products of float32 arrays may run on the tensor cores.
+        # As XLA does: float32 matmuls may use TF32 on tensor cores.
         torch.set_float32_matmul_precision("high")
         self.device = torch.device("cuda" if work.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=work.dtype == "bfloat16" or way == "autocast"
+            self.device.type, torch.bfloat16, enabled=work.dtype == "bfloat16" or mode == "autocast"
         )
         model, named = MODELS[kind](work), timm_names(works.parameters(work), work)
         named = transformers_names(named) if kind == "transformers" else named
         model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in named.items()})
         self.parameters = model.to(self.device)
         images, labels = works.examples(work)
-        images = np.ascontiguousarray(works.normalised(images).transpose(0, 1, 4, 2, 3))
+        images = np.ascontiguousarray(works.normalized(images).transpose(0, 1, 4, 2, 3))
         self.images, self.labels = (torch.from_numpy(a).to(self.device) for a in (images, labels.astype(np.int64)))
-        self.model = torch.compile(model) if way == "compile" else model
+        self.model = torch.compile(model) if mode == "compile" else model
 
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def introduce(self, first: float, began: float, **more: Any) -> None:
-        """`first`: seconds of a step; `began`: when the first one did."""
+    def set_report(self, first: float, began: float, **more: Any) -> None:
+        """`first`: seconds per step; `began`: when the first step began."""
         cuda = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident_mb()
         self.report = {
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "library": f"torch {torch.__version__}",
-            # Its compiler runs at the first steps.
+            # torch.compile compiles during the first steps.
             "compile_s": round(time.perf_counter() - began, 2),
             "step_s": first,
             "peak_memory_mb": round(peak),
@@ -193,26 +197,26 @@ class Side:
 
 
 class Training(Side):
-    """Whole steps of AdamW."""
+    """Whole training steps with AdamW."""
 
     def __init__(self, work: Work):
         super().__init__(work)
         self.model.train()
         settings = {"betas": works.BETAS, "eps": works.EPSILON, "weight_decay": works.WEIGHT_DECAY}
-        self.rule = torch.optim.AdamW(self.parameters.parameters(), works.LEARNING_RATE, fused=True, **settings)
-        self.taken, began = 0, time.perf_counter()
-        shown = [round(self._step().item(), 5) for _ in range(FIRST)]
-        self.introduce(self.turn(1), began, losses=shown)
+        self.optimizer = torch.optim.AdamW(self.parameters.parameters(), works.LEARNING_RATE, fused=True, **settings)
+        self.num_steps, began = 0, time.perf_counter()
+        first_values = [round(self._step().item(), 5) for _ in range(FIRST)]
+        self.set_report(self.turn(1), began, losses=first_values)
 
     def _step(self) -> torch.Tensor:
-        batch = self.taken % len(self.images)
-        self.taken += 1
-        self.rule.zero_grad(set_to_none=True)
+        batch = self.num_steps % len(self.images)
+        self.num_steps += 1
+        self.optimizer.zero_grad(set_to_none=True)
         with self.autocast:
             logits = self.model(self.images[batch])
         loss = nn.functional.cross_entropy(logits.float(), self.labels[batch])
         loss.backward()
-        self.rule.step()
+        self.optimizer.step()
         return loss.detach()
 
     def turn(self, steps: int) -> float:
@@ -224,16 +228,16 @@ class Training(Side):
 
 
 class Inference(Side):
-    """Logits of one batch; every call is waited for."""
+    """Computes the logits of one batch; waits for every call."""
 
     def __init__(self, work: Work):
         super().__init__(work)
         self.model.eval()
         began = time.perf_counter()
         with torch.inference_mode(), self.autocast:
-            shown = [round(value, 5) for value in self.model(self.images[0])[0, :3].float().tolist()]
+            first_values = [round(value, 5) for value in self.model(self.images[0])[0, :3].float().tolist()]
         self.turn(2)
-        self.introduce(self.turn(1)[0], began, logits=shown)
+        self.set_report(self.turn(1)[0], began, logits=first_values)
 
     def turn(self, steps: int) -> list[float]:
         seconds = []

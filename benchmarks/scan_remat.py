@@ -1,10 +1,10 @@
-"""What scan and remat cost and save: compile time and planned memory of a training step, one JSON line each.
+"""Effect of scan and remat on compile time, planned memory and speed of a training step; prints JSON lines.
 
   python benchmarks/scan_remat.py
   python benchmarks/scan_remat.py --variant=B/16 --image_size=224 --batch_size=64 --depth 12 24 --dtype=bfloat16
 
-`compile_seconds` is the compiler's time (`trace_seconds` Python's before it); `temporary_mib` is what the compiled
-step needs beside its arguments and results, as the compiler plans it; `step_seconds` the least of --steps runs.
+`trace_seconds` is the time of tracing and `compile_seconds` that of the compiler; `temporary_mib` is the memory in the
+compiler's plan, without arguments and results; `step_seconds` is the minimum of --steps runs.
 """
 
 import argparse
@@ -26,17 +26,19 @@ from vit_jax.models.vit import VisionTransformer
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="Ti/4", help="of the model (default: Ti/4)")
-    parser.add_argument("--image_size", type=int, default=32, help="pixels (default: 32)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images a step (default: 32)")
-    parser.add_argument("--depth", type=int, nargs="+", default=[12, 24], help="numbers of layers (default: 12 24)")
-    parser.add_argument("--dtype", default="float32", help="arithmetic (default: float32)")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps; 0: compile alone (default: 3)")
+    parser.add_argument("--variant", default="Ti/4", help="size and patch size (default: Ti/4)")
+    parser.add_argument("--image_size", type=int, default=32, help="height and width in pixels (default: 32)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per step (default: 32)")
+    parser.add_argument(
+        "--depth", type=int, nargs="+", default=[12, 24], help="numbers of encoder blocks (default: 12 24)"
+    )
+    parser.add_argument("--dtype", default="float32", help="compute dtype (default: float32)")
+    parser.add_argument("--steps", type=int, default=3, help="number of timed steps; 0: only compile (default: 3)")
     return parser.parse_args()
 
 
 def measure(model: VisionTransformer, images: jax.Array, steps: int) -> dict[str, float]:
-    """Compiles and runs the gradient of a loss."""
+    """Compiles the gradient of a loss and times it."""
 
     def loss(parameters, images, key):
         logits = model.apply({"params": parameters}, images, train=True, rngs={"dropout": key})
@@ -75,10 +77,10 @@ def main() -> None:
         fields = {**variants.fields(flags.variant), "depth": depth, "scan": scan, "remat": remat}
         model = VisionTransformer(classes=10, dtype=jnp.dtype(flags.dtype), **fields)
         estimated = training_bytes(model, size, 3, flags.batch_size)["activations"]
-        given = {key: getattr(flags, key) for key in ("variant", "image_size", "batch_size", "dtype")}
-        given |= {"device": device, "depth": depth, "scan": scan, "remat": remat}
+        line = {key: getattr(flags, key) for key in ("variant", "image_size", "batch_size", "dtype")}
+        line |= {"device": device, "depth": depth, "scan": scan, "remat": remat}
         measured = measure(model, images, flags.steps)
-        print(json.dumps({**given, **measured, "estimated_mib": round(estimated / 2**20, 1)}), flush=True)
+        print(json.dumps({**line, **measured, "estimated_mib": round(estimated / 2**20, 1)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Training on a folder of images that are decoded as they are read, beside the same set resident on the device.
+"""Training on image files that are decoded while they are read, compared with the same images resident on the device.
 
     python benchmarks/streaming.py train --dir=/data/tiny_imagenet_val
     python benchmarks/streaming.py decode --dir=/data/tiny_imagenet_val
     python benchmarks/streaming.py memory
 
-train: steps of Ti/8 at 64 pixels, the two ways taking turns; one JSON line a way, and for the streamed one `ratio`, the
-median over the turns of its speed divided by the resident one's.
-decode: images a second that one thread decodes, ours (with size and channels seen to) and Pillow's open and load alone,
-taking turns.
-memory: resident memory of a process that streams 2,000 batches out of 100,000 synthetic JPEGs, and out of 1,000: after
-200 batches and at the end.
+train: training steps of Ti/8 at 64 pixels, resident and streamed in turns. Prints one JSON line each; `ratio` of the
+streamed one is its speed over that of the resident one, the median over turns, with ratio_min and ratio_max.
+decode: images per second that one thread decodes, by our reader (which also converts size and channels) and by Pillow's
+open and load alone, in turns.
+memory: resident memory of a process that streams 2,000 batches from 1,000 and from 100,000 synthetic JPEGs: after 200
+batches and at the end.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from PIL import Image
 
 from vit_jax import config as options
 from vit_jax import sharding
+from vit_jax.config.check import check_config
 from vit_jax.data import images, lazy_images, pipeline, sources
 from vit_jax.data.sources import Source
 from vit_jax.training import setup
@@ -39,21 +40,23 @@ from vit_jax.training.step import make_update
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["train", "decode", "memory"])
-    parser.add_argument("--dir", help="a folder of images (train/CLASS/*)")
+    parser.add_argument("--dir", help="directory of images (train/CLASS/*)")
     parser.add_argument("--image_size", type=int, default=64, help="pixels (default: %(default)s)")
     parser.add_argument("--variant", default="Ti/8", help="(default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=128, help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="threads that read ahead (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="number of reader threads (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=5, help="turns of each side (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=4, help="steps, or hundreds of images, a turn (default: %(default)s)"
+        "--steps", type=int, default=4, help="steps, or hundreds of images, per turn (default: %(default)s)"
     )
-    parser.add_argument("--batches", type=int, default=2000, help="of memory (default: %(default)s)")
+    parser.add_argument(
+        "--batches", type=int, default=2000, help="number of batches, for memory (default: %(default)s)"
+    )
     return parser.parse_args(arguments)
 
 
-class Way:
-    """A run whose training set is resident or streamed, a dispatch of `steps` at a time."""
+class Side:
+    """A run with a resident or streamed training set; a turn is one dispatch of `steps` steps."""
 
     def __init__(self, name: str, flags: argparse.Namespace):
         config = options.default()
@@ -63,13 +66,16 @@ class Way:
         config.augment.update(crop_padding=4, flip=True, policy="rand_augment")
         config.train.update(batch_size=flags.batch_size, steps=10**6)
         config.mesh.devices = 1
-        options.check(config)
-        run = setup.build(config, setup.check_data(config, ["train"]), {"train": "train"})
+        check_config(config)
+        sources = setup.load_sources(config, {"train": "train"})
+        run = setup.assemble(config, setup.check_data(config, ["train"]), sources)
         self.name, self.turns, self.flags = name, [], flags
-        feeds, self.rows = run.feeds("train"), flags.steps
-        update = make_update(run.model, run.optimizer, run.augment, config, run.mesh)
-        self.state, self.examples = run.initial_state(), len(run.sources["train"])
-        self.update = update.lower(self.state, feeds.abstract_feed(self.rows, flags.batch_size), np.int32(0)).compile()
+        feeds, self.rows = run.pipelines["train"], flags.steps
+        update = make_update(run)
+        self.state, self.examples = run.init_state(0), len(run.sources["train"])
+        self.update = update.lower(
+            self.state, feeds.abstract_feed(self.rows, flags.batch_size), np.int32(0), np.int32(0)
+        ).compile()
         self.feeds = feeds.feeds(self._tables())
         self.turn()
 
@@ -79,25 +85,25 @@ class Way:
             yield pipeline.train_indices(0, size, first, self.rows, self.rows, self.examples), self.rows
 
     def turn(self) -> float:
-        """Images a second of one dispatch, reading included."""
+        """Images per second of one dispatch, including reading."""
         began = time.perf_counter()
-        self.state, sums = self.update(self.state, next(self.feeds), np.int32(self.rows))
+        self.state, sums = self.update(self.state, next(self.feeds), np.int32(self.rows), np.int32(0))
         jax.block_until_ready(sums)
         return self.rows * self.flags.batch_size / (time.perf_counter() - began)
 
 
 def train(flags: argparse.Namespace) -> None:
-    ways = [Way(name, flags) for name in ("resident", "streamed")]
+    sides = [Side(name, flags) for name in ("resident", "streamed")]
     for turn in range(flags.turns):
-        for way in ways if turn % 2 else ways[::-1]:
-            way.turns.append(way.turn())
-    for way in ways:
-        line = {"name": way.name, "images_per_second": round(statistics.median(way.turns), 1), "turns": flags.turns}
+        for side in sides if turn % 2 else sides[::-1]:
+            side.turns.append(side.turn())
+    for side in sides:
+        line = {"name": side.name, "images_per_second": round(statistics.median(side.turns), 1), "turns": flags.turns}
         line |= {"variant": flags.variant, "image_size": flags.image_size, "workers": flags.workers}
-        if way.name == "streamed":
-            ratios = [b / a for a, b in zip(ways[0].turns, way.turns, strict=True)]
-            line |= {"ratio": round(statistics.median(ratios), 3), "least": round(min(ratios), 3)}
-            line["most"] = round(max(ratios), 3)
+        if side.name == "streamed":
+            ratios = [b / a for a, b in zip(sides[0].turns, side.turns, strict=True)]
+            line |= {"ratio": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3)}
+            line["ratio_max"] = round(max(ratios), 3)
         print(json.dumps(line), flush=True)
 
 
@@ -126,7 +132,7 @@ def decode(flags: argparse.Namespace) -> None:
 
 
 def synthetic(count: int, size: int) -> Source:
-    """So many records, each one of a few JPEGs."""
+    """A source of `count` records, which repeat a few JPEGs."""
     generator, stored = np.random.default_rng(0), []
     for _ in range(64):
         file = io.BytesIO()
@@ -134,8 +140,8 @@ def synthetic(count: int, size: int) -> Source:
             file, "JPEG"
         )
         stored.append(file.getvalue())
-    records = lazy_images.Records(count, lambda place, shape: (images.decode(stored[place % 64], shape), 0), str)
-    encoded = lazy_images.Encoded(((records, range(count)),), (size, size, 3))
+    records = lazy_images.Records(count, lambda index, shape: (images.decode(stored[index % 64], shape), 0), str)
+    encoded = lazy_images.LazyImages(((records, range(count)),), (size, size, 3))
     return Source("synthetic", "train", encoded, np.zeros(count, np.int32), ("0",), (0.5,) * 3, (0.5,) * 3)
 
 
@@ -146,14 +152,14 @@ def memory(flags: argparse.Namespace) -> None:
     use = jax.jit(lambda feed: feed.images.astype(np.float32).sum())
     for count in (1_000, 100_000):
         source, rows = synthetic(count, flags.image_size), 10
-        made = pipeline.make(source, mesh, "never", pipeline.Reading(flags.workers))
+        feeds = pipeline.make(source, mesh, "never", pipeline.Reading(flags.workers))
         steps = range(0, flags.batches, rows)
         tables = ((pipeline.train_indices(0, 64, step, rows, rows, count), rows) for step in steps)
-        seen = []
-        for feed in made.feeds(tables):
+        resident_mb = []
+        for feed in feeds.feeds(tables):
             use(feed).block_until_ready()
-            seen.append(psutil.Process().memory_info().rss / 2**20)
-        early, late = statistics.mean(seen[len(seen) // 10 :][:10]), statistics.mean(seen[-10:])
+            resident_mb.append(psutil.Process().memory_info().rss / 2**20)
+        early, late = statistics.mean(resident_mb[len(resident_mb) // 10 :][:10]), statistics.mean(resident_mb[-10:])
         line = {"name": "memory", "records": count, "batches": flags.batches, "early_mb": round(early, 1)}
         print(json.dumps(line | {"late_mb": round(late, 1), "growth": round(late / early - 1, 4)}), flush=True)
 
@@ -161,7 +167,7 @@ def memory(flags: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> None:
     flags = parse(arguments)
     with tempfile.TemporaryDirectory() as cache:
-        # What is kept decoded is kept for this run alone.
+        # Decoded images are cached for this run only.
         sources.cache.default_dir = lambda: Path(cache)
         {"train": train, "decode": decode, "memory": memory}[flags.what](flags)
 

@@ -1,11 +1,11 @@
-"""Tables of Markdown from what the benchmarks printed.
+"""Markdown tables from the output of the benchmarks.
 
     python benchmarks/table.py collect LINES.jsonl results/      # -> results/<device>.json
     python benchmarks/table.py show results/nvidia-h200.json
     python benchmarks/table.py put results/nvidia-h200.json docs/performance.md
 
-`put` replaces what the page has between <!-- results: NAME --> and <!-- end of results: NAME -->, where NAME is the
-file's; where there are no such markers, they are added at the end.
+`put` replaces the text of the page between <!-- results: NAME --> and <!-- end of results: NAME -->, where NAME is that
+of the file; markers that are missing are added at the end.
 """
 
 import json
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Of each benchmark: heading and key of its columns, in order.
+# For each benchmark, the heading and the key of its columns, in order.
 MODEL = [("model", "variant"), ("pixels", "image_size"), ("batch", "batch_size"), ("compute dtype", "dtype")]
-RATIO = [("speed of ours / this", "ratio"), ("minimum", "ratio_least"), ("maximum", "ratio_most")]
+RATIO = [("speed of ours / this", "ratio"), ("minimum", "ratio_min"), ("maximum", "ratio_max")]
 COLUMNS: dict[str, list[tuple[str, str]]] = {
     "train_step": [
         *MODEL,
@@ -84,7 +84,7 @@ COLUMNS: dict[str, list[tuple[str, str]]] = {
         ("compute dtype", "dtype"),
         ("width", "width"),
         ("rows", "rows"),
-        ("matmul", "product"),
+        ("matmul", "operation"),
         ("ms", "ms"),
         ("TFLOP/s", "tflops"),
     ],
@@ -103,9 +103,9 @@ COLUMNS: dict[str, list[tuple[str, str]]] = {
         ("width", "width"),
         ("tokens", "tokens"),
         ("implementation", "implementation"),
-        ("right", "right"),
+        ("correct", "correct"),
         ("error of the value", "value_error"),
-        ("of the gradient", "gradient_error"),
+        ("error of the gradient", "gradient_error"),
         ("error", "error"),
     ],
     "layer_norm": [
@@ -121,7 +121,7 @@ COLUMNS: dict[str, list[tuple[str, str]]] = {
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it: thousands separated, four figures, the parts of a dictionary after each other."""
+    """A value as a table shows it: with thousands separators and four digits; a dictionary as a list of its items."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -134,7 +134,7 @@ def cell(value: Any) -> str:
 
 
 def table(lines: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str]]) -> str:
-    """Rows in the order of the lines; columns that no line has are left out."""
+    """A table with one row per line; without the columns that no line has."""
     present = [(heading, key) for heading, key in columns if any(line.get(key) is not None for line in lines)]
     rows = [[heading for heading, _ in present], ["---"] * len(present)]
     rows += [[cell(line.get(key)) for _, key in present] for line in lines]
@@ -151,18 +151,18 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def collect(source: Path, folder: Path) -> Path:
-    """Writes the lines as one file, named after the device that they were measured on."""
+def collect(source: Path, directory: Path) -> Path:
+    """Writes the lines to one file, named after the device of the measurements; its path."""
     lines = [json.loads(line) for line in source.read_text().splitlines() if line.startswith("{")]
     device = next((line["device"] for line in lines if "device" in line), "unknown")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     path.write_text(json.dumps({"device": device, "lines": lines}, indent=1) + "\n")
     return path
 
 
 def put(results: Path, page: Path) -> None:
-    """Writes the tables into the page, between its two markers."""
+    """Writes the tables into the page, between the markers."""
     start, end = f"<!-- results: {results.stem} -->", f"<!-- end of results: {results.stem} -->"
     text = page.read_text() if page.exists() else ""
     if start not in text:
@@ -174,8 +174,8 @@ def put(results: Path, page: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     match arguments:
-        case ["collect", source, folder]:
-            print(collect(Path(source), Path(folder)))
+        case ["collect", source, directory]:
+            print(collect(Path(source), Path(directory)))
         case ["show", results]:
             print(tables(json.loads(Path(results).read_text())["lines"]))
         case ["put", results, page]:

@@ -4,19 +4,19 @@
     python benchmarks/train_step.py --variant=B/16 --image_size=224 --batch_size=256 --dtypes=bfloat16
     python benchmarks/train_step.py --sides=ours,timm_compile --torch_python=/path/to/python --data=cifar10
 
-The sides: ours (the bare step, as plain_flax has it, of the model and with the compiler options and the memory settings
-of training), ours_trainer (the step of `python -m vit_jax.main`, many per dispatch, from 8-bit images on), plain_flax
-(the model written with Flax's own layers), torch (likewise, with PyTorch), timm and transformers; torch and timm also
-as NAME_compile (torch.compile). In bfloat16, PyTorch's sides run under autocast; torch_autocast does so among the
-float32 lines. All have the same parameters, batch, loss and AdamW (fused in PyTorch); `losses`, of the first steps,
-show that they do the same work (ours_trainer does not apply weight decay to biases).
+--sides are the implementations to compare: ours (a bare training step, with the compiler options and memory settings of
+training), ours_trainer (the step of `python -m vit_jax.main`: many per dispatch, from uint8 images), plain_flax (the
+same model in Flax's own layers), torch (the same in PyTorch), timm and transformers; torch and timm also as
+NAME_compile (torch.compile). In bfloat16, the PyTorch sides run under autocast; torch_autocast uses it in the float32
+comparison too. All use the same parameters, batch, loss and AdamW (fused in PyTorch); `losses` of the first steps show
+that they compute the same (except that ours_trainer does not apply weight decay to biases).
 
-Each is a process of its own; they take turns, A B A B, so that other load on the machine affects all. One JSON line per
-side and compute dtype: images_per_second and step_ms (medians over the turns), spread_ms, mfu (of three times the
-forward pass's matmuls, where the device's peak is known), compile_s, peak_memory_mb (of the device; on CPU of the
-process), waiting (cores that it used while the others were measured), and for all but ours `ratio`: how many times as
-fast ours is (without it, ours_trainer), the median of the turns' own ratios, with their minimum (ratio_least) and
-maximum (ratio_most). A side that fails is a line with `error`.
+Each side runs in a separate process; they take turns (A B A B), so that other load on the machine affects all of them.
+Prints one JSON line per side and compute dtype: images_per_second and step_ms (medians over turns), spread_ms, mfu
+(from three times the FLOPs of the forward pass's matmuls, if the device's peak is known), compile_s, peak_memory_mb (of
+the device; on CPU of the process), waiting (cores that it used while other sides were measured), and for all but ours
+`ratio`, the speedup of ours (or else of ours_trainer) over this side: the median over turns, with ratio_min and
+ratio_max. For a side that fails the line has `error`.
 """
 
 import argparse
@@ -46,23 +46,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="approximate length of a turn (default: %(default)s)"
     )
-    parser.add_argument("--data", help="a data set instead of noise: cifar10, ... (--image_size is then its own)")
+    parser.add_argument("--data", help="a dataset instead of noise, such as cifar10 (with its own image size)")
     return parser.parse_args(arguments)
 
 
-def real(name: str, batches: int, batch_size: int, image_size: int, folder: str) -> Path:
-    """A file with the first images of a data set's training split."""
+def write_images(name: str, batches: int, batch_size: int, image_size: int, directory: str) -> Path:
+    """Writes the first images of a dataset's training split; the path of the file."""
     from vit_jax.data import sources
 
     source = sources.load(name, "train", image_size=image_size)
-    count = np.arange(batches * batch_size)
-    path = Path(folder) / "images.npz"
-    np.savez(path, images=source.read(count), labels=source.labels[count])
+    indices = np.arange(batches * batch_size)
+    path = Path(directory) / "images.npz"
+    np.savez(path, images=source.read(indices), labels=source.labels[indices])
     return path
 
 
 def mfu(work: Work, device: str, images_per_second: float) -> dict[str, float]:
-    """Model FLOPs utilisation, where the device is known."""
+    """Model FLOPs utilization, if the peak of the device is known."""
     peak = hardware.peak(device)
     if peak is None:
         return {}
@@ -72,7 +72,7 @@ def mfu(work: Work, device: str, images_per_second: float) -> dict[str, float]:
 
 
 def describe(side: Side, work: Work, seconds: list[float]) -> dict:
-    """A side's line; `seconds` are those of a step, turn by turn."""
+    """The JSON line of a side; `seconds` are per step, one value for each turn."""
     step = statistics.median(seconds)
     return {
         "device": side.report["device"],
@@ -89,7 +89,7 @@ def describe(side: Side, work: Work, seconds: list[float]) -> dict:
 
 
 def compare(flags: argparse.Namespace, dtype: str, names: list[str], images: str | None) -> None:
-    """All sides in one compute dtype; prints their lines."""
+    """Compares all sides in one compute dtype and prints their lines."""
     if dtype == "bfloat16":
         names = [name for name in names if name != "torch_autocast"]  # the same as torch there
     more = {"images": images, "batches": 4 if images else 1}
@@ -101,19 +101,19 @@ def compare(flags: argparse.Namespace, dtype: str, names: list[str], images: str
     errors |= comparing.take_turns(opened, flags.turns, lambda side: count[side.name])
     times = {side.name: [seconds / count[side.name] for seconds in side.turns] for side in opened}
     for name in names:
-        given = {"benchmark": "train_step", "name": name, "variant": flags.variant, "depth": works[name].depth}
-        given |= {"image_size": flags.image_size, "batch_size": flags.batch_size, "dtype": dtype}
-        given |= {"data": flags.data or "noise"}
+        line = {"benchmark": "train_step", "name": name, "variant": flags.variant, "depth": works[name].depth}
+        line |= {"image_size": flags.image_size, "batch_size": flags.batch_size, "dtype": dtype}
+        line |= {"data": flags.data or "noise"}
         if name in errors:
-            print(json.dumps(given | {"error": errors[name]}), flush=True)
+            print(json.dumps(line | {"error": errors[name]}), flush=True)
             continue
         side = next(side for side in opened if side.name == name)
-        given |= describe(side, works[name], times[name])
+        line |= describe(side, works[name], times[name])
         reference = "ours" if "ours" in times else "ours_trainer"
         if name != reference and reference in times:
             ratio = comparing.ratio(times[reference], times[name])
-            given |= {"ratio": ratio.median, "ratio_least": ratio.least, "ratio_most": ratio.most}
-        print(json.dumps(given), flush=True)
+            line |= {"ratio": ratio.median, "ratio_min": ratio.minimum, "ratio_max": ratio.maximum}
+        print(json.dumps(line), flush=True)
     for side in opened:
         side.close()
 
@@ -121,8 +121,8 @@ def compare(flags: argparse.Namespace, dtype: str, names: list[str], images: str
 def main(arguments: list[str]) -> None:
     flags = parse(arguments)
     names = comparing.chosen(flags)
-    with tempfile.TemporaryDirectory() as folder:
-        images = str(real(flags.data, 4, flags.batch_size, flags.image_size, folder)) if flags.data else None
+    with tempfile.TemporaryDirectory() as directory:
+        images = str(write_images(flags.data, 4, flags.batch_size, flags.image_size, directory)) if flags.data else None
         for dtype in flags.dtypes.split(","):
             compare(flags, dtype, names, images)
 

@@ -1,12 +1,12 @@
-"""How long loading a file of weights takes, and how much memory, beside NumPy reading the same arrays.
+"""Time and memory of loading a file of weights, compared with NumPy reading the same arrays.
 
   python benchmarks/weights_load.py
   python benchmarks/weights_load.py --variant=Ti/16 --turns=5
 
-It writes a file of the variant's size (B/16: 346 MB), Google's .npz and timm's .safetensors, and reads each with
-`vit_jax.weights.load`, and the .npz with `numpy.load`, in turns, each in the same process for time and each in a fresh
-one for memory. `seconds` are medians; `peak_mb` is how far the process grew above what it had before (imports, the
-arrays of none), as the kernel counts it; `ratio` is against numpy, `times_size` against the file's size.
+Writes a model of the variant's size (B/16: 346 MB) as Google's .npz and timm's .safetensors. Reads both files with
+`vit_jax.weights.load`, and the .npz with `numpy.load`, in turns; in one process for time, and each in a fresh process
+for memory. `seconds` are medians; `peak_mb` is the growth of the process over its size before reading, as the operating
+system counts it; `ratio` is relative to NumPy, `times_size` to the size of the file.
 """
 
 import argparse
@@ -24,53 +24,52 @@ import numpy as np
 
 from vit_jax import weights
 from vit_jax.models import variants
+from vit_jax.models.parameters import nested, parameter_shapes
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.weights.load import nested
-from vit_jax.weights.shapes import parameter_shapes
 
-WAYS = ("numpy", "load_npz", "load_safetensors", "load_npz_scan")
+READERS = ("numpy", "load_npz", "load_safetensors", "load_npz_scan")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="B/16", help="size of the file (default: B/16)")
-    parser.add_argument("--turns", type=int, default=7, help="times each way is measured (default: 7)")
-    parser.add_argument("--memory", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--variant", default="B/16", help="size and patch size of the model (default: B/16)")
+    parser.add_argument("--turns", type=int, default=7, help="measurements of each reader (default: 7)")
+    parser.add_argument("--memory", nargs=2, metavar=("READER", "DIRECTORY"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def write(variant: str, folder: Path) -> None:
-    """Both files, with random numbers; their model's own config.json beside them."""
+def write(variant: str, directory: Path) -> None:
+    """Writes both files, with random parameters."""
     model = VisionTransformer(classes=1000, **variants.fields(variant))
     generator, side = np.random.default_rng(0), 224 // model.patch_size
     shapes = parameter_shapes(model, (side, side), 3)
     parameters = nested({path: generator.standard_normal(shape, np.float32) for path, shape in shapes.items()})
-    weights.save(folder / "model.npz", model, parameters)
-    weights.save(folder / "model.safetensors", model, parameters, (224, 224))
+    weights.save(directory / "model.npz", model, parameters)
+    weights.save(directory / "model.safetensors", model, parameters, (224, 224))
 
 
-def read(way: str, folder: Path) -> object:
-    if way == "numpy":
-        with np.load(folder / "model.npz") as file:
+def read(reader: str, directory: Path) -> object:
+    if reader == "numpy":
+        with np.load(directory / "model.npz") as file:
             return {name: file[name] for name in file.files}
-    suffix = "safetensors" if way.endswith("safetensors") else "npz"
-    return weights.load(folder / f"model.{suffix}", **({"scan": True} if way.endswith("scan") else {}))
+    suffix = "safetensors" if reader.endswith("safetensors") else "npz"
+    return weights.load(directory / f"model.{suffix}", **({"scan": True} if reader.endswith("scan") else {}))
 
 
-def seconds(folder: Path, turns: int) -> dict[str, float]:
-    times = {way: [] for way in WAYS}
-    for turn in range(turns + 1):  # the first brings files and code into memory, and does not count
-        for way in WAYS:
+def seconds(directory: Path, turns: int) -> dict[str, float]:
+    times = {reader: [] for reader in READERS}
+    for turn in range(turns + 1):  # the first is not counted: it reads files and code into memory
+        for reader in READERS:
             started = time.perf_counter()
-            result = read(way, folder)
+            result = read(reader, directory)
             if turn:
-                times[way].append(time.perf_counter() - started)
+                times[reader].append(time.perf_counter() - started)
             del result
-    return {way: median(values) for way, values in times.items()}
+    return {reader: median(values) for reader, values in times.items()}
 
 
-def peak_bytes(way: str, folder: Path) -> int:
-    """Growth of this process while it reads, at its highest."""
+def peak_bytes(reader: str, directory: Path) -> int:
+    """Peak growth of this process while it reads, in bytes."""
     import jax
 
     jax.devices()
@@ -80,8 +79,8 @@ def peak_bytes(way: str, folder: Path) -> int:
         return 1024 * int(line.split()[1])
 
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-    kept = read(way, folder)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    kept = read(reader, directory)
     peak = status("VmHWM")
     del kept
     return peak - before
@@ -93,16 +92,16 @@ def main() -> None:
         print(peak_bytes(flags.memory[0], Path(flags.memory[1])))
         return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write(flags.variant, folder)
-        times = seconds(folder, flags.turns)
-        for way in WAYS:
-            command = [sys.executable, __file__, "--memory", way, name]
+        directory = Path(name)
+        write(flags.variant, directory)
+        times = seconds(directory, flags.turns)
+        for reader in READERS:
+            command = [sys.executable, __file__, "--memory", reader, name]
             peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            suffix = "safetensors" if way.endswith("safetensors") else "npz"
-            size = (folder / f"model.{suffix}").stat().st_size
-            line = {"name": way, "variant": flags.variant, "file_mb": round(size / 1e6, 1), "turns": flags.turns}
-            line |= {"seconds": round(times[way], 4), "ratio": round(times[way] / times["numpy"], 3)}
+            suffix = "safetensors" if reader.endswith("safetensors") else "npz"
+            size = (directory / f"model.{suffix}").stat().st_size
+            line = {"name": reader, "variant": flags.variant, "file_mb": round(size / 1e6, 1), "turns": flags.turns}
+            line |= {"seconds": round(times[reader], 4), "ratio": round(times[reader] / times["numpy"], 3)}
             line |= {"peak_mb": round(peak / 1e6, 1), "times_size": round(peak / size, 3)}
             print(json.dumps(line), flush=True)
 

@@ -1,4 +1,4 @@
-"""What all sides of a comparison are given: the same sizes, images, labels and parameters. It knows NumPy alone."""
+"""The input of all sides of a comparison: the same sizes, images, labels and parameters. Needs only NumPy."""
 
 import dataclasses
 import json
@@ -12,22 +12,21 @@ LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON = 1e-3, 0.05, (0.9, 0.999), 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One task for one side.
+    """The work of one side.
 
     Attributes:
-        side: who is to do it.
-        mode: 'train', whole steps of AdamW, or 'infer', logits.
+        side: its name.
+        mode: 'train' (whole steps with AdamW) or 'infer' (logits).
         width, depth, heads, mlp_width, patch_size: of the model.
-        image_size: pixels a side.
+        image_size: height and width in pixels.
         classes: number of logits.
-        batch_size: images a step.
-        dtype: arithmetic, 'float32' or 'bfloat16'; parameters are float32 whatever it is.
+        batch_size: images per step.
+        dtype: compute dtype, 'float32' or 'bfloat16'; parameters are always float32.
         device: 'auto' or 'cpu'.
-        images: an .npz with `images` (uint8) and `labels`; None for noise.
-        batches: different batches, taken in turns.
-        fields: the options `config.model` of our model, where it is to be another one than the peers have; it then
-            starts from parameters of its own.
-        channels: of the images; the peers take three.
+        images: path of an .npz with `images` (uint8) and `labels`; None for noise.
+        batches: number of different batches, used in turn.
+        fields: options of `config.model`, for a model that the baselines do not have; it is initialized at random.
+        channels: of the images; the baselines take three.
     """
 
     side: str
@@ -51,7 +50,7 @@ class Work:
         return json.dumps(dataclasses.asdict(self))
 
     def model(self) -> dict[str, int]:
-        """The fields of a model's size."""
+        """The fields that set the size of a model."""
         return {name: getattr(self, name) for name in ("width", "depth", "heads", "mlp_width", "patch_size")}
 
     def tokens(self) -> int:
@@ -72,13 +71,13 @@ def examples(work: Work) -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(*shape, *images.shape[1:]), labels.reshape(shape).astype(np.int32)
 
 
-def normalised(images: np.ndarray) -> np.ndarray:
-    """float32, as every model takes them."""
+def normalized(images: np.ndarray) -> np.ndarray:
+    """Images as float32, the input of every model."""
     return (images.astype(np.float32) / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
 
 
 def parameters(work: Work) -> dict[str, np.ndarray]:
-    """Parameters at random, by the names of `VisionTransformer`'s; kernels are [inputs, outputs]."""
+    """Random parameters, by their names in `VisionTransformer`; kernels are [inputs, outputs]."""
     generator, width = np.random.default_rng(2), work.width
 
     def normal(*shape: int) -> np.ndarray:
@@ -90,11 +89,11 @@ def parameters(work: Work) -> dict[str, np.ndarray]:
     def norm(name: str) -> dict[str, np.ndarray]:
         return {f"{name}/scale": np.ones(width, np.float32), f"{name}/bias": np.zeros(width, np.float32)}
 
-    made = dense("embedding/projection", work.patch_size**2 * 3, width)
-    made |= {"class_token": normal(1, 1, width), "positions/table": normal(1, work.tokens(), width)}
+    tree = dense("embedding/projection", work.patch_size**2 * 3, width)
+    tree |= {"class_token": normal(1, 1, width), "positions/table": normal(1, work.tokens(), width)}
     for index in range(work.depth):
         block = f"encoder/block_{index}"
-        made |= norm(f"{block}/norm_attention") | norm(f"{block}/norm_mlp")
-        made |= dense(f"{block}/attention/qkv", width, 3 * width) | dense(f"{block}/attention/out", width, width)
-        made |= dense(f"{block}/mlp/up", width, work.mlp_width) | dense(f"{block}/mlp/down", work.mlp_width, width)
-    return made | norm("encoder/norm") | dense("head/logits", width, work.classes)
+        tree |= norm(f"{block}/norm_attention") | norm(f"{block}/norm_mlp")
+        tree |= dense(f"{block}/attention/qkv", width, 3 * width) | dense(f"{block}/attention/out", width, width)
+        tree |= dense(f"{block}/mlp/up", width, work.mlp_width) | dense(f"{block}/mlp/down", work.mlp_width, width)
+    return tree | norm("encoder/norm") | dense("head/logits", width, work.classes)

@@ -1,10 +1,10 @@
-"""CIFAR-100 from scratch at 32 pixels, by the recipes of CIFAR-10.
+"""CIFAR-100 from scratch at 32 pixels, with the recipes for CIFAR-10.
 
     python -m vit_jax.main --config=configs/cifar100.py
     python -m vit_jax.main --config=configs/cifar100.py:S,long
     python -m vit_jax.main --config=configs/cifar100.py:cpu
 
-Sizes and lengths are those of configs/cifar10.py. Not yet measured.
+Sizes and lengths are those of configs/cifar10.py. Not measured.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from vit_jax.errors import UserError
 
 
 def get_config(argument: str = "full") -> ConfigDict:
-    """As of configs/cifar10.py, for the 100 fine classes."""
+    """The config of configs/cifar10.py, for the 100 fine classes of CIFAR-100."""
     try:
         config = options.load(f"{Path(__file__).with_name('cifar10.py')}:{argument}")
     except UserError as error:

@@ -1,21 +1,21 @@
-"""Fine-tuning as in arXiv 2010.11929, table 4: a pre-trained model, a new head of zeros, images of 384 pixels.
+"""Fine-tuning as in arXiv 2010.11929, table 4: a pre-trained model with a new head of zeros, on images of 384 pixels.
 
     python -m vit_jax.main --config=configs/finetune.py:cifar10 --config.checkpoint.init_from=ViT-B_16.npz
     python -m vit_jax.main --config=configs/finetune.py:folder --config.data.dir=/data/flowers \
         --config.checkpoint.init_from=augreg-b16-224
     python -m vit_jax.main --config=configs/finetune.py:cifar100,cpu --config.checkpoint.init_from=runs/cifar10-cpu
 
-For an accelerator, but for `cpu`; measured is `cifar10,cpu` alone, at 32 pixels (docs/finetuning.md). The model is the
-one that init_from holds: a run's folder or any file of docs/weights.md. The learning rate is a set's own matter:
-python -m vit_jax.sweep finds it.
+All but `cpu` are for an accelerator; only `cifar10,cpu` has been measured, at 32 pixels (docs/finetuning.md). The model
+is that of init_from: a run directory or any file that docs/weights.md lists. The best learning rate depends on the
+dataset: python -m vit_jax.sweep finds it.
 
-The argument is a set (cifar10, cifar100, oxford_iiit_pet, oxford_flowers102, imagenet2012, folder), and, with commas
-between them, how:
+The argument is a dataset (cifar10, cifar100, oxford_iiit_pet, oxford_flowers102, imagenet2012, folder), and after it,
+separated by commas, any of:
 
-    short   500 steps, where the set has more
-    cpu     500 steps of 128 images at 48 pixels and a rate of 0.03, for small models that were trained at 32
-    probe   the head alone is trained, on a backbone that stays as it is
-    adamw   AdamW with layer-wise decay of the rate and strong augmentation (arXiv 2111.06377, table 9)
+    short   at most 500 steps
+    cpu     500 steps of 128 images of 48 pixels with a learning rate of 0.03, for small models trained at 32 pixels
+    probe   linear probe: only the head is trained, the backbone is frozen
+    adamw   AdamW with layer-wise learning-rate decay and strong augmentation (arXiv 2111.06377, table 9)
 """
 
 from ml_collections import ConfigDict
@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 from vit_jax import config as options
 from vit_jax.errors import UserError
 
-# Steps of table 4, and a rate of the middle of those that it tries.
-SETS = {
+# Steps of table 4, and a learning rate from the middle of the range that it tries.
+DATASETS = {
     "cifar10": (10_000, 0.01),
     "cifar100": (10_000, 0.01),
     "oxford_iiit_pet": (500, 0.01),
@@ -36,30 +36,30 @@ SHORT = 500
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """Fine-tuning on a set: `cifar10`, `cifar10,short`, `oxford_flowers102,adamw`, ..."""
+    """The config for a dataset and variants: `cifar10`, `cifar10,short`, `oxford_flowers102,adamw`, ..."""
     name, *words = [word.strip() for word in argument.split(",")]
-    if name not in SETS or len(set(words)) < len(words) or not set(words) <= set(WAYS):
+    if name not in DATASETS or len(set(words)) < len(words) or not set(words) <= set(VARIANTS):
         raise UserError(
-            f"configs/finetune.py:{argument}: no such argument\n"
-            f"  allowed: a set ({', '.join(SETS)}),\n  and behind it, with commas: {', '.join(WAYS)}"
+            f"configs/finetune.py:{argument}: unknown argument\n"
+            f"  allowed: a dataset ({', '.join(DATASETS)}),\n  and after it, separated by commas: {', '.join(VARIANTS)}"
         )
     config = options.default()
     table_4(config, name)
-    for word in WAYS:
+    for word in VARIANTS:
         if word in words:
-            WAYS[word](config)
+            VARIANTS[word](config)
     return config
 
 
 def table_4(config: ConfigDict, name: str) -> None:
-    """What the paper does: SGD with momentum, no weight decay, cosine, gradients clipped to 1, batches of 512."""
-    steps, rate = SETS[name]
+    """The paper's recipe: SGD with momentum, no weight decay, cosine schedule, gradient norm clipped at 1."""
+    steps, learning_rate = DATASETS[name]
     config.model.variant = config.data.normalization = options.INIT_FROM
     config.checkpoint.update(init_head="new", every=500)
     config.data.update(name=name, image_size=384)
-    # The published code's crops.
+    # The crops of the published code.
     config.augment.update(resized_crop=True, min_crop_area=0.05, flip=True)
-    config.optimizer.update(name="sgd", learning_rate=rate, momentum=0.9, warmup_steps=500, gradient_clip=1.0)
+    config.optimizer.update(name="sgd", learning_rate=learning_rate, momentum=0.9, warmup_steps=500, gradient_clip=1.0)
     config.train.update(batch_size=512, steps=steps, evaluation_batch_size=256)
     if name == "imagenet2012":
         config.data.update(test="validation", decoded=False, workers=16)
@@ -69,29 +69,29 @@ def table_4(config: ConfigDict, name: str) -> None:
 
 
 def short(config: ConfigDict) -> None:
-    """500 steps: all warm-up, were it 500 too."""
+    """At most 500 steps, with 50 of warmup instead of 500."""
     config.train.steps = min(config.train.steps, SHORT)
     config.optimizer.warmup_steps = 50
 
 
 def cpu(config: ConfigDict) -> None:
-    """What minutes of two cores allow: a model of configs/cifar10.py:cpu from 32 to 48 pixels."""
+    """Minutes on two CPU cores: fine-tunes a model of configs/cifar10.py:cpu, trained at 32 pixels, at 48."""
     short(config)
     config.data.image_size = 48
     config.augment.min_crop_area = 0.5
-    # Of .003, .01, .03 and .1, by 1,000 images held out of CIFAR-10, from configs/pretrain.py:cifar100-cpu, 300 steps
-    # at 32 pixels: 48.4, 51.4, 53.6 and 52.3 %.
+    # Chosen on 1,000 held-out training images of CIFAR-10, from configs/pretrain.py:cifar100-cpu, 300 steps at 32
+    # pixels: 0.003, 0.01, 0.03 and 0.1 reach 48.4, 51.4, 53.6 and 52.3 %.
     config.optimizer.learning_rate = 0.03
     config.train.update(batch_size=128, evaluation_batch_size=250)
 
 
 def probe(config: ConfigDict) -> None:
-    """A linear probe."""
+    """Linear probe: only the head is trained."""
     config.optimizer.trained = "head/*"
 
 
 def adamw(config: ConfigDict) -> None:
-    """The end-to-end fine-tuning of MAE, its rate for batches of 512 (1e-3 for 256)."""
+    """End-to-end fine-tuning as in MAE, with its learning rate scaled to batches of 512 (1e-3 for 256)."""
     config.model.stochastic_depth = 0.1
     config.augment.update(min_crop_area=0.08, policy="rand_augment", policy_magnitude=9.0, policy_std=0.5)
     config.augment.update(erasing=0.25, erasing_mode="noise", mixup=0.8, cutmix=1.0, mix_per="batch")
@@ -99,4 +99,4 @@ def adamw(config: ConfigDict) -> None:
     config.train.label_smoothing = 0.1
 
 
-WAYS = {"short": short, "cpu": cpu, "probe": probe, "adamw": adamw}
+VARIANTS = {"short": short, "cpu": cpu, "probe": probe, "adamw": adamw}

@@ -1,4 +1,4 @@
-"""Pre-training: with labels as the paper does it (arXiv 2010.11929, Table 3), or without any.
+"""Pre-training: supervised as in arXiv 2010.11929, table 3, or self-supervised by masking patches.
 
     python -m vit_jax.main --config=configs/pretrain.py:imagenet
     python -m vit_jax.main --config=configs/pretrain.py:imagenet21k --config.data.dir=IMAGES
@@ -10,12 +10,12 @@
     python -m vit_jax.main --config=configs/pretrain.py:masked-patches
     python -m vit_jax.main --config=configs/pretrain.py:masked-patches-cpu
 
-`imagenet`, `imagenet21k` and `folder` are for many accelerators, `cifar100`, `mae` and `masked-patches` for one, what
-ends in `-cpu` is for two cores. A smaller batch wants a learning rate smaller in proportion; or the same batch comes in
-parts: --config.train.accumulation.
+`imagenet`, `imagenet21k` and `folder` are for many accelerators; `cifar100`, `mae` and `masked-patches` for one; those
+that end in `-cpu` for two CPU cores. With a smaller batch, lower the learning rate in proportion, or keep the batch and
+accumulate gradients: --config.train.accumulation.
 
-Measured so far, on two cores (AMD EPYC with AVX-512; jax 0.10.2, float32): `cifar100-cpu`, 9:07 of training, 30.82 % of
-CIFAR-100's test images at the last step (seed 0); what comes of it on CIFAR-10, docs/finetuning.md has.
+Measured, on two CPU cores (AMD EPYC with AVX-512; jax 0.10.2, float32): `cifar100-cpu`, 9:07 of training, test accuracy
+30.82 % on CIFAR-100 at the last step (seed 0). docs/finetuning.md has the results of fine-tuning it on CIFAR-10.
 """
 
 from ml_collections import ConfigDict
@@ -25,19 +25,19 @@ from vit_jax.errors import UserError
 
 
 def get_config(recipe: str = "imagenet") -> ConfigDict:
-    """One of the recipes below, by its name."""
+    """The config of a recipe, by name."""
     if recipe not in RECIPES:
-        raise UserError(f"configs/pretrain.py:{recipe}: no such argument\n  allowed: {', '.join(RECIPES)}")
+        raise UserError(f"configs/pretrain.py:{recipe}: unknown argument\n  allowed: {', '.join(RECIPES)}")
     config = options.default()
     RECIPES[recipe](config)
     return config
 
 
 def paper(config: ConfigDict) -> None:
-    """What all of Table 3's rows have in common, for B/16: a tanh layer before the head, which fine-tuning drops."""
+    """The common options of table 3, for B/16: a tanh layer before the head, which fine-tuning drops."""
     config.model.update(variant="B/16", pre_logits=768, dropout=0.1)
     config.data.image_size = 224
-    # The published code's crop: any window of at least 5 % of the image, scaled to its size.
+    # The crop of the published code: at least 5 % of the area, resized to the image size.
     config.augment.update(resized_crop=True, min_crop_area=0.05, flip=True)
     config.optimizer.update(name="adamw", warmup_steps=10_000, gradient_clip=1.0)
     config.train.update(batch_size=4096, evaluate_every=5000, evaluation_batch_size=1024)
@@ -45,7 +45,7 @@ def paper(config: ConfigDict) -> None:
 
 
 def imagenet(config: ConfigDict) -> None:
-    """The row "ViT-*, ImageNet"; 1 % of train is held out, and the official validation split is the test."""
+    """The row "ViT-*, ImageNet": 1 % of train is held out for validation; the official validation split is the test."""
     paper(config)
     config.data.update(name="imagenet2012", train="train[:99%]", validation="train[99%:]", test="validation")
     config.optimizer.update(learning_rate=3e-3, schedule="cosine", weight_decay=0.3)
@@ -53,10 +53,10 @@ def imagenet(config: ConfigDict) -> None:
 
 
 def imagenet21k(config: ConfigDict) -> None:
-    """The row "ViT-B, ImageNet-21k", from a folder with a sub-folder for each class.
+    """The row "ViT-B, ImageNet-21k", from a directory with a subdirectory per class.
 
-    An image may show several of the 21,843 classes, of which it is labelled with one: each class is told from the
-    others by itself, as in the published code, from a start at which none is there.
+    An image may show several of the 21,843 classes, of which it is labelled with one. As in the published code, the
+    loss is therefore a sigmoid cross-entropy per class, and the initial bias of -10 predicts that no class is present.
     """
     paper(config)
     config.model.head_bias = -10.0
@@ -66,9 +66,9 @@ def imagenet21k(config: ConfigDict) -> None:
 
 
 def folder(config: ConfigDict) -> None:
-    """ImageNet's row for some 100,000 images of your own: S/16, and batch, rate and warm-up a quarter.
+    """The ImageNet row for about 100,000 images of your own: S/16, with a quarter of batch, learning rate and warmup.
 
-    The folder has train/CLASS/*.jpg and test/CLASS/*.jpg.
+    The directory holds train/CLASS/*.jpg and test/CLASS/*.jpg.
     """
     paper(config)
     config.model.update(variant="S/16", pre_logits=384)
@@ -79,7 +79,7 @@ def folder(config: ConfigDict) -> None:
 
 
 def cifar100(config: ConfigDict) -> None:
-    """ImageNet's row at 32 pixels: a batch of 512, and so an eighth of the rate, and a warm-up of ten epochs."""
+    """The ImageNet row at 32 pixels: a batch of 512, so an eighth of the learning rate, and ten epochs of warmup."""
     config.model.update(variant="Ti/4", pre_logits=192, dropout=0.1)
     config.data.update(name="cifar100", train="train[:98%]", validation="train[98%:]")
     config.augment.update(crop_padding=4, crop_border="reflect", flip=True)
@@ -89,7 +89,7 @@ def cifar100(config: ConfigDict) -> None:
 
 
 def cifar100_cpu(config: ConfigDict) -> None:
-    """The model of configs/cifar10.py:cpu, so that its parameters can be a start for that; 2,000 steps."""
+    """The model of configs/cifar10.py:cpu, which can be fine-tuned from it; 2,000 steps."""
     small(config)
     config.data.update(name="cifar100", train="train[:98%]", validation="train[98%:]")
     config.augment.update(crop_padding=2, flip=True)
@@ -98,7 +98,7 @@ def cifar100_cpu(config: ConfigDict) -> None:
 
 
 def small(config: ConfigDict) -> None:
-    """What the recipes for two cores have in common."""
+    """The common options of the recipes for two CPU cores."""
     config.model.update(variant="Ti/4", width=128, depth=4, heads=2, mlp_width=256, pooling="mean")
     config.model.position = "sincos_2d"
     config.train.update(batch_size=128, evaluate_every=500, evaluation_batch_size=250)
@@ -106,26 +106,26 @@ def small(config: ConfigDict) -> None:
 
 
 def without_labels(config: ConfigDict) -> None:
-    """CIFAR-10's images; the model of configs/cifar10.py, but for positions that need not be learned."""
+    """CIFAR-10 images; the model of configs/cifar10.py, with fixed position embeddings."""
     config.model.update(variant="Ti/4", depth=9, heads=12, mlp_width=384, position="sincos_2d")
     config.data.update(name="cifar10", train="train[:98%]", validation="train[98%:]")
-    # Windows and mirror images are all the augmentation that hidden patches need (arXiv 2111.06377, section 4.1).
+    # Masking needs no augmentation other than crops and flips (arXiv 2111.06377, section 4.1).
     config.augment.update(resized_crop=True, min_crop_area=0.2, flip=True)
     config.train.update(batch_size=512, epochs=800, evaluate_every=5000)
     config.checkpoint.every = 5000
 
 
 def mae(config: ConfigDict) -> None:
-    """A masked autoencoder: 48 of 64 patches hidden, a decoder of two blocks, half as long as the published 1,600."""
+    """A masked autoencoder: 48 of 64 patches masked, two decoder blocks, 800 epochs (half of the paper's 1,600)."""
     without_labels(config)
     config.train.objective = "masked_autoencoder"
     config.decoder.update(width=96, depth=2, heads=3, mlp_width=384)
-    # The published rate, 1.5e-4 for 256 images, and the published betas.
+    # The learning rate (1.5e-4 for 256 images) and betas of the paper.
     config.optimizer.update(learning_rate=3e-4, beta2=0.95, weight_decay=0.05, warmup_steps=3800)
 
 
 def mae_cpu(config: ConfigDict) -> None:
-    """The same for the model of configs/cifar10.py:cpu: 4,000 steps."""
+    """`mae` for the model of configs/cifar10.py:cpu: 4,000 steps."""
     without_labels(config)
     small(config)
     config.train.update(objective="masked_autoencoder", epochs=None, steps=4000)
@@ -134,14 +134,14 @@ def mae_cpu(config: ConfigDict) -> None:
 
 
 def masked_patches(config: ConfigDict) -> None:
-    """Appendix B.1.2's Adam, 2e-4 and cosine, with 32 of 64 patches corrupted."""
+    """Adam with 2e-4 and a cosine schedule as in appendix B.1.2, with 32 of 64 patches masked."""
     without_labels(config)
     config.train.objective = "masked_patches"
     config.optimizer.update(name="adam", learning_rate=2e-4, warmup_steps=3800)
 
 
 def masked_patches_cpu(config: ConfigDict) -> None:
-    """The same for the model of configs/cifar10.py:cpu: 2,000 steps, at a higher rate for they are few."""
+    """`masked_patches` for the model of configs/cifar10.py:cpu: 2,000 steps, with a higher learning rate."""
     without_labels(config)
     small(config)
     config.train.update(objective="masked_patches", epochs=None, steps=2000)

@@ -1,14 +1,13 @@
-"""What the benchmarks make of a compiled program: kernels, bytes, FLOPs and prices."""
+"""The analysis of compiled programs in benchmarks/: kernels, bytes, FLOPs and predicted times."""
 
 import importlib.util
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import read_json_lines, run_command
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -20,7 +19,7 @@ import traces
 
 from vit_jax.runtime import hardware
 
-# As XLA writes it for a GPU, shortened: a loop over steps of unknown number in the entry, in it a loop of three.
+# The format of XLA for a GPU, shortened: the entry loops over an unknown number of steps, and a step loops three times.
 PROGRAM = """
 HloModule jit_update, is_scheduled=true
 
@@ -84,12 +83,12 @@ HloModule jit_update, is_scheduled=true
 ENTRY %main.1 (state: f32[64]) -> f32[64] {
   %state = f32[64]{0} parameter(0)
   %before = f32[64]{0} copy(%state)
-  %while.1 = (u8[100,4]{1,0}, s32[8]{0}, bf16[16,4]{1,0}, f32[64]{0}) while(%before), condition=%goes_on, body=%step.9
+  %while.1 = (u8[100,4]{1,0}, s32[8]{0}, bf16[16,4]{1,0}, f32[64]{0}) while(%before), condition=%continues, body=%step.9
   ROOT %after = f32[64]{0} get-tuple-element(%while.1), index=3
 }
 """  # noqa: E501
 IMAGES = 8 * 4 * 2
-# Kind, how often, bytes read and written, FLOPs; by hand.
+# Number of runs, bytes read and written, and FLOPs by kind, computed by hand.
 EXPECTED = {
     "input": (1, 8 * 4 + 8 * 4 + IMAGES, 0),  # the rows that are gathered, their indices, the result
     "matmul, forward": (1, IMAGES + 16 * 4 * 2 + 8 * 16 * 2, 2 * 8 * 16 * 4),
@@ -98,13 +97,13 @@ EXPECTED = {
     "attention kernel, forward": (1, 2 * IMAGES + 8 * 4, 0),
     "attention kernel, backward": (1, 2 * IMAGES, 0),
     "elementwise, norm, forward": (3, 2 * IMAGES + 8 * 4, 0),
-    "elementwise, other, backward": (3, IMAGES + 4 + 8 * 4 * 4, 0),  # of the array in place, one of three
+    "elementwise, other, backward": (3, IMAGES + 4 + 8 * 4 * 4, 0),  # one of three slices, updated in place
     "optimizer": (1, 2 * 64 * 4, 0),
     "elementwise, unnamed": (1, 2 * 64 * 4, 0),
 }
 
 
-def test_every_kernel_of_one_step_is_accounted_for():
+def test_every_kernel_of_one_step_is_counted():
     found = costs.account(hlo.parse(PROGRAM))
     assert {one.kind: (one.count, one.bytes, one.flops) for one in found} == EXPECTED
     assert len(found) == len(EXPECTED)
@@ -132,7 +131,7 @@ def test_bytes_of_a_type(shape, expected):
     assert hlo.size(shape) == expected
 
 
-def test_a_program_that_jax_compiled_is_read():
+def test_a_program_compiled_by_jax_is_parsed():
     def step(x, kernel):
         return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ kernel), x).sum()
 
@@ -144,7 +143,7 @@ def test_a_program_that_jax_compiled_is_read():
     assert max(times for _, times in hlo.kernels(program, program.entry)) == 5
 
 
-def test_kernels_are_priced_by_flops_or_bytes_whichever_takes_longer():
+def test_the_time_of_kernels_follows_from_flops_or_bytes():
     device = devices.DEVICES["H200"]
     matmul = costs.Kernel("matmul, forward", "", 2, 10, 620 * 10**9, 384)
     narrow = costs.Kernel("matmul, backward", "", 1, 4 * 10**9, 1, 8)
@@ -153,25 +152,24 @@ def test_kernels_are_priced_by_flops_or_bytes_whichever_takes_longer():
     assert {kind: (row.count, row.bytes, pytest.approx(row.ms)) for kind, row in rows.items()} == {
         "attention kernel, forward": (12, 12 * 10**9, 3.5),
         "matmul, forward": (2, 20, 2.0),
-        # cuBLAS's workspace, s8[256], is not counted.
         "matmul, backward": (1, 4 * 10**9, 1.0),
     }
     assert next(iter(rows)) == "attention kernel, forward"
 
 
-def test_attention_of_the_measured_step_takes_what_it_took():
+def test_attention_of_the_measured_step_is_predicted():
     # B/16 at 224 pixels, 200 tokens, batch 256 by cuDNN: 13.9 of the step's 71.8 ms.
     rates = costs.attention_rates("cudnn", 200, 989e12)
     assert sum(costs.attention_ms(2 * 256 * 200**2 * 768, rates, 12, 12).values()) == pytest.approx(13.9, abs=0.05)
 
 
 @pytest.mark.parametrize("size, expected", [(10, 0.2), (65, 0.2), (113.16, 0.3), (197, 0.4), (1000, 0.4)])
-def test_between_measured_sizes_shares_are_interpolated(size, expected):
+def test_shares_are_interpolated_between_measured_sizes(size, expected):
     assert costs.at({65: 0.2, 197: 0.4}, size) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", devices.DEVICES)
-def test_described_devices_are_known_by_their_names(name):
+def test_the_peak_of_described_devices_is_known(name):
     device = devices.DEVICES[name]
     assert name in device.name and hardware.peak(device.name) is not None
     assert device.shared_per_block < device.shared_per_core <= device.l2 < device.memory
@@ -185,19 +183,19 @@ def test_described_devices_are_known_by_their_names(name):
     assert text.count("{") == text.count("}")
 
 
-def test_without_the_cuda_plugin_it_says_how_to_get_it(monkeypatch, capsys):
+def test_without_the_cuda_plugin_it_explains_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setattr(compiled, "PLUGINS", ("no_such_plugin",))
     with pytest.raises(SystemExit) as raised:
         compiled.main([])
     assert raised.value.code == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) <= 3
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) <= 3
     assert all(
-        wanted in " ".join(said) for wanted in ('pip install "jax[cuda13]"', "SKIP_CUDA_CONSTRAINTS", "JAX_PLATFORMS")
+        text in " ".join(error) for text in ('pip install "jax[cuda13]"', "SKIP_CUDA_CONSTRAINTS", "JAX_PLATFORMS")
     )
 
 
-def test_pallas_kernels_of_attention_are_attention_in_a_profile_too():
+def test_pallas_kernels_are_attention_in_profiles():
     kinds = traces.kinds(PROGRAM)
     assert kinds["pallas_call.4"] == kinds["fmha"] == "attention"
 
@@ -208,9 +206,8 @@ def test_a_small_step_is_compiled_for_a_described_gpu(step):
     if not any(importlib.util.find_spec(name) for name in compiled.PLUGINS):
         pytest.skip("JAX's CUDA plug-in is not installed")
     small = ["--variant=Ti/8", "--image_size=32", "--batch_size=16", "--classes=10", '--fields={"depth": 2}']
-    script = Path(compiled.__file__)
-    command = [sys.executable, script, *small, "--kernel=pallas", f"--step={step}", "--json"]
-    line = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    output = run_command(Path(compiled.__file__), *small, "--kernel=pallas", f"--step={step}", "--json")
+    line = read_json_lines(output)[-1]
     assert line["kernels"] > 20
     assert line["step_ms"] == pytest.approx(sum(line["ms"].values()), abs=0.01)
     assert {"matmul, forward", "attention kernel, backward", "optimizer"} <= set(line["ms"])

@@ -1,4 +1,4 @@
-"""What the benchmarks make of what they measured: profiles as tables of kinds of work, and results as Markdown."""
+"""The output of the benchmarks: profiles as times by kind of work, and results as Markdown tables."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import table
 import traces
 
-# As XLA writes it, shortened: a product with its bias in one fusion, scores, a norm, an update, a call of a library.
+# The format of XLA, shortened: a matmul fused with its bias, attention scores, a norm, an update, calls of libraries.
 PROGRAM = """
 HloModule jit_update, is_scheduled=true
 
@@ -47,7 +47,7 @@ KINDS = {
 }
 
 
-def test_instructions_have_the_kind_of_what_they_compute():
+def test_instructions_are_classified_by_what_they_compute():
     found = traces.kinds(PROGRAM)
     assert {name: found[name] for name in KINDS} == KINDS
 
@@ -57,12 +57,12 @@ def event(name, start, length, process=1, thread=1, **arguments):
     return {**times, "name": name, "args": arguments or {"hlo_op": name}}
 
 
-def named(what, name, process=1, thread=0):
-    return {"ph": "M", "pid": process, "tid": thread, "name": what, "args": {"name": name}}
+def metadata(kind, name, process=1, thread=0):
+    return {"ph": "M", "pid": process, "tid": thread, "name": kind, "args": {"name": name}}
 
 
 def kinds_of(events, steps=1):
-    """The kinds that took time, and how they were attributed; whatever the events, they add up to the step."""
+    """The times that are not 0, which add up to the step, and how the kinds are known."""
     table, attributed = traces.breakdown(events, KINDS | {"while.1": "elementwise"}, steps)
     step = table.pop("step")
     assert sum(table.values()) == pytest.approx(step, rel=1e-3)
@@ -71,8 +71,11 @@ def kinds_of(events, steps=1):
 
 
 def test_the_kinds_of_a_trace_add_up_to_the_step():
-    # Two steps inside a loop: the loop's own time is what its instructions leave, and 300 us pass between the steps.
-    events = [named("process_name", "/host:CPU"), {"ph": "X", "pid": 1, "tid": 2, "ts": 0, "dur": 9999, "name": "main"}]
+    # Two steps in a loop: the loop itself gets the time outside of its instructions; 300 us pass between the steps.
+    events = [
+        metadata("process_name", "/host:CPU"),
+        {"ph": "X", "pid": 1, "tid": 2, "ts": 0, "dur": 9999, "name": "main"},
+    ]
     for start in (1000, 2300):
         events += [event("while.1", start, 1000), event("add_fusion", start + 10, 400)]
         events += [
@@ -95,25 +98,25 @@ def test_the_kinds_of_a_trace_add_up_to_the_step():
 
 
 def gpu_trace(*events, streams=(13, 14, 15)):
-    """Events as the profiler writes those of a GPU: by stream, and again on lines that are derived from the streams."""
+    """Events in the format of the profiler for a GPU: on streams, and again on lines that are derived from these."""
     names = {13: "Stream #13(Memset,MemcpyD2D,Compute)", 14: "Stream #14(MemcpyH2D)", 15: "Stream #15(Compute)"}
     names |= {16: "CUPTI overhead"}
-    trace = [named("process_name", "/host:CPU", 1), event("ThunkExecutor", 0, 1e6)]
-    trace += [named("process_name", "/device:GPU:0", 7), *(named("thread_name", names[k], 7, k) for k in streams)]
+    trace = [metadata("process_name", "/host:CPU", 1), event("ThunkExecutor", 0, 1e6)]
+    trace += [metadata("process_name", "/device:GPU:0", 7), *(metadata("thread_name", names[k], 7, k) for k in streams)]
     for thread, name in enumerate(("XLA Modules", "XLA Ops", "Framework Ops", "Source code"), 90):
-        trace += [named("thread_name", name, 7, thread), event("add_fusion", 0, 1e6, 7, thread)]
-    return [*trace, *events, {}]  # with an empty event at the end, as it writes
+        trace += [metadata("thread_name", name, 7, thread), event("add_fusion", 0, 1e6, 7, thread)]
+    return [*trace, *events, {}]  # the profiler writes an empty event at the end
 
 
-def test_of_a_gpu_the_streams_count_and_no_line_that_is_derived_from_them():
+def test_only_the_streams_of_a_gpu_count():
     copy = event("MemcpyH2D", 200, 50, 7, 14, memcpy_details="kind_src:pinned size:64")
     found, attributed = kinds_of(gpu_trace(event("add_fusion", 0, 100, 7, 13), copy))
     assert found == {"matmul": 0.1, "input": 0.05, "idle": 0.1, "step": 0.25}
     assert attributed == {"program": 0.6667, "name": 0.3333, "none": 0}
 
 
-def test_kernels_that_follow_each_other_without_a_gap_take_their_own_time():
-    # In floating point, about every third of these starts before its predecessor ends, and was taken to be inside it.
+def test_consecutive_kernels_get_their_own_time():
+    # In floating point, about every third of these starts before its predecessor ends, as if it were nested.
     kernels, start = [], 0.1
     for k in range(200):
         length = round((30.7, 9.1)[k % 2] + 0.1 * (k % 7), 3)
@@ -125,14 +128,14 @@ def test_kernels_that_follow_each_other_without_a_gap_take_their_own_time():
     assert found == {"matmul": pytest.approx(lengths[0]), "elementwise": pytest.approx(lengths[1]), "step": 4.0394}
 
 
-def test_kernels_that_run_at_once_share_the_time():
+def test_concurrent_kernels_share_the_time():
     # 100 us on each of two streams, half of it at once; and a kernel that starts before its predecessor has ended.
     kernels = [event("add_fusion", 0, 100, 7, 13), event("norm", 50, 100, 7, 15), event("moments", 140, 20, 7, 15)]
     found, _ = kinds_of(gpu_trace(*kernels))
     assert found == {"matmul": 0.075, "elementwise": 0.07, "optimizer": 0.015, "step": 0.16}
 
 
-def test_kernels_of_a_cuda_graph_go_by_their_names():
+def test_kernels_of_a_cuda_graph_are_classified_by_name():
     graph = event("CudaGraphExec:3", 0, 500, 7, 15, cuda_graph_exec_id=3, hlo_op="add_fusion")
     by_name = {
         "nvjet_hsh_256x128_64x4_2x1_v_bz_coopA_NNT": "matmul",
@@ -144,8 +147,8 @@ def test_kernels_of_a_cuda_graph_go_by_their_names():
         "void (anonymous namespace)::k<4>(int)": "unattributed",
     }
     kernels = [
-        event(name, 10 + 60 * place, 60, 7, 13, correlation_id=9, cuda_graph_node_id=place, hlo_op="dot.7")
-        for place, name in enumerate(by_name)
+        event(name, 10 + 60 * index, 60, 7, 13, correlation_id=9, cuda_graph_node_id=index, hlo_op="dot.7")
+        for index, name in enumerate(by_name)
     ]
     found, attributed = kinds_of(gpu_trace(graph, *kernels))
     expected = {"matmul": 0.12, "attention": 0.12, "elementwise": 0.06, "communication": 0.06}
@@ -160,7 +163,7 @@ def test_a_launch_of_a_cuda_graph_alone_is_unattributed():
     assert attributed["none"] == 1
 
 
-def test_a_stream_on_which_the_profiler_took_time_counts_still():
+def test_a_stream_with_overhead_of_the_profiler_counts():
     events = [event("BUFFER_FLUSH", 0, 40, 7, 16, id=1), event("add_fusion", 50, 100, 7, 16)]
     found, _ = kinds_of(gpu_trace(*events, event("MemoryAlloc", 0, 100, 7, 13, bytes=1), streams=(13, 16)))
     assert found == {"matmul": 0.1, "step": 0.1}
@@ -181,15 +184,15 @@ def test_a_stream_on_which_the_profiler_took_time_counts_still():
         ("command_buffer_4", "loop_multiply_fusion_3", "elementwise"),
     ],
 )
-def test_names_of_a_trace_are_found_in_the_program(instruction, kernel, kind):
+def test_names_in_a_trace_are_matched_with_the_program(instruction, kernel, kind):
     attribute = traces.Attribution(KINDS)
     assert attribute({"name": kernel, "args": {"hlo_op": instruction}})[0] == kind
 
 
-def test_what_is_inside_another_event_counts_once():
+def test_nested_events_count_once():
     events = [event("a", 0, 100), event("b", 10, 30), event("c", 20, 10), event("d", 50, 50), event("e", 100, 10)]
     assert traces.own_times(events, nested=True) == [20, 20, 10, 50, 10]
-    # On another thread at once: the innermost of each share the time.
+    # Another thread at the same time: the innermost events share the time.
     assert traces.own_times([*events, event("f", 90, 20, thread=2)], nested=True) == [20, 20, 10, 45, 5, 10]
 
 
@@ -213,7 +216,7 @@ SHOWN = """\
 | bfloat16 | 192 | 0.1235 | 12.3 |"""
 
 
-def test_results_become_tables_between_the_two_lines_of_a_page(tmp_path):
+def test_results_become_tables_between_the_markers_of_a_page(tmp_path):
     source, page = tmp_path / "lines", tmp_path / "page.md"
     source.write_text("noise\n" + "\n".join(json.dumps(line) for line in LINES))
     results = table.collect(source, tmp_path / "results")
@@ -227,7 +230,7 @@ def test_results_become_tables_between_the_two_lines_of_a_page(tmp_path):
         )
 
 
-def test_a_page_without_the_lines_gets_them_at_its_end(tmp_path):
+def test_a_page_without_markers_gets_them_at_its_end(tmp_path):
     results, page = tmp_path / "chip.json", tmp_path / "page.md"
     results.write_text(json.dumps({"device": "chip", "lines": LINES}))
     page.write_text("Before.\n")

@@ -1,4 +1,4 @@
-"""How the tests check annotations: by beartype, with a whole number for a float as PEP 484 has it."""
+"""The type checker of the tests: beartype, which accepts an int for a float (PEP 484)."""
 
 from beartype import BeartypeConf, beartype
 

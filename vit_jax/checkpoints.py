@@ -2,125 +2,136 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from vit_jax import commands
 from vit_jax import config as options
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, few
 
 DESCRIPTION = """\
-Looks after the checkpoints of a run.
+Lists, verifies, compares and averages the checkpoints of a run.
 
-  python -m vit_jax.checkpoints list runs/cifar10            steps, dates, sizes, validation accuracies
+  python -m vit_jax.checkpoints list runs/cifar10            steps, dates, sizes, validation metrics
   python -m vit_jax.checkpoints verify runs/cifar10          reads every array and compares it with its digest
-  python -m vit_jax.checkpoints diff runs/a runs/b           what differs: config, and arrays by name
+  python -m vit_jax.checkpoints diff runs/a runs/b           differences in the config and in the arrays
   python -m vit_jax.checkpoints diff runs/a runs/a --steps=1000,2000
-  python -m vit_jax.checkpoints average runs/cifar10 --last=5 --out=mean.safetensors  the mean of parameters
-  python -m vit_jax.checkpoints restore-config runs/cifar10  writes config.json anew from the newest checkpoint
+  python -m vit_jax.checkpoints average runs/cifar10 --last=5 --out=mean.safetensors  the mean of the parameters
+  python -m vit_jax.checkpoints restore-config runs/cifar10  writes config.json from the newest checkpoint
 
-Nothing but `average` and `restore-config` writes. What `average` writes is read wherever weights are: by
---config.checkpoint.init_from, vit_jax.evaluate --weights and vit_jax.convert.
-The exit status is 1 where `verify` finds damage, or `diff` a difference.
+Only `average` and `restore-config` write files. A file written by `average` can be used wherever weights are read:
+--config.checkpoint.init_from, vit_jax.evaluate --weights, vit_jax.convert.
+The exit status is 1 if `verify` finds a corrupt checkpoint or `diff` finds a difference.
 """
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command's flags; --help and mistakes end the process, the latter with status 2."""
+    """Returns the command's flags; --help and wrong flags end the process, the latter with status 2."""
     parser = commands.parser("checkpoints", DESCRIPTION)
     parser.add_argument("action", choices=tuple(ACTIONS))
-    parser.add_argument("workdirs", metavar="DIR", nargs="+", help="the folder of a run (two of them for diff)")
-    parser.add_argument("--step", type=int, help="verify: this one alone (default: all); restore-config: its config")
-    parser.add_argument("--steps", metavar="N,N", help="diff: of these steps (default: the newest of each); average")
-    parser.add_argument("--last", type=int, metavar="N", help="average: of the newest so many (default: all there are)")
+    parser.add_argument("workdirs", metavar="DIR", nargs="+", help="a run directory (two of them for diff)")
+    parser.add_argument("--step", type=int, help="verify, restore-config: this checkpoint (default: all, the newest)")
+    parser.add_argument(
+        "--steps", metavar="N,N", help="diff: the step of each run (default: the newest); average: the steps"
+    )
+    parser.add_argument("--last", type=int, metavar="N", help="average: the newest N checkpoints (default: all)")
     parser.add_argument("--out", metavar="FILE", help="average: the file to write, .safetensors")
     flags = parser.parse_args(arguments)
     if len(flags.workdirs) != (2 if flags.action == "diff" else 1):
-        parser.error(f"{flags.action} takes {'two folders' if flags.action == 'diff' else 'one folder'}")
+        parser.error(f"{flags.action} needs {'two run directories' if flags.action == 'diff' else 'one run directory'}")
     return flags
 
 
 def _open(workdir: str):
-    from vit_jax.checkpoint.manager import FOLDER, Checkpoints
+    from vit_jax.checkpoint import run_files
+    from vit_jax.checkpoint.manager import CheckpointManager
 
-    folder = commands.folder_of(workdir)
-    if not (folder / FOLDER).is_dir():
-        raise UserError(f"{workdir} holds no checkpoints\n  give the folder of a run: what --workdir was")
-    return Checkpoints(folder, read_only=True)
+    path = commands.expand_path(workdir, "WORKDIR")
+    if not (path / run_files.CHECKPOINTS).is_dir():
+        raise UserError(f"{workdir} has no checkpoints\n  use a run directory, as in vit_jax.main --workdir=DIR")
+    return CheckpointManager(path, read_only=True)
 
 
 def list_all(flags: argparse.Namespace) -> int:
-    """Prints a line a checkpoint."""
+    """Prints one line per checkpoint."""
     import time
 
-    checkpoints = _open(flags.workdirs[0])
-    best = checkpoints.best()
+    manager = _open(flags.workdirs[0])
+    best = manager.best()
     print(f"{'step':>10}  {'written':<19}  {'size':>10}  validation")
-    for step in checkpoints.steps():
-        path = checkpoints.folder / str(step)
+    for step in manager.steps():
+        path = manager.directory / str(step)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
-        score = checkpoints.score(step)
-        # A run without an accuracy is scored by its loss, the sign turned.
-        shown = "-" if score is None else f"accuracy {100 * score:.2f} %" if score >= 0 else f"loss {-score:.4f}"
+        metrics = manager.content(step)["metrics"] if manager.has(step) else {}
+        shown = ", ".join(_metric(name, value) for name, value in metrics.items()) or "-"
         shown += "  best" if best and best[0] == step else ""
         print(f"{step:>10,}  {written}  {size / 2**20:>6.1f} MiB  {shown}")
     return 0
 
 
+def _metric(name: str, value: float) -> str:
+    """Returns 'accuracy 97.50 %' or 'loss 0.1234', without the split."""
+    name = name.rpartition("/")[2]
+    return f"{name} {100 * value:.2f} %" if name == "accuracy" else f"{name} {value:.4f}"
+
+
 def verify(flags: argparse.Namespace) -> int:
-    """Prints a line a checkpoint: whole, or what of it is damaged."""
-    checkpoints = _open(flags.workdirs[0])
-    steps = checkpoints.steps() if flags.step is None else [checkpoints.existing(flags.step)]
+    """Prints one line per checkpoint: intact, or what is corrupt."""
+    manager = _open(flags.workdirs[0])
+    steps = manager.steps() if flags.step is None else [manager.find(flags.step)]
     if not steps:
-        raise UserError(f"{checkpoints.folder} has no checkpoint; set aside were {len(checkpoints.set_aside())}")
-    damaged = 0
+        raise UserError(f"{manager.directory} has no checkpoint ({len(manager.corrupt())} were moved away as corrupt)")
+    num_corrupt = 0
     for step in steps:
-        reason = checkpoints.damage(step)
-        damaged += reason is not None
-        print(f"step {step:,}: {'whole' if reason is None else reason}")
-    print(f"{len(steps) - damaged} of {len(steps)} are whole")
-    return 1 if damaged else 0
+        problem = manager.verify(step)
+        num_corrupt += problem is not None
+        print(f"step {step:,}: {problem or 'intact'}")
+    print(f"{len(steps) - num_corrupt} of {len(steps)} are intact")
+    return 1 if num_corrupt else 0
 
 
 def diff(flags: argparse.Namespace) -> int:
-    """Prints what differs between two checkpoints."""
+    """Prints the differences between two checkpoints."""
     sides: list[dict[str, Any]] = []
-    steps: list[str | None] = [None, None]
-    if flags.steps is not None:
-        steps = flags.steps.split(",")
-        if len(steps) != 2 or not all(step.strip().isdigit() for step in steps):
-            raise UserError(f"--steps={flags.steps}\n  allowed: two steps, as --steps=1000,2000")
-    for workdir, step in zip(flags.workdirs, steps, strict=True):
-        checkpoints = _open(workdir)
-        number = checkpoints.existing(None if step is None else int(step))
-        sides.append({"step": number, **checkpoints.beside(number)})
+    steps = _parse_steps(flags.steps) if flags.steps is not None else [None, None]
+    if len(steps) != 2:
+        raise UserError(f"--steps={flags.steps}\n  allowed: two steps, such as --steps=1000,2000")
+    for workdir, wanted in zip(flags.workdirs, steps, strict=True):
+        manager = _open(workdir)
+        step = manager.find(wanted)
+        sides.append({"step": step, **manager.content(step)})
     one, two = sides
     rows = [f"step: {one['step']} -> {two['step']}"] if one["step"] != two["step"] else []
     configs = (side["metadata"].get("config", {}) for side in sides)
     rows += [f"config.{row}" for row in options.differences(*configs)]
     for name in sorted({*one["digests"], *two["digests"]}):
-        kinds = [side["digests"].get(name, "not there").split(" ")[0] for side in sides]
-        if kinds[0] != kinds[1]:
-            rows.append(f"{name}: {kinds[0]} -> {kinds[1]}")
+        shapes = [side["digests"].get(name, "missing").split(" ")[0] for side in sides]
+        if shapes[0] != shapes[1]:
+            rows.append(f"{name}: {shapes[0]} -> {shapes[1]}")
         elif one["digests"].get(name) != two["digests"].get(name):
-            rows.append(f"{name}: {kinds[0]}, other numbers")
-    print("\n".join(rows) if rows else f"the same: {len(one['digests'])} arrays and the config")
+            rows.append(f"{name}: {shapes[0]}, values differ")
+    print("\n".join(rows) if rows else f"no difference: {len(one['digests'])} arrays and the config are equal")
     return 1 if rows else 0
 
 
+def _parse_steps(text: str) -> list[int]:
+    if not all(step.strip().isdecimal() for step in text.split(",")):
+        raise UserError(f"--steps={text}\n  allowed: steps separated by commas, such as --steps=1000,2000")
+    return [int(step) for step in text.split(",")]
+
+
 def restore_config(flags: argparse.Namespace) -> int:
-    """Writes config.json from what a checkpoint was saved with."""
+    """Writes config.json from the config that a checkpoint contains."""
     from vit_jax import atomic
     from vit_jax.checkpoint import run_files
 
-    checkpoints = _open(flags.workdirs[0])
-    step = checkpoints.existing(flags.step)
-    config = checkpoints.metadata(step)["config"]
+    manager = _open(flags.workdirs[0])
+    step = manager.find(flags.step)
+    config = manager.metadata(step)["config"]
     options.from_dict(config)
-    path = Path(flags.workdirs[0]).expanduser() / run_files.CONFIG
+    path = manager.directory.parent / run_files.CONFIG
     atomic.write_json(path, config)
-    print(f"{path}: as of step {step:,}, {sum(map(len, config.values()))} options")
+    print(f"{path}: written from the checkpoint of step {step:,}, {sum(map(len, config.values()))} options")
     return 0
 
 
@@ -128,30 +139,24 @@ def average(flags: argparse.Namespace) -> int:
     """Writes the mean of the parameters of several checkpoints."""
     from vit_jax.weights import native
 
-    out = Path(flags.out or "").expanduser()
+    out = commands.expand_path(flags.out or "", "--out")
     if out.suffix != ".safetensors":
-        raise UserError(f"--out={flags.out}\n  allowed: a name that ends in .safetensors")
+        raise UserError(f"--out={flags.out}\n  allowed: a file name that ends in .safetensors")
     if flags.steps is not None and flags.last is not None:
-        raise UserError(f"--steps={flags.steps} and --last={flags.last}\n  give one of them")
-    checkpoints = _open(flags.workdirs[0])
-    there, folder = checkpoints.steps(), checkpoints.folder.parent
-    if flags.last is not None and not 1 <= flags.last <= len(there):
-        raise UserError(f"--last={flags.last}\n  allowed: 1 to {len(there)}, as many checkpoints as there are")
+        raise UserError(f"--steps={flags.steps} and --last={flags.last} cannot be combined\n  use one of them")
+    manager = _open(flags.workdirs[0])
+    existing = manager.steps()
+    if flags.last is not None and not 1 <= flags.last <= len(existing):
+        raise UserError(f"--last={flags.last}\n  allowed: 1 to {len(existing)}, the number of checkpoints")
     if flags.steps is None:
-        wanted = there[-(flags.last or len(there)) :]
-    elif all(step.strip().isdecimal() for step in flags.steps.split(",")):
-        wanted = sorted({checkpoints.existing(int(step)) for step in flags.steps.split(",")})
+        steps = existing[-(flags.last or len(existing)) :]
     else:
-        raise UserError(f"--steps={flags.steps}\n  allowed: steps with commas between them: {_few(there)}")
-    if not wanted:
-        raise UserError(f"{checkpoints.folder} has no checkpoint")
-    native.average(folder, wanted, out)
-    print(f"{out}: the mean of the parameters of {len(wanted)} checkpoints, steps {_few(wanted)}")
+        steps = sorted({manager.find(step) for step in _parse_steps(flags.steps)})
+    if not steps:
+        raise UserError(f"{manager.directory} has no checkpoint")
+    native.average(manager.directory.parent, steps, out)
+    print(f"{out}: mean of the parameters of {len(steps)} checkpoints, steps {few(map(str, steps), 8)}")
     return 0
-
-
-def _few(steps: list[int]) -> str:
-    return ", ".join(f"{step}" for step in steps[:8]) + (f" and {len(steps) - 8} more" if len(steps) > 8 else "")
 
 
 ACTIONS = {"list": list_all, "verify": verify, "diff": diff, "average": average, "restore-config": restore_config}

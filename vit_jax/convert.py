@@ -10,77 +10,81 @@ from vit_jax import commands
 from vit_jax.errors import UserError
 
 DESCRIPTION = """\
-Converts the weights of a Vision Transformer, and says what became of every array.
+Converts the weights of a Vision Transformer and reports what happened to every array.
 
   python -m vit_jax.convert ViT-B_16.npz vit-b16/model.safetensors
   python -m vit_jax.convert facebook/dinov2-base dinov2.npz --image_size=224
   python -m vit_jax.convert runs/cifar10 cifar10.npz --verbose
   python -m vit_jax.convert ViT-B_16.npz wide.safetensors --image_size=160x256 --classes=10
 
-IN is what vit_jax.weights.load reads (docs/weights.md): a .npz of Google's, a .safetensors of timm's or Hugging Face's,
-a folder of one, a URL, a published model's name, or the workdir of a run. OUT ends in .npz (Google's published naming)
-or .safetensors (timm's naming; its config.json is written beside it).
+IN is anything that vit_jax.weights.load reads (docs/weights.md): a .npz file of Google, a .safetensors file of timm or
+Hugging Face, a directory with one, a URL, the name of a published model, or a run directory. OUT ends in .npz (Google's
+published names) or .safetensors (timm's names; a config.json is written to the same directory).
 """
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command's flags; --help and mistakes end the process, the latter with status 2."""
+    """Returns the command's flags; --help and wrong flags end the process, the latter with status 2."""
     parser = commands.parser("convert", DESCRIPTION)
-    parser.add_argument("source", metavar="IN", help="what to read")
+    parser.add_argument("source", metavar="IN", help="the weights to read")
     parser.add_argument("target", metavar="OUT", help="the file to write")
-    parser.add_argument("--to", choices=("google", "timm"), help="OUT's naming (default: as its ending says)")
-    parser.add_argument("--classes", metavar="N", help="a new zero head where the number is another; none: no head")
-    parser.add_argument("--image_size", help="pixels, as 384, or height x width, as 160x256: positions are resampled")
-    parser.add_argument("--patch_size", type=int, metavar="N", help="pixels: the patches' kernel is resampled")
-    parser.add_argument("--channels", type=int, metavar="N", help="values a pixel: the first layer's kernel is adapted")
-    parser.add_argument("--heads", type=int, metavar="N", help="attention heads, where the file does not tell")
-    parser.add_argument("--gelu", choices=("tanh", "exact"), help="form of the GELU, where the file does not tell")
+    parser.add_argument("--to", choices=("google", "timm"), help="names of the arrays in OUT (default: by its suffix)")
     parser.add_argument(
-        "--pooling", choices=("token", "mean", "none"), help="what the head reads, where the file does not tell"
+        "--classes", metavar="N", help="number of classes; a new head of zeros if it differs from IN; none: no head"
     )
-    parser.add_argument("--layer_norm_epsilon", type=float, metavar="X", help="where the file does not tell")
-    parser.add_argument("--step", help="of a workdir: a number, or best (default: the newest)")
-    parser.add_argument("--verbose", action="store_true", help="list every array, not only what was changed")
+    parser.add_argument(
+        "--image_size", help="pixels (384) or height x width (160x256); position embeddings are resampled"
+    )
+    parser.add_argument("--patch_size", type=int, metavar="N", help="pixels; the patch embedding is resampled")
+    parser.add_argument("--channels", type=int, metavar="N", help="image channels; the patch embedding is adapted")
+    parser.add_argument("--heads", type=int, metavar="N", help="attention heads, if IN does not specify them")
+    parser.add_argument("--gelu", choices=("tanh", "exact"), help="form of the GELU, if IN does not specify it")
+    parser.add_argument(
+        "--pooling", choices=("token", "mean", "none"), help="input of the head, if IN does not specify it"
+    )
+    parser.add_argument("--layer_norm_epsilon", type=float, metavar="X", help="if IN does not specify it")
+    parser.add_argument("--step", help="checkpoint of a run directory: a step, or best (default: the newest)")
+    parser.add_argument("--verbose", action="store_true", help="list all arrays, not only those that changed")
     return parser.parse_args(arguments)
 
 
 def overrides(flags: argparse.Namespace) -> dict[str, Any]:
-    """What `vit_jax.weights.load` is asked for.
+    """Returns the keyword arguments of `vit_jax.weights.load`.
 
     Raises:
-        UserError: a flag's value is none that it can have.
+        UserError: a flag has an invalid value.
     """
     plain = ("patch_size", "channels", "heads", "gelu", "pooling", "layer_norm_epsilon")
-    asked = {name: getattr(flags, name) for name in plain if getattr(flags, name) is not None}
+    result = {name: getattr(flags, name) for name in plain if getattr(flags, name) is not None}
     if flags.classes is not None:
         if flags.classes.lower() != "none" and not flags.classes.isdecimal():
-            raise UserError(f"--classes={flags.classes}\n  allowed: a whole number, or none")
-        asked["classes"] = None if flags.classes.lower() == "none" else int(flags.classes)
+            raise UserError(f"--classes={flags.classes}\n  allowed: an integer, or none")
+        result["classes"] = None if flags.classes.lower() == "none" else int(flags.classes)
     if flags.image_size is not None:
         size = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", flags.image_size)
         if size is None:
             raise UserError(
-                f"--image_size={flags.image_size}\n  allowed: pixels, as 384, or height x width, as 160x256"
+                f"--image_size={flags.image_size}\n  allowed: pixels, such as 384, or height x width, such as 160x256"
             )
-        asked["image_size"] = int(size[1]), int(size[2] or size[1])
+        result["image_size"] = int(size[1]), int(size[2] or size[1])
     if flags.step is not None:
-        asked["step"] = commands.step_of(flags.step)
-    return asked
+        result["step"] = commands.parse_step(flags.step)
+    return result
 
 
 def convert(flags: argparse.Namespace) -> str:
-    """Reads, writes, and returns what the command prints.
+    """Converts the weights; returns the text that the command prints.
 
     Raises:
-        UserError: IN cannot be read, or its model has what OUT has no place for.
+        UserError: IN cannot be read, or the format of OUT cannot express its model.
     """
-    asked = overrides(flags)
+    options = overrides(flags)
     from vit_jax import weights
     from vit_jax.weights.save import format_of
 
     target = Path(flags.target).expanduser()
     format_of(target, flags.to)
-    model, parameters, report = weights.load(flags.source, **asked)
+    model, parameters, report = weights.load(flags.source, **options)
     notes = weights.save(target, model, parameters, report.image_size, report.channels)
     return "\n".join([report.table(flags.verbose), f"written: {target}", *(f"note: {note}" for note in notes)])
 

@@ -1,4 +1,4 @@
-"""The command: python -m vit_jax.evaluate --workdir=DIR [--split=test] [--step=N | --best | --weights=FILE]."""
+"""The command `python -m vit_jax.evaluate`."""
 
 import argparse
 import json
@@ -8,41 +8,39 @@ from typing import Any
 from vit_jax import commands
 
 DESCRIPTION = """\
-Scores a trained model on every example of a split, once each, and prints one JSON line.
+Evaluates a trained model on every example of a split, each exactly once, and prints the metrics as one JSON line.
 
   python -m vit_jax.evaluate --workdir=runs/digits
   python -m vit_jax.evaluate --workdir=runs/cifar10 --split=validation --best
   python -m vit_jax.evaluate --workdir=runs/cifar10 --split='train[:1000]'
-  python -m vit_jax.evaluate --workdir=runs/cifar10 --weights=mean.safetensors
+  python -m vit_jax.evaluate --workdir=runs/cifar10 --weights=average.safetensors
+
+If the run averages its parameters (config.optimizer.average_decay), the average is evaluated.
 """
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command's flags; --help and mistakes end the process, the latter with status 2."""
+    """Returns the command's flags; --help and wrong flags end the process, the latter with status 2."""
     parser = commands.parser("evaluate", DESCRIPTION)
     commands.add_flags(parser)
-    parser.add_argument("--weights", metavar="FILE", help="score these parameters of the run's model, not a checkpoint")
+    parser.add_argument("--weights", metavar="FILE", help="evaluate the parameters in this file, not a checkpoint")
     flags = parser.parse_args(arguments)
     if flags.weights is not None and (flags.best or flags.step is not None):
-        parser.error("--weights goes with neither --step nor --best")
+        parser.error("--weights cannot be combined with --step or --best")
     return flags
 
 
 def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
-    """The metrics of a checkpoint or a file on a split, with the step or the file they are of.
+    """Returns the metrics on the split, and the checkpoint's step or the weights file.
 
     Raises:
         UserError: as `commands.open_run`.
     """
-    from vit_jax.evaluation import exact
-
     trained = commands.open_run(flags)
     run, state = trained.run, trained.state
-    scorer = exact.make_scorer(run.applied, run.augment, run.mesh, run.objective)
-    how = (run.feeds(flags.split), run.evaluation_batch_size(), flags.split)
-    metrics = exact.evaluate(scorer, state.for_evaluation(), *how, objective=run.objective)
-    which = {"step": int(state.step)} if flags.weights is None else {"weights": flags.weights}
-    return {**which, **metrics}
+    metrics = run.evaluate(state.for_evaluation(), flags.split)
+    evaluated = {"step": int(state.step)} if flags.weights is None else {"weights": flags.weights}
+    return {**evaluated, **metrics}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The command: python -m vit_jax.features --workdir=DIR [--split=train] [--out=FILE.npz | --out=FOLDER]."""
+"""The command `python -m vit_jax.features`."""
 
 import argparse
 import sys
@@ -8,70 +8,74 @@ from vit_jax import commands
 from vit_jax.errors import UserError
 
 DESCRIPTION = """\
-Computes once what a trained backbone makes of every image of a split, and stores it with labels and ids.
+Computes the features of every image of a split with a trained backbone, and stores them with labels and ids.
 
   python -m vit_jax.features --workdir=runs/digits --split=train
   python -m vit_jax.features --workdir=runs/digits --split=test
-  python -m vit_jax.features --workdir=runs/cifar10 --split='train[:1000]' --out=first.npz
+  python -m vit_jax.features --workdir=runs/digits --split='train[:1000]' --out=first.npz
 
-The file has the arrays `features` (float32 [examples, width], what the head reads), `labels`, `labels_<kind>` for each
-further kind of label that the set has, `ids` ('train:17': the place in the stored split) and `about` (a JSON text).
-A name that does not end in .npz makes a folder of .npy files, which can be memory-mapped. No augmentation is applied.
+Features are the input of the head. Images are not augmented. The file has these arrays:
 
-Heads are then trained on the stored features alone, as --config.data.features=DIR/features (docs/models.md).
+  features       float32 [examples, width]
+  labels         int32 [examples]; also labels_<name> for each further kind of label of the dataset
+  ids            'train:17' for example 17 of the stored split train
+  about          JSON text: dataset, split, class names, image shape, digest of the backbone
+
+If --out does not end in .npz, it is a directory of .npy files, which can be memory-mapped.
+
+To train heads on the stored features, set --config.data.features=DIR/features (docs/models.md).
 """
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command's flags; --help and mistakes end the process, the latter with status 2."""
+    """Returns the command's flags; --help and wrong flags end the process, the latter with status 2."""
     parser = commands.parser("features", DESCRIPTION)
     commands.add_flags(parser)
-    parser.add_argument("--out", metavar="PATH", help="FILE.npz, or a folder (default: DIR/features/SPLIT.npz)")
+    parser.add_argument(
+        "--out", metavar="PATH", help="output, FILE.npz or a directory (default: DIR/features/SPLIT.npz)"
+    )
     return parser.parse_args(arguments)
 
 
 def compute(flags: argparse.Namespace) -> str:
-    """Writes the features of a split; returns a line that says what and where.
+    """Writes the features of a split; returns one line about what was written.
 
     Raises:
-        UserError: as `commands.open_run`; or the place cannot be written to, or has no room.
+        UserError: as `commands.open_run`; or the output cannot be written.
     """
-    import jax
-    import jax.numpy as jnp
-
     from vit_jax.data import feature_store, sources
-    from vit_jax.evaluation import exact
+    from vit_jax.evaluation import extraction
     from vit_jax.optim import trainable
     from vit_jax.training import setup
 
-    out = _out(flags)
-    feature_store.check_place(out)
+    out = _output_path(flags)
+    feature_store.check_path(out)
     trained = commands.open_run(flags)
-    run = trained.run
+    run, step = trained.run, int(trained.state.step)
     parameters = run.objective.backbone(trained.state.for_evaluation())
-    kinds = sources.kinds(run.config.data.name, run.config.data.dir)
-    source = setup.load(run.config, run.sources[flags.split].split, kinds)
-    backbone = run.model.clone(classes=None)
-    images = jax.ShapeDtypeStruct((1, *run.image_shape), jnp.float32)
-    example = jax.eval_shape(backbone.apply, {"params": parameters}, images).shape[1:]
-    blocks = exact.extract(backbone, run.augment, parameters, run.feeds(flags.split), run.evaluation_batch_size())
+    labels = sources.label_kinds(run.config.data.name, run.config.data.dir)
+    source = setup.load(run.config, run.sources[flags.split].split, labels)
+    model = run.model.clone(classes=None)
+    shape = (len(source), *extraction.features_shape(model, parameters, run.image_shape))
+    batches, batch_size = run.pipelines[flags.split], run.evaluation_batch_size
+    blocks = extraction.extract(model, run.augment, parameters, batches, batch_size)
     about = {
-        "step": int(trained.state.step),
+        "step": step,
         "image_shape": list(run.image_shape),
         "backbone": trainable.backbone_digest(parameters),
         "normalization": run.config.data.normalization,
     }
-    feature_store.write(out, (len(source), *example), blocks, source, about)
-    shape = " x ".join(map(str, (len(source), *example)))
-    return f"{out}: features {shape}, labels ({', '.join(kinds)}) and ids, by step {about['step']:,} of {flags.workdir}"
+    feature_store.write(out, shape, blocks, source, about)
+    sizes = " x ".join(map(str, shape))
+    return f"{out}: features {sizes}, labels ({', '.join(labels)}) and ids; from step {step:,} of {flags.workdir}"
 
 
-def _out(flags: argparse.Namespace) -> Path:
+def _output_path(flags: argparse.Namespace) -> Path:
     if flags.out:
-        return Path(flags.out).expanduser()
+        return commands.expand_path(flags.out, "--out")
     if flags.split not in commands.SPLITS:
-        raise UserError(f"--split={flags.split} needs a name for its file\n  give --out=FILE.npz, or --out=FOLDER")
-    return Path(flags.workdir).expanduser() / "features" / f"{flags.split}.npz"
+        raise UserError(f"--split={flags.split} has no default output file\n  add --out=FILE.npz, or --out=DIRECTORY")
+    return commands.expand_path(flags.workdir, "--workdir") / "features" / f"{flags.split}.npz"
 
 
 def main(arguments: list[str]) -> int:

@@ -1,61 +1,76 @@
-"""The command: python -m vit_jax.main --config=FILE[:ARG] [--workdir=DIR] [--config.section.key=value ...]."""
+"""The training command: python -m vit_jax.main --config=FILE[:ARG] [--workdir=DIR] [--config.SECTION.OPTION=VALUE]."""
 
 import argparse
 import sys
-import textwrap
 
-from vit_jax import commands
-from vit_jax import config as options
+from vit_jax import commands, config
+from vit_jax.config import document
 from vit_jax.errors import UserError
 
 DESCRIPTION = """\
-Trains a Vision Transformer. The same command again goes on where it stopped.
+Trains a Vision Transformer. The same command resumes a run that was stopped.
 
   python -m vit_jax.main --config=configs/digits.py
   python -m vit_jax.main --config=configs/cifar10.py:cpu --workdir=runs/first
   python -m vit_jax.main --config=configs/cifar10.py --config.model.variant=S/4 --config.train.epochs=100
 """
+EPILOG = """\
+options of a config, with the values that they have there:
+  python -m vit_jax.main --config=configs/cifar10.py --help
+
+docs/options.md describes all options.
+"""
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command's own flags, and the overrides as 'section.key=value'.
-
-    Raises:
-        UserError: an argument that is neither.
-    """
-    overrides, rest = commands.take_overrides(arguments)
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command's flags; config overrides are removed from the arguments beforehand."""
     parser = argparse.ArgumentParser(
         prog="python -m vit_jax.main",
+        usage="%(prog)s --config=FILE[:ARG] [--workdir=DIR] [--config.SECTION.OPTION=VALUE ...]",
         description=DESCRIPTION,
-        epilog=_describe_options(),
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE[:ARG]", help="a Python file with a function get_config (see configs/)"
-    )
-    parser.add_argument("--workdir", metavar="DIR", help="where results go (default: runs/<config name>)")
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="config file and its argument; see configs/")
+    parser.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/<config name>)")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help; with --config, the config's options")
+    return parser
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the flags, and the overrides as 'section.option=value'.
+
+    Raises:
+        UserError: an unknown argument, or --config is missing.
+    """
+    overrides, rest = commands.take_overrides(arguments)
     try:
-        flags, unknown = parser.parse_known_args(rest)
+        flags, unknown = make_parser().parse_known_args(rest)
     except argparse.ArgumentError as error:
         raise UserError(f"{error}\n  see python -m vit_jax.main --help") from None
     if unknown:
-        raise UserError(f"unknown argument: {unknown[0]}\n  options are --config.section.key=value; see --help")
-    if flags.config is None:
-        raise UserError("--config is missing\n  e.g. python -m vit_jax.main --config=configs/digits.py")
+        raise UserError(f"unknown argument: {unknown[0]}\n  options are --config.SECTION.OPTION=VALUE; see --help")
+    if flags.config is None and not flags.help:
+        raise UserError("--config is missing\n  for example: python -m vit_jax.main --config=configs/digits.py")
     return flags, overrides
 
 
-def _describe_options() -> str:
-    lines = ["every option (--config.section.key=value), its default before the config file's, and its meaning:"]
-    for section, keys in options.OPTIONS.items():
-        lines.append("")
-        for key, option in keys.items():
-            lines.append(f"  {f'{section}.{key} = {option.default}':<40} {option.meaning}")
-            if option.choices:
-                lines.append(textwrap.indent(f"({', '.join(option.choices)})", " " * 43))
-    return "\n".join(lines)
+def show_help(spec: str | None, overrides: list[str]) -> None:
+    """Prints the command's help, or the options of a config with the overrides of the command line.
+
+    Raises:
+        UserError: the config cannot be loaded, or an override is wrong.
+    """
+    if spec is None:
+        print(make_parser().format_help(), end="")
+        return
+    loaded = config.load(spec)
+    for assignment in overrides:
+        config.override(loaded, assignment)
+    print(document.describe(loaded, spec))
 
 
 def main(arguments: list[str]) -> int:
@@ -64,21 +79,26 @@ def main(arguments: list[str]) -> int:
 
 
 def run(arguments: list[str]) -> None:
-    """Trains as the arguments say.
+    """Trains as the arguments say, or shows the help.
 
     Raises:
-        UserError: what is wrong, and the way out.
+        UserError: a mistake in the arguments, or a failure that the user can fix.
     """
     flags, overrides = parse(arguments)
-    config = commands.make_config(flags.config, overrides)
-    # Imported only now: what is wrong with the line typed is said at once.
+    if flags.help:
+        show_help(flags.config, overrides)
+        return
+    made = commands.make_config(flags.config, overrides)
+    # Imported only now, so that mistakes on the command line are reported at once.
     from vit_jax.runtime import compilation_cache
-    from vit_jax.training import together, train
+    from vit_jax.training import multi_seed, train
 
     compilation_cache.cache_compilations()
-    trained = train.train if config.train.seeds is None else together.train
-    folder = commands.folder_of(flags.workdir) if flags.workdir else commands.default_workdir(flags.config)
-    trained(config, folder)
+    trained = train.train if made.train.seeds is None else multi_seed.train
+    workdir = (
+        commands.expand_path(flags.workdir, "--workdir") if flags.workdir else commands.default_workdir(flags.config)
+    )
+    trained(made, workdir)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The command: python -m vit_jax.reconstruct --workdir=DIR [--out=FILE.png] [--count=8]."""
+"""The command `python -m vit_jax.reconstruct`."""
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -11,38 +10,40 @@ from vit_jax import commands
 from vit_jax.errors import UserError
 
 DESCRIPTION = """\
-Draws what a masked autoencoder makes of hidden patches: in the first row images of a split, in the second what the
-encoder sees of them, in the third its reconstruction, with the patches that it saw as they are.
+Draws the reconstructions of a masked autoencoder as a PNG file with three rows: images of a split, the patches that the
+encoder sees, and the reconstructions of the hidden patches together with the visible ones.
 
   python -m vit_jax.reconstruct --workdir=runs/pretrain-mae --out=reconstructions.png
   python -m vit_jax.reconstruct --workdir=runs/pretrain-mae --split=train --count=12
 
-The patches are hidden as in evaluation. Where the model was trained on pixels that are normalised within their patch
-(decoder.normalize_patches), the true patch's own mean and standard deviation turn them into pixels again, as the
-published demonstration does: brightness and contrast of a hidden patch are then not the model's.
+The same patches are hidden as in evaluation. If the model predicts normalized patches (decoder.normalize_patches), its
+outputs are converted to pixels with the mean and standard deviation of the true patch, as in the demonstration of the
+original authors: brightness and contrast of a hidden patch are then not predictions of the model.
 """
 
-TILE = 96  # pixels of a tile's side, at least
+MIN_TILE = 96  # side of an enlarged image, pixels
 GAP = 6
-HIDDEN = 128  # grey
+GREY = 128  # of hidden patches
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command's flags; --help and mistakes end the process, the latter with status 2."""
+    """Returns the command's flags; --help and wrong flags end the process, the latter with status 2."""
     parser = commands.parser("reconstruct", DESCRIPTION)
     commands.add_flags(parser)
-    parser.add_argument("--out", metavar="PNG", help="the file to write (default: DIR/reconstructions.png)")
-    parser.add_argument("--count", type=int, default=8, help="images, from the split's first (default: %(default)s)")
+    parser.add_argument("--out", metavar="PNG", help="output file (default: DIR/reconstructions.png)")
+    parser.add_argument(
+        "--count", type=int, default=8, help="number of images, from the start of the split (default: %(default)s)"
+    )
     return parser.parse_args(arguments)
 
 
 def reconstruct(
     trained: commands.Trained, split: str, count: int
 ) -> tuple[UInt8[np.ndarray, "rows count height width channels"], float]:
-    """Images, what is seen of them, and what is made of it, in 8 bits; and the mean loss over them, as in evaluation.
+    """Returns images, visible patches and reconstructions in 8 bits; and the mean loss over them, as in evaluation.
 
     Raises:
-        UserError: the run is that of no masked autoencoder.
+        UserError: the run did not train a masked autoencoder.
     """
     import jax
     import jax.numpy as jnp
@@ -54,8 +55,8 @@ def reconstruct(
     run, parameters = trained.run, trained.state.for_evaluation()
     if not isinstance(run.module, MaskedAutoencoder):
         raise UserError(
-            f"{trained.folder} is a run of objective {run.config.train.objective!r}, which has nothing to draw\n"
-            "  train one with --config.train.objective=masked_autoencoder, as configs/pretrain.py:mae does"
+            f"{trained.workdir}: config.train.objective is {run.config.train.objective!r}, which reconstructs no images"
+            "\n  allowed: a run with masked_autoencoder, such as configs/pretrain.py:mae"
         )
     source, size = run.sources[split], run.module.backbone.patch_size
     images = source.read(np.arange(count))
@@ -64,60 +65,63 @@ def reconstruct(
         inputs = run.augment.normalize(images)
         patches = inputs if inputs.ndim == 3 else patchify(inputs, size)
         outputs, hidden = run.module.apply({"params": parameters}, inputs, masked.evaluation_keys(jnp.arange(count)))
-        loss = masked.hidden_mean(run.objective.each(run.module, outputs, patches)["loss"], hidden).mean()
+        loss = masked.hidden_mean(run.objective.patch_metrics(run.module, outputs, patches)["loss"], hidden).mean()
         return unpatchify(run.objective.pixels(outputs, patches), size, run.image_shape[:2]), hidden, loss
 
     pixels, hidden, loss = jax.device_get(jax.jit(predict)(jnp.asarray(images)))
-    told = np.clip(np.round(255 * (pixels * np.float32(source.std) + np.float32(source.mean))), 0, 255).astype(np.uint8)
-    unseen = _of_pixels(hidden, size, run.image_shape[:2])
-    return np.stack([images, np.where(unseen, np.uint8(HIDDEN), images), np.where(unseen, told, images)]), float(loss)
+    pixels = np.round(255 * (pixels * np.float32(run.augment.std) + np.float32(run.augment.mean)))
+    predicted = np.clip(pixels, 0, 255).astype(np.uint8)
+    is_hidden = _patches_to_pixels(hidden, size, run.image_shape[:2])
+    visible = np.where(is_hidden, np.uint8(GREY), images)
+    return np.stack([images, visible, np.where(is_hidden, predicted, images)]), float(loss)
 
 
-def _of_pixels(
-    hidden: Bool[np.ndarray, "count patches"], size: int, image_size: tuple[int, int]
+def _patches_to_pixels(
+    flags: Bool[np.ndarray, "count patches"], size: int, image_size: tuple[int, int]
 ) -> Bool[np.ndarray, "count height width 1"]:
-    """Of patches, for each of their pixels."""
+    """Returns the flag of each patch for each of its pixels."""
     rows, columns = image_size[0] // size, image_size[1] // size
-    return hidden.reshape(-1, rows, columns).repeat(size, 1).repeat(size, 2)[..., None]
+    return flags.reshape(-1, rows, columns).repeat(size, 1).repeat(size, 2)[..., None]
 
 
 def sheet(
     rows: UInt8[np.ndarray, "rows count height width channels"],
 ) -> UInt8[np.ndarray, "sheet_height sheet_width 3"]:
-    """The images in rows, enlarged without smoothing, on white."""
-    factor = -(-TILE // max(rows.shape[2:4]))
+    """Returns rows of images as one image, each enlarged without interpolation, on white."""
+    factor = -(-MIN_TILE // max(rows.shape[2:4]))
     tiles = rows.repeat(factor, 2).repeat(factor, 3)
-    count, across, height, width = tiles.shape[:4]
-    canvas = np.full((GAP + count * (height + GAP), GAP + across * (width + GAP), 3), 255, np.uint8)
-    for row in range(count):
-        for column in range(across):
+    num_rows, num_columns, height, width = tiles.shape[:4]
+    canvas = np.full((GAP + num_rows * (height + GAP), GAP + num_columns * (width + GAP), 3), 255, np.uint8)
+    for row in range(num_rows):
+        for column in range(num_columns):
             top, left = GAP + row * (height + GAP), GAP + column * (width + GAP)
             canvas[top : top + height, left : left + width] = tiles[row, column][..., :3]
     return canvas
 
 
 def draw(flags: argparse.Namespace) -> str:
-    """Writes the picture; returns a line that says what and where.
+    """Writes the PNG file; returns one line about what was written.
 
     Raises:
-        UserError: as `commands.open_run` and `reconstruct`; or more images than there are, or a file that cannot be
+        UserError: as `commands.open_run` and `reconstruct`; or the split has fewer images, or the file cannot be
             written.
     """
     from PIL import Image
 
     trained = commands.open_run(flags)
-    there = len(trained.run.sources[flags.split])
-    if not 1 <= flags.count <= there:
-        raise UserError(f"--count={flags.count}\n  allowed: 1 to {there:,}, the images of {flags.split}")
+    num_images = len(trained.run.sources[flags.split])
+    if not 1 <= flags.count <= num_images:
+        raise UserError(
+            f"--count is {flags.count}\n  allowed: 1 to {num_images:,}, the number of images in {flags.split}"
+        )
     rows, loss = reconstruct(trained, flags.split, flags.count)
-    out = Path(flags.out).expanduser() if flags.out else trained.folder / "reconstructions.png"
-    drawn = sheet(rows)
+    out = commands.expand_path(flags.out, "--out") if flags.out else trained.workdir / "reconstructions.png"
     try:
-        Image.fromarray(drawn).save(out, optimize=True)
+        Image.fromarray(sheet(rows)).save(out, optimize=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"--out={out} cannot be written: {error}") from error
+        raise UserError(f"--out={out} cannot be written: {error}\n  use another --out") from error
     step = int(trained.state.step)
-    return f"{flags.count} images of {flags.split} at step {step:,}, loss {loss:.4f} on them: {out}"
+    return f"{out}: {flags.count} images of {flags.split} at step {step:,}, loss {loss:.4f}"
 
 
 def main(arguments: list[str]) -> int:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from vit_jax.models.summary import Layer
 
 DESCRIPTION = """\
-Prints what a model is made of and what it costs: every layer's output shape for one image, its parameters and the
-floating-point operations of its forward pass (matrix products and convolutions; a multiply-add is two).
+Prints a model's layers and its cost: every layer's output shape for one image, its parameters and the floating-point
+operations of its forward pass (matmuls and convolutions; a multiply-add is two operations).
 
   python -m vit_jax.summary B/16
   python -m vit_jax.summary Ti/4 --image_size=32 --classes=10
@@ -21,30 +21,30 @@ floating-point operations of its forward pass (matrix products and convolutions;
   python -m vit_jax.summary B/16 --set pooling=map --set class_token=False --set registers=4
 
 VARIANT is a size (Ti, S, B, L, H), a slash and a patch size in pixels, or a hybrid: R+Ti/16, R26+S/32, R26+B/32,
-R50+B/16, R50+L/32. --set gives any other field of the model (docs/models.md lists them).
+R50+B/16, R50+L/32. --set sets any other field of the model (see docs/models.md).
 """
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command's flags; --help and mistakes end the process, the latter with status 2."""
+    """Returns the flags; exits for --help and, with status 2, for mistakes."""
     parser = commands.parser("summary", DESCRIPTION)
-    parser.add_argument("variant", metavar="VARIANT", help="name of a model, e.g. B/16")
-    parser.add_argument("--image_size", default="224", help="pixels: 224, or height x width as 224x320 (default: 224)")
-    parser.add_argument("--channels", type=int, default=3, help="values a pixel (default: 3)")
-    parser.add_argument("--classes", type=int, default=1000, help="number of logits; 0: no head (default: 1000)")
-    parser.add_argument("--batch_size", type=int, default=128, help="for the memory of training (default: 128)")
+    parser.add_argument("variant", metavar="VARIANT", help="name of a model, such as B/16")
+    parser.add_argument("--image_size", default="224", help="pixels: 224, or height x width: 224x320 (default: 224)")
+    parser.add_argument("--channels", type=int, default=3, help="channels per pixel (default: 3)")
+    parser.add_argument("--classes", type=int, default=1000, help="number of classes; 0: no head (default: 1000)")
+    parser.add_argument("--batch_size", type=int, default=128, help="batch size for the memory estimate (default: 128)")
     parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="arithmetic (default: float32)"
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype (default: float32)"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="another field of the model")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="set another model field")
     return parser.parse_args(arguments)
 
 
 def summarise(flags: argparse.Namespace) -> str:
-    """The text that the command prints.
+    """Returns the text that the command prints.
 
     Raises:
-        UserError: no such variant or field, fields that contradict each other, or an image that does not fit.
+        UserError: unknown variant or field, contradictory fields, or an image size that does not fit the patches.
     """
     import jax.numpy as jnp
 
@@ -53,10 +53,10 @@ def summarise(flags: argparse.Namespace) -> str:
 
     size = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", flags.image_size)
     if size is None:
-        raise UserError(f"--image_size={flags.image_size}\n  allowed: pixels, as 224, or height x width, as 224x320")
-    for name, least in (("channels", 1), ("classes", 0), ("batch_size", 1)):
-        if getattr(flags, name) < least:
-            raise UserError(f"--{name}={getattr(flags, name)}\n  allowed: a whole number of at least {least}")
+        raise UserError(f"--image_size={flags.image_size}\n  allowed: pixels, such as 224 or 224x320 (height x width)")
+    for name, minimum in (("channels", 1), ("classes", 0), ("batch_size", 1)):
+        if getattr(flags, name) < minimum:
+            raise UserError(f"--{name}={getattr(flags, name)}\n  allowed: an integer of at least {minimum}")
     image_size = int(size[1]), int(size[2] or size[1])
     try:
         fields = {**variants.fields(flags.variant), **_fields(flags.set)}
@@ -71,7 +71,7 @@ def summarise(flags: argparse.Namespace) -> str:
 
 
 def _fields(assignments: list[str]) -> dict[str, object]:
-    """Fields of the model from 'name=value', each by the type of its default."""
+    """Returns fields of the model from 'name=value', checked against the type of the field's default."""
     from ast import literal_eval
 
     from vit_jax.models.vit import VisionTransformer
@@ -91,13 +91,13 @@ def _fields(assignments: list[str]) -> dict[str, object]:
         default = VisionTransformer.__dataclass_fields__[name].default
         allowed = (int, float) if isinstance(default, float) else type(default)
         if isinstance(default, bool | str | int | float) and not isinstance(value, allowed):
-            raise UserError(f"--set {assignment}: that is no {type(default).__name__}\n  the default is {default!r}")
+            raise UserError(f"--set {assignment}: not of type {type(default).__name__}\n  default: {default!r}")
         fields[name] = value
     return fields
 
 
 def _table(layers: list["Layer"]) -> list[str]:
-    """A line a layer; the parts of blocks behind the first are left out, being the same as its own."""
+    """Returns one line per layer; the parts of a block are listed for the first block only."""
     rows = [("layer", "output", "parameters", "MFLOP")]
     for layer in layers:
         depth = layer.name.count("/")
@@ -115,17 +115,17 @@ def _table(layers: list["Layer"]) -> list[str]:
 
 
 def _totals(layers: list["Layer"], flops: int, memory: dict[str, int], batch_size: int) -> list[str]:
-    whole = [layer for layer in layers if layer.name.count("/") < 2]
-    total = sum(layer.parameters for layer in whole)
-    bare = sum(layer.parameters for layer in whole if layer.name in ("class_token", "registers", "positions"))
+    modules = [layer for layer in layers if layer.name.count("/") < 2]
+    total = sum(layer.parameters for layer in modules)
+    tables = sum(layer.parameters for layer in modules if layer.name in ("class_token", "registers", "positions"))
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items())
     return [
         f"parameters              {total:,}",
-        f"  of modules            {total - bare:,}",
-        f"  of bare tables        {bare:,} (tokens and positions)",
-        f"forward, an image       {flops / 1e9:.4g} GFLOP",
-        f"training, an image      {3 * flops / 1e9:.4g} GFLOP (three times forward)",
-        f"training, batch {batch_size:<7} {sum(memory.values()) / 2**20:,.0f} MiB, estimated, with Adam: {parts}",
+        f"  of modules            {total - tables:,}",
+        f"  of other tables       {tables:,} (tokens and positions)",
+        f"forward, per image      {flops / 1e9:.4g} GFLOP",
+        f"training, per image     {3 * flops / 1e9:.4g} GFLOP (three times forward)",
+        f"training, batch {batch_size:<7} {sum(memory.values()) / 2**20:,.0f} MiB (estimate, with Adam): {parts}",
     ]
 
 

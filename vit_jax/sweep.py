@@ -4,102 +4,104 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vit_jax import commands
 from vit_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from vit_jax.objectives.base import Objective
-
 DESCRIPTION = """\
-Finds the learning rate: trains each on a part of the training split, judges it by the rest, and trains the best one on
-all of it. The test split is read once, by that last run. The same command again goes on where it stopped.
+Finds the learning rate: trains with each one on a part of the training split, compares them on the rest, and trains
+with the best one on the whole split. The test split is used once, by that final run. The same command again resumes.
 
   python -m vit_jax.sweep --config=configs/cifar10.py:cpu --rates=.0005,.001,.002,.004
   python -m vit_jax.sweep --config=configs/finetune.py:oxford_iiit_pet --rates=.001,.003,.01,.03 --held_out=10 \\
       --config.checkpoint.init_from=ViT-B_16.npz
 
-Any option can be set as in python -m vit_jax.main. Where the config has a validation split, that is what judges, and
-the last run is trained on both. The results: sweep.md, sweep.png and sweep.json in the workdir, and a run's folder for
-each rate and for the last run.
+All options of python -m vit_jax.main can be set. If the config has a validation split, learning rates are compared on
+that, and the final run trains on both splits. The workdir holds the results (sweep.md, sweep.png and sweep.json) and a
+run directory for each learning rate and for the final run.
 """
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command's flags, and the overrides as 'section.key=value'; --help and mistakes end the process."""
+    """Returns the flags and the overrides, as 'section.key=value'; exits for --help and for mistakes."""
     overrides, rest = commands.take_overrides(arguments)
     parser = commands.parser("sweep", DESCRIPTION)
-    parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="as of python -m vit_jax.main")
-    parser.add_argument("--rates", metavar="R,R,...", required=True, help="peak learning rates, in their order")
-    parser.add_argument("--workdir", metavar="DIR", help="where results go (default: runs/<config name>-sweep)")
+    parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="config file, as for vit_jax.main")
+    parser.add_argument("--rates", metavar="R,R,...", required=True, help="peak learning rates, tried in this order")
+    parser.add_argument("--workdir", metavar="DIR", help="directory of the results (default: runs/<config name>-sweep)")
     parser.add_argument(
         "--held_out",
         metavar="PERCENT",
         type=float,
         default=2.0,
-        help="of the training split, where the config has no validation split (default: 2)",
+        help="part of the training split to hold out, if the config has no validation split (default: 2)",
     )
     return parser.parse_args(rest), overrides
 
 
 def read_rates(text: str) -> tuple[float, ...]:
-    """The learning rates in '.001,.003,.01'.
+    """Returns the learning rates in text such as '.001,.003,.01'.
 
     Raises:
-        UserError: one of them is none, or is there twice.
+        UserError: one of them is not a positive number, or is listed twice.
     """
     try:
-        rates = tuple(float(word) for word in text.split(","))
+        rates = tuple(float(part) for part in text.split(","))
     except ValueError:
         rates = ()
     if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
-        raise UserError(f"--rates={text}\n  allowed: numbers above 0 with commas between them, as .001,.003,.01,.03")
+        raise UserError(f"--rates={text}\n  allowed: positive numbers separated by commas, such as .001,.003,.01,.03")
     if len({f"{rate:g}" for rate in rates}) < len(rates):
-        raise UserError(f"--rates={text}\n  allowed: each rate once")
+        raise UserError(f"--rates={text}\n  allowed: different numbers")
     return rates
 
 
 def sweep(arguments: list[str]) -> None:
-    """Runs the sweep that the arguments ask for, and prints its table.
+    """Runs the sweep and prints its table.
 
     Raises:
-        UserError: what is wrong, and the way out.
+        UserError: a mistake in the arguments, or as `lr_sweep.plan` and `lr_sweep.sweep`.
     """
     flags, overrides = parse(arguments)
-    chosen = read_rates(flags.rates)
+    rates = read_rates(flags.rates)
     if not 0 < flags.held_out < 100:
-        raise UserError(f"--held_out={flags.held_out:g}\n  allowed: per cent, above 0 and below 100")
+        raise UserError(f"--held_out={flags.held_out:g}\n  allowed: a percentage above 0 and below 100")
     config = commands.make_config(flags.config, overrides)
-    # Imported only now: what is wrong with the line typed is said at once.
+    # Imported late, so that mistakes in the arguments are reported at once.
     from vit_jax.runtime import compilation_cache
     from vit_jax.sharding import multihost
     from vit_jax.training import lr_sweep
 
     compilation_cache.cache_compilations()
     multihost.initialize(config.mesh.distributed)
-    say = print if multihost.is_rank_0() else lambda *_: None
-    folder = commands.folder_of(flags.workdir) if flags.workdir else _default_workdir(flags.config)
-    content = lr_sweep.sweep(lr_sweep.plan(config, chosen, flags.held_out), folder, lambda text: say(f"sweep: {text}"))
+
+    def say(text: str) -> None:
+        if multihost.is_rank_0():
+            print(text, flush=True)
+
+    workdir = commands.expand_path(flags.workdir, "--workdir") if flags.workdir else _default_workdir(flags.config)
+    plan = lr_sweep.plan(config, rates, flags.held_out)
+    content = lr_sweep.sweep(plan, workdir, lambda text: say(f"sweep: {text}"))
     if content is None:
-        say("sweep: stopped; the same command goes on from here")
+        say("sweep: stopped; run the same command again to resume")
         return
     if multihost.is_rank_0():
-        _report(folder, content)
-    say(f"\n{table(content)}\nresults are in {folder}: sweep.md, sweep.png, sweep.json")
+        _write_report(workdir, content)
+    say(f"\n{table(content)}\nresults are in {workdir}: sweep.md, sweep.png, sweep.json")
 
 
 def _default_workdir(spec: str) -> Path:
-    folder = commands.default_workdir(spec)
-    return folder.with_name(f"{folder.name}-sweep")
+    workdir = commands.default_workdir(spec)
+    return workdir.with_name(f"{workdir.name}-sweep")
 
 
 def table(content: dict[str, Any]) -> str:
-    """The results as Markdown: one row per learning rate, which was chosen, and the final run."""
-    from vit_jax.training import progress, trainer
+    """Returns the content of sweep.json as Markdown: a row per learning rate, and the result of the final run."""
+    from vit_jax.training import progress
 
-    objective = _objective(content)
-    metrics = ["accuracy", "loss"] if objective.primary_metric == "accuracy" else ["loss"]
+    metric = _objective(content).primary_metric.name
+    metrics = [metric] if metric == "loss" else [metric, "loss"]
     rows = [
         f"| learning rate | {' | '.join(f'validation {name}' for name in metrics)} | steps | training |",
         "|---" * (len(metrics) + 3) + "|",
@@ -110,50 +112,53 @@ def table(content: dict[str, Any]) -> str:
         if "failed" in trial:
             cells = [rate, trial["failed"], *[""] * (len(metrics) + 1)]
         else:
-            cells = [rate, *(_shown(trial, name) for name in metrics)]
+            cells = [rate, *(_formatted(trial, name) for name in metrics)]
             cells += [f"{trial['steps']:,}", progress.clock(trial["seconds"])]
         rows.append("".join(f"| {cell} " if cell else "| " for cell in cells) + "|")
-    final = {name: value for name, value in content["final"].items() if name != "folder"}
     splits, counts = content["splits"], {trial.get("validation/examples") for trial in content["trials"]} - {None}
-    return "\n".join(
-        [
-            *rows,
-            "",
-            f"Trained on {splits['train']}, chosen by {splits['validation']} ({max(counts):,} examples): "
-            f"{content['best']:g}. With it, on {splits['everything']}: {trainer.describe(objective, final)}.",
-        ]
-    )
+    final = content["final"]
+    result = _objective(content).summary_line({name: value for name, value in final.items() if name != "folder"})
+    rows += [
+        "",
+        f"Trained on {splits['train']}, chosen on {splits['validation']} ({max(counts):,} examples): "
+        f"{content['best']:g}. With it, trained on {splits['everything']}: {result} after {final['steps']:,} steps, "
+        f"{progress.clock(final['seconds'])} of training.",
+    ]
+    return "\n".join(rows)
 
 
-def _objective(content: dict[str, Any]) -> "Objective":
+def _objective(content: dict[str, Any]) -> Any:
     from vit_jax import config as options
     from vit_jax import objectives
 
     return objectives.make(options.from_dict(content["config"]))
 
 
-def _value(trial: dict[str, Any], metric: str) -> float:
-    """A validation metric; an accuracy in per cent."""
-    return trial[f"validation/{metric}"] * (100 if metric == "accuracy" else 1)
+def _percent(metric: str) -> bool:
+    return metric.endswith("accuracy")
 
 
-def _shown(trial: dict[str, Any], metric: str) -> str:
-    value = _value(trial, metric)
-    return f"{value:.2f} %" if metric == "accuracy" else f"{value:.4f}"
+def _formatted(trial: dict[str, Any], metric: str) -> str:
+    value = trial[f"validation/{metric}"]
+    return f"{100 * value:.2f} %" if _percent(metric) else f"{value:.4f}"
 
 
-def _report(folder: Path, content: dict[str, Any]) -> None:
+def _write_report(workdir: Path, content: dict[str, Any]) -> None:
+    """Writes sweep.md and sweep.png."""
     from vit_jax import chart
 
-    metric = _objective(content).primary_metric
+    metric = _objective(content).primary_metric.name
+    factor, unit = (100, ", %") if _percent(metric) else (1, "")
     finished = [trial for trial in content["trials"] if "failed" not in trial]
-    points = [(trial["learning_rate"], _value(trial, metric)) for trial in finished]
-    label = "validation accuracy, %" if metric == "accuracy" else f"validation {metric}"
+    points = [(trial["learning_rate"], factor * trial[f"validation/{metric}"]) for trial in finished]
     try:
-        (folder / "sweep.md").write_text(table(content) + "\n")
-        chart.draw(points, "learning rate", label, content["best"]).save(folder / "sweep.png")
+        (workdir / "sweep.md").write_text(table(content) + "\n")
+        image = chart.draw(points, "learning rate", f"validation {metric}{unit}", content["best"])
+        image.save(workdir / "sweep.png")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written to: {error.strerror}\n  make room there") from error
+        raise UserError(
+            f"{workdir} cannot be written to: {error.strerror}\n  free disk space or change its permissions"
+        ) from error
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""What the policies draw: how often, how strong, as whose rules have it."""
+"""Frequencies and arguments of the operations that policies draw, compared with the published definitions."""
 
 import jax
 import numpy as np
@@ -20,14 +20,14 @@ def draw():
     return drawn
 
 
-def assert_share(hits, odds):
-    """A share of independent draws lies within five standard deviations of its probability."""
+def assert_share(hits, probability):
+    """Asserts that the fraction of hits is within five standard deviations of its probability."""
     hits = np.asarray(hits)
-    assert abs(hits.mean() - odds) <= 5 * np.sqrt(odds * (1 - odds) / hits.size)
+    assert abs(hits.mean() - probability) <= 5 * np.sqrt(probability * (1 - probability) / hits.size)
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_policy_draws_its_operations_alone(name, draw):
+def test_policy_draws_exactly_its_operations(name, draw):
     codes, arguments = draw(name)
     drawn = {NAMES[code] for code in np.unique(codes)}
     assert drawn - {"identity"} == {*POLICIES[name].names} - {"identity"}
@@ -38,7 +38,7 @@ def test_a_policy_draws_its_operations_alone(name, draw):
 
 
 @pytest.mark.parametrize("layers, probability", [(2, 0.5), (3, 0.9)])
-def test_rand_augment_draws_each_operation_with_equal_odds(draw, layers, probability):
+def test_rand_augment_draws_each_operation_with_equal_probability(draw, layers, probability):
     codes, _ = draw("rand_augment", layers=layers, probability=probability)
     assert codes.shape == (layers, COUNT)
     assert_share(codes == CODES["identity"], 1 - probability)
@@ -48,7 +48,7 @@ def test_rand_augment_draws_each_operation_with_equal_odds(draw, layers, probabi
     assert_share((codes[0] != CODES["identity"]) & (codes[1] != CODES["identity"]), probability**2)
 
 
-# The arguments of timm's increasing set, worked out by hand at the five magnitudes; None where there is none.
+# The arguments of timm's increasing set at five magnitudes, calculated by hand.
 BY_HAND = {
     "rotate": (0, 7.5, 15, 27, 30),
     "posterize": (4, 3, 2, 1, 0),
@@ -61,29 +61,29 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("place, magnitude", enumerate((0.0, 2.5, 5.0, 9.0, 10.0)))
-def test_rand_augments_strengths_are_timms(draw, place, magnitude):
+@pytest.mark.parametrize("column, magnitude", enumerate((0.0, 2.5, 5.0, 9.0, 10.0)))
+def test_arguments_of_rand_augment_match_timm(draw, column, magnitude):
     codes, arguments = draw("rand_augment", magnitude=magnitude, std=0.0)
     for name, values in BY_HAND.items():
-        found, wanted = np.abs(arguments[codes == CODES[name]]), values[place]
+        found, expected = np.abs(arguments[codes == CODES[name]]), values[column]
         if name == "color":  # 1 + x or 1 - x
-            wanted, found = wanted - 1, np.abs(found - 1)
-        np.testing.assert_allclose(found, wanted, atol=1e-4, err_msg=name)
+            expected, found = expected - 1, np.abs(found - 1)
+        np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=name)
     for name, centre in (("rotate", 0), ("color", 1), ("shear_y", 0), ("translate_x", 0)):
         if magnitude:
             assert_share(arguments[codes == CODES[name]] > centre, 0.5)
 
 
-def test_rand_augments_magnitude_is_normal_and_cut(draw):
+def test_magnitude_of_rand_augment_is_normal_and_clipped(draw):
     codes, arguments = draw("rand_augment", magnitude=9.0, std=0.5)
-    level = np.abs(arguments[codes == CODES["rotate"]]) / 3
-    assert_share(level < 9.0, 0.5)
-    assert_share(level < 8.5, 0.158655)
-    assert_share(level > 9.9999, 0.022750)
-    assert level.max() <= 10 + 1e-5
+    magnitude = np.abs(arguments[codes == CODES["rotate"]]) / 3
+    assert_share(magnitude < 9.0, 0.5)
+    assert_share(magnitude < 8.5, 0.158655)
+    assert_share(magnitude > 9.9999, 0.022750)
+    assert magnitude.max() <= 10 + 1e-5
 
 
-def test_trivial_augment_draws_one_operation_of_any_strength(draw):
+def test_trivial_augment_draws_one_operation_of_any_magnitude(draw):
     codes, arguments = draw("trivial_augment")
     assert codes.shape == (1, COUNT)
     for name in policies.WIDE:
@@ -97,22 +97,22 @@ def test_trivial_augment_draws_one_operation_of_any_strength(draw):
         "solarize": 255 - 8.5 * steps,
         "brightness": 1 + 0.033 * steps,
     }
-    for name, wanted in values.items():
+    for name, expected in values.items():
         found = arguments[codes == CODES[name]]
         found = 1 + np.abs(found - 1) if name == "brightness" else np.abs(found)
-        nearest = np.abs(found[:, None] - wanted[None]).min(1)
+        nearest = np.abs(found[:, None] - expected[None]).min(1)
         assert nearest.max() < 1e-3, name
-        for value in np.unique(wanted.round(6)):
-            assert_share(np.abs(found - value) < 1e-3, np.isclose(wanted, value).mean())
+        for value in np.unique(expected.round(6)):
+            assert_share(np.abs(found - value) < 1e-3, np.isclose(expected, value).mean())
 
 
-def test_auto_augment_draws_the_25_pairs_with_their_odds(draw):
+def test_auto_augment_draws_the_25_sub_policies_with_their_probabilities(draw):
     codes, arguments = draw("auto_augment", size=(32, 32))
     for layer in range(2):
         for name in policies.SEARCHED:
-            odds = sum(pair[layer][1] for pair in policies.CIFAR10 if pair[layer][0] == name) / 25
-            assert_share(codes[layer] == CODES[name], odds)
-    # The pair (translate_y .9, translate_y .7) alone moves twice.
+            probability = sum(pair[layer][1] for pair in policies.CIFAR10 if pair[layer][0] == name) / 25
+            assert_share(codes[layer] == CODES[name], probability)
+    # Only the pair (translate_y 0.9, translate_y 0.7) translates twice.
     both = (codes == CODES["translate_y"]).all(0)
     assert_share(both, 0.9 * 0.7 / 25)
     np.testing.assert_allclose(np.abs(arguments[:, both]), 14)  # 150/331 of 32, rounded down
@@ -122,7 +122,7 @@ def test_auto_augment_draws_the_25_pairs_with_their_odds(draw):
     np.testing.assert_allclose(np.unique(arguments[codes == CODES["solarize"]]), [85 / 3, 340 / 3, 170, 595 / 3], 1e-5)
 
 
-def test_three_augment_draws_one_of_three(draw):
+def test_three_augment_draws_one_of_three_operations(draw):
     codes, arguments = draw("three_augment")
     for name in policies.THREE:
         assert_share(codes == CODES[name], 1 / 3)

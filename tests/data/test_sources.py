@@ -1,4 +1,4 @@
-"""Sources: numbers against scikit-learn, TFDS and published statistics; the cache; what a user is told."""
+"""Sources compared with scikit-learn, TFDS and published statistics; the cache; error messages."""
 
 import collections
 import os
@@ -19,7 +19,7 @@ tfds = pytest.importorskip("tensorflow_datasets")
 def write_tfds(
     data_dir, name, images, labels, *, shape, names=("ant", "bee"), encoding="png", file_format="array_record"
 ):
-    """Prepares a small set in `data_dir` by TFDS's own writer; `images` maps each split to a list of uint8 arrays."""
+    """Prepares a small set in `data_dir` with TFDS's writer; `images` maps each split to a list of uint8 arrays."""
 
     def info(builder):
         features = tfds.features.FeaturesDict(
@@ -60,7 +60,7 @@ def random_images(rng, sizes, channels):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A set of 30 train and 7 test images, 6x5 RGB: its data_dir, and TFDS's own reading of it."""
+    """Returns the data_dir of a set of 30 train and 7 test images, 6x5 RGB, and its examples as TFDS reads them."""
     data_dir = tmp_path_factory.mktemp("tfds")
     rng = np.random.default_rng(0)
     images = {"train": random_images(rng, [(6, 5)] * 30, 3), "test": random_images(rng, [(6, 5)] * 7, 3)}
@@ -72,11 +72,11 @@ def tiny(tmp_path_factory):
 
 # --- digits ---
 
-RECORDED_TRAIN = [8, 1, 7, 8, 9, 0, 3, 7, 5, 7, 8, 5]  # the first labels: a change of the split changes these
+RECORDED_TRAIN = [8, 1, 7, 8, 9, 0, 3, 7, 5, 7, 8, 5]  # the first labels of each split; they never change
 RECORDED_TEST = [9, 6, 6, 0, 6, 9, 3, 6, 5, 1, 9, 8]
 
 
-def test_digits_are_those_of_scikit_learn_bit_for_bit():
+def test_digits_match_scikit_learn_bit_for_bit():
     published = pytest.importorskip("sklearn.datasets").load_digits()
     train, test = digits.split(published.target)
     expected = np.floor(published.images * 255 / 16 + 0.5).astype(np.uint8)[..., None]
@@ -92,10 +92,8 @@ def test_digits_split_is_stratified_and_never_changes():
     assert (len(train), len(test)) == (1437, 360)
     per_class = np.bincount(train.labels) + np.bincount(test.labels)
     assert np.abs(np.bincount(test.labels) - per_class * 360 / 1797).max() < 1
-    for split in (
-        train,
-        test,
-    ):  # shuffled: in either half, classes are as frequent as chance has it (chi-squared, 9 degrees)
+    # Shuffled: the class frequencies of the first half pass a chi-squared test with 9 degrees of freedom.
+    for split in (train, test):
         half = np.bincount(split.labels[: len(split) // 2], minlength=10)
         expected = np.bincount(split.labels) / 2
         assert ((half - expected) ** 2 / (expected / 2)).sum() < 25
@@ -104,7 +102,7 @@ def test_digits_split_is_stratified_and_never_changes():
     assert test.labels[:12].tolist() == RECORDED_TEST
 
 
-def test_mean_and_std_are_of_the_whole_train_split():
+def test_mean_and_std_are_computed_from_the_whole_train_split():
     whole = sources.load("digits", "train")
     pixels = whole.images / 255
     for split in ("train", "train[:10%]", "test"):
@@ -113,7 +111,7 @@ def test_mean_and_std_are_of_the_whole_train_split():
         np.testing.assert_allclose(source.std, pixels.std((0, 1, 2)), rtol=1e-12)
 
 
-def test_read_returns_the_asked_images_in_order():
+def test_read_returns_the_images_in_the_order_of_the_indices():
     source = sources.load("digits", "test")
     indices = np.array([5, 0, 359, 5])
     chex.assert_shape(source.read(indices), (4, 8, 8, 1))
@@ -152,13 +150,13 @@ EXPRESSIONS = [
     "sizes", [{"train": 1437, "test": 360}, {"train": 50_000, "test": 10_000}, {"train": 1001, "test": 9}]
 )
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_split_expressions_mean_what_they_mean_in_tfds(expression, sizes):
+def test_split_expressions_match_tfds(expression, sizes):
     infos = {name: tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0) for name, size in sizes.items()}
     expected = []
     for absolute in tfds.core.splits.AbstractSplit.from_spec(expression).to_absolute(infos):
         stop = sizes[absolute.splitname] if absolute.to is None else absolute.to
-        expected += [(absolute.splitname, place) for place in range(absolute.from_ or 0, stop)]
-    found = [(p.split, place) for p in splits.parse(expression, sizes) for place in range(p.start, p.stop)]
+        expected += [(absolute.splitname, index) for index in range(absolute.from_ or 0, stop)]
+    found = [(p.split, index) for p in splits.parse(expression, sizes) for index in range(p.start, p.stop)]
     assert found == expected
 
 
@@ -187,7 +185,7 @@ def test_split_expressions_mean_what_they_mean_in_tfds(expression, sizes):
         " train",
     ],
 )
-def test_bad_split_expressions_are_explained(expression):
+def test_malformed_split_expressions_are_explained(expression):
     with pytest.raises(UserError, match=r"train \(1,437 examples\), test \(360 examples\)") as caught:
         sources.load("digits", expression)
     assert repr(expression) in str(caught.value)
@@ -196,10 +194,10 @@ def test_bad_split_expressions_are_explained(expression):
         sources.check("digits", ["train", expression])
 
 
-# --- sets of TFDS ---
+# --- TFDS ---
 
 
-def test_a_tfds_set_is_read_as_tfds_reads_it(tiny, tmp_path):
+def test_tfds_set_is_read_as_by_tfds(tiny, tmp_path):
     data_dir, expected = tiny
     for split in ("train", "test"):
         source = sources.load("tiny", split, data_dir=data_dir, cache_dir=tmp_path)
@@ -212,7 +210,7 @@ def test_a_tfds_set_is_read_as_tfds_reads_it(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train[:40%]", "train[3:-2]", "test+train[5:9]", "train[20:]+train[:4]"])
-def test_slices_are_those_of_tfds(tiny, tmp_path, split):
+def test_slices_match_tfds(tiny, tmp_path, split):
     data_dir, _ = tiny
     expected = tfds.data_source("tiny", split=split, data_dir=data_dir, download=False)
     source = sources.load("tiny", split, data_dir=data_dir, cache_dir=tmp_path)
@@ -220,10 +218,10 @@ def test_slices_are_those_of_tfds(tiny, tmp_path, split):
     assert source.labels.tolist() == [e["label"] for e in expected]
 
 
-def test_the_second_load_decodes_nothing_and_slices_copy_nothing(tiny, tmp_path, monkeypatch, capsys):
+def test_second_load_decodes_nothing_and_slices_copy_nothing(tiny, tmp_path, monkeypatch, capsys):
     data_dir, _ = tiny
     first = sources.load("tiny", "train", data_dir=data_dir, cache_dir=tmp_path)
-    assert "decoding tiny train: 30 images, once; kept in " in capsys.readouterr().err
+    assert "decoding tiny train: 30 images (only once; cached in " in capsys.readouterr().err
     monkeypatch.setattr("vit_jax.data.images.decode", lambda *_: pytest.fail("decoded again"))
     second = sources.load("tiny", "train[10:20]", data_dir=data_dir, cache_dir=tmp_path)
     chex.assert_trees_all_equal(np.asarray(second.images), np.asarray(first.images[10:20]))
@@ -254,7 +252,7 @@ def damage_empty(folder):
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_remove_labels, damage_lengthen, damage_empty])
-def test_a_damaged_cache_is_made_again(tiny, tmp_path, damage):
+def test_damaged_cache_is_created_again(tiny, tmp_path, damage):
     data_dir, expected = tiny
     sources.load("tiny", "train", data_dir=data_dir, cache_dir=tmp_path)
     (folder,) = tmp_path.glob("*/train-*")
@@ -266,7 +264,7 @@ def test_a_damaged_cache_is_made_again(tiny, tmp_path, damage):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["train-6x5"]
 
 
-def test_an_interrupted_decoding_leaves_nothing(tiny, tmp_path, monkeypatch):
+def test_interrupted_decoding_leaves_no_files(tiny, tmp_path, monkeypatch):
     data_dir, _ = tiny
     monkeypatch.setattr("vit_jax.data.images.decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -274,7 +272,7 @@ def test_an_interrupted_decoding_leaves_nothing(tiny, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/*"))
 
 
-def test_several_writers_at_once_agree(tmp_path):
+def test_concurrent_writers_agree(tmp_path):
     barrier = threading.Barrier(4)
     results = []
 
@@ -283,7 +281,7 @@ def test_several_writers_at_once_agree(tmp_path):
         images[:], labels[:] = 7, 3
 
     def work():
-        results.append(cache.open_or_make(tmp_path / "a" / "train", (5, 2, 2, 1), fill, title="t"))
+        results.append(cache.open_or_create(tmp_path / "a" / "train", (5, 2, 2, 1), fill, title="t"))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -294,16 +292,16 @@ def test_several_writers_at_once_agree(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["train"]
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tiny, tmp_path, capsys):
+def test_unwritable_cache_is_not_required(tiny, tmp_path, capsys):
     data_dir, expected = tiny
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("a file")
     source = sources.load("tiny", "train", data_dir=data_dir, cache_dir=tmp_path / "file" / "cache")
     assert source.labels.tolist() == [e["label"] for e in expected["train"]]
     assert not isinstance(source.images, np.memmap)
-    assert capsys.readouterr().err.count("warning: cannot keep") == 1
+    assert capsys.readouterr().err.count("warning: cannot write the cache") == 1
 
 
-def test_a_set_that_was_prepared_again_is_decoded_again(tmp_path):
+def test_set_that_was_prepared_again_is_decoded_again(tmp_path):
     for value in (1, 2):
         data_dir = tmp_path / str(value)
         write_tfds(
@@ -324,12 +322,11 @@ def test_grey_images_keep_one_channel(tmp_path):
     source = sources.load("grey", "test", data_dir=tmp_path, cache_dir=tmp_path / "cache")
     chex.assert_shape(source.images, (5, 7, 9, 1))
     assert sorted(source.images.sum((1, 2, 3))) == sorted(image.sum() for image in images)
-    np.testing.assert_allclose(
-        source.mean, np.mean(images) / 255, rtol=1e-12
-    )  # no train split: of the one that is read
+    # Without a train split, the statistics are those of the split that is read.
+    np.testing.assert_allclose(source.mean, np.mean(images) / 255, rtol=1e-12)
 
 
-def test_images_of_different_sizes_need_an_image_size(tmp_path):
+def test_images_of_different_sizes_require_image_size(tmp_path):
     rng = np.random.default_rng(2)
     images = random_images(rng, [(12, 20), (31, 10), (8, 8)], 3)
     write_tfds(tmp_path, "mixed", {"train": images}, {"train": [0, 0, 1]}, shape=(None, None, 3))
@@ -345,7 +342,7 @@ def test_images_of_different_sizes_need_an_image_size(tmp_path):
     assert sorted(image.tobytes() for image in source.images) == sorted(image.tobytes() for image in expected.values())
 
 
-def test_fixed_size_images_are_resized_on_demand(tiny, tmp_path):
+def test_images_of_equal_size_are_resized_to_image_size(tiny, tmp_path):
     data_dir, expected = tiny
     source = sources.load("tiny", "test", data_dir=data_dir, cache_dir=tmp_path, image_size=(3, 10))
     resized = [Image.fromarray(e["image"]).resize((10, 12), Image.BICUBIC) for e in expected["test"]]
@@ -353,7 +350,7 @@ def test_fixed_size_images_are_resized_on_demand(tiny, tmp_path):
     chex.assert_shape(sources.load("digits", "test", image_size=32).images, (360, 32, 32, 1))
 
 
-def test_a_damaged_or_missing_shard_is_named(tmp_path):
+def test_damaged_or_missing_shard_is_named(tmp_path):
     images = random_images(np.random.default_rng(3), [(6, 5)] * 4, 3)
     folder = write_tfds(tmp_path, "torn", {"train": images}, {"train": [0, 1, 0, 1]}, shape=(6, 5, 3))
     (shard,) = folder.glob("*array_record*")
@@ -368,16 +365,16 @@ def test_a_damaged_or_missing_shard_is_named(tmp_path):
         sources.check("torn", ["train"], data_dir=tmp_path)
 
 
-def test_another_file_format_or_other_features_are_refused(tmp_path):
+def test_other_file_formats_and_features_are_refused(tmp_path):
     folder = write_tfds(tmp_path, "flat", {"train": [np.zeros((2, 2), np.uint8)]}, {"train": [0]}, shape=(2, 2, 1))
     info = (folder / "dataset_info.json").read_text()
     (folder / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match="holds tfrecord files; array_record is needed"):
+    with pytest.raises(UserError, match="contains tfrecord files; array_record is required"):
         sources.check("flat", ["train"], data_dir=tmp_path)
     (folder / "dataset_info.json").write_text(info)
     features = folder / "features.json"
     features.write_text(features.read_text().replace('"label"', '"target"'))
-    with pytest.raises(UserError, match=r"`label`.*needed\.\nIt has: image, target"):
+    with pytest.raises(UserError, match=r"`label`.*required\n  it has: image, target"):
         sources.check("flat", ["train"], data_dir=tmp_path)
     features.write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
@@ -394,12 +391,12 @@ def test_another_file_format_or_other_features_are_refused(tmp_path):
         ("mnist:3.0.1", "not prepared"),
         ("cifar10:1.0.0", "plain name 'cifar10'"),
         ("tiny/other", "not known"),
-        ("huggingface:mnist", "a name is written"),
-        ("../tiny", "a name is written"),
-        ("", "a name is written"),
+        ("huggingface:mnist", "malformed name"),
+        ("../tiny", "malformed name"),
+        ("", "malformed name"),
     ],
 )
-def test_sets_that_cannot_be_read_are_explained(tiny, tmp_path, name, message):
+def test_unreadable_sets_are_explained(tiny, tmp_path, name, message):
     data_dir, _ = tiny
     for function, split in ((sources.load, "train"), (sources.check, ["train"])):
         with pytest.raises(UserError) as caught:
@@ -407,7 +404,7 @@ def test_sets_that_cannot_be_read_are_explained(tiny, tmp_path, name, message):
         assert message in str(caught.value) and str(caught.value).count("\n") < 3
 
 
-def test_version_and_data_dir_are_honoured(tiny, tmp_path, monkeypatch):
+def test_version_and_data_dir_are_used(tiny, tmp_path, monkeypatch):
     data_dir, _ = tiny
     assert len(sources.load("tiny:1.0.0", "test", data_dir=str(data_dir), cache_dir=str(tmp_path))) == 7
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
@@ -427,7 +424,7 @@ def test_version_and_data_dir_are_honoured(tiny, tmp_path, monkeypatch):
         ("cifar100", (0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615)),
     ],
 )
-def test_cifar_is_all_there(real_sets, tmp_path, name, mean, std):
+def test_cifar_is_complete(real_sets, tmp_path, name, mean, std):
     train = sources.load(name, "train", data_dir=real_sets, cache_dir=tmp_path)
     test = sources.load(name, "test", data_dir=real_sets, cache_dir=tmp_path)
     classes = len(train.class_names)

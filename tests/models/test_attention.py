@@ -5,6 +5,11 @@ import pytest
 
 from vit_jax.models.attention import Attention
 from vit_jax.models.attention_backends import attention_weights
+from vit_jax.models.block_config import BlockConfig
+
+
+def attention_layer(heads, **options):
+    return Attention(BlockConfig(heads=heads, mlp_width=1, **options))
 
 
 def softmax(scores):
@@ -38,7 +43,7 @@ def test_attention_equals_the_plain_reference(draw, randomise, heads, masked):
     mask = np.random.default_rng(3).random((2, 1, 7, 7)) < 0.6 if masked else None
     if masked:
         mask[..., 0] = True
-    module = Attention(heads)
+    module = attention_layer(heads)
     parameters = randomise(module, tokens)["params"]
     with jax.default_matmul_precision("highest"):
         outputs = module.apply({"params": parameters}, tokens, None if mask is None else jnp.asarray(mask))
@@ -66,7 +71,7 @@ def test_hidden_keys_weigh_exactly_nothing(draw):
 
 def test_a_query_that_sees_nothing_mixes_nothing(draw, randomise):
     tokens = draw(1, 4, 8)
-    module = Attention(2)
+    module = attention_layer(2)
     parameters = randomise(module, tokens)["params"]
     mask = jnp.ones((1, 1, 4, 4), bool).at[0, 0, 2].set(False)
     outputs = module.apply({"params": parameters}, tokens, mask)
@@ -84,11 +89,11 @@ def test_weights_are_float32_in_bfloat16_arithmetic(draw):
 
 def test_heads_that_do_not_divide_the_width_are_refused(draw):
     with pytest.raises(ValueError, match="3 heads do not divide a width of 8"):
-        Attention(3).init(jax.random.key(0), draw(1, 2, 8))
+        attention_layer(3).init(jax.random.key(0), draw(1, 2, 8))
 
 
 def test_queries_keys_and_values_start_as_if_they_stood_alone(draw):
-    kernel = Attention(4).init(jax.random.key(0), draw(1, 2, 256))["params"]["qkv"]["kernel"]
+    kernel = attention_layer(4).init(jax.random.key(0), draw(1, 2, 256))["params"]["qkv"]["kernel"]
     bound = np.sqrt(6 / (256 + 256))
     for part in np.split(np.asarray(kernel), 3, axis=1):
         assert np.abs(part).max() <= bound

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax.models.dense import Dense, rounded_product
+from vit_jax.models.dense import Dense, rounded_matmul
 from vit_jax.models.vit import VisionTransformer
 
 
@@ -15,10 +15,10 @@ def rounded(array):
     return np.asarray(array).astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
-def test_the_rounded_product_and_its_gradients_are_those_of_rounded_operands(draw):
+def test_the_rounded_matmul_and_its_gradients_are_those_of_rounded_operands(draw):
     """In float64 by NumPy; the incoming gradient is rounded as well."""
     rows, kernel, direction = draw(37, 24), draw(24, 19, seed=1), draw(37, 19, seed=2)
-    value, pull = jax.vjp(lambda rows, kernel: rounded_product(rows, kernel, jnp.bfloat16), rows, kernel)
+    value, pull = jax.vjp(lambda rows, kernel: rounded_matmul(rows, kernel, jnp.bfloat16), rows, kernel)
     of_rows, of_kernel = pull(direction)
     assert value.dtype == of_rows.dtype == of_kernel.dtype == jnp.float32
     np.testing.assert_allclose(value, rounded(rows) @ rounded(kernel), rtol=1e-5, atol=1e-5)
@@ -37,10 +37,10 @@ def test_a_dense_layer_keeps_everything_else_in_float32(draw):
 
 @pytest.mark.slow
 def test_gradients_of_a_whole_model_are_within_a_hundredth(draw):
-    """Relative norm of the difference to float32's, of the loss that a classifier has.
+    """The relative norm of the difference from the float32 gradient of a classification loss.
 
-    Without a class token, which begins at zero: the LayerNorm behind it divides by next to nothing, and makes its
-    gradient sensitive to anything.
+    Without a class token, which starts at zero: the LayerNorm after it divides by almost nothing, so its gradient
+    amplifies every rounding error.
     """
     fields = {"patch_size": 4, "width": 48, "depth": 3, "heads": 3, "mlp_width": 96, "classes": 10}
     fields |= {"class_token": False, "pooling": "mean"}
@@ -48,7 +48,7 @@ def test_gradients_of_a_whole_model_are_within_a_hundredth(draw):
     exact = VisionTransformer(**fields)
     parameters = exact.init(jax.random.key(0), images)["params"]
     head = {"kernel": 0.1 * draw(48, 10, seed=2), "bias": jnp.zeros(10)}
-    parameters = {**parameters, "head": {"logits": head}}  # not zeros, behind which all gradients are zero
+    parameters = {**parameters, "head": {"logits": head}}  # not zeros: all gradients would be zero
 
     def gradient(model):
         def loss(parameters):

@@ -7,14 +7,19 @@ import numpy as np
 import pytest
 
 from vit_jax.models.attention import Attention
-from vit_jax.models.encoder import BlockOptions, Encoder, EncoderBlock, depth_rates
+from vit_jax.models.block_config import BlockConfig
+from vit_jax.models.encoder import Encoder, EncoderBlock, depth_rates
 from vit_jax.models.mlp import MlpBlock, SwigluBlock
 from vit_jax.models.norm import LayerNorm, LayerScale
 
 
+def attention_layer(heads, **options):
+    return Attention(BlockConfig(heads=heads, mlp_width=1, **options))
+
+
 def test_mlp_is_dense_gelu_dense_in_the_tanh_form(draw, randomise):
     tokens = draw(2, 3, 6)
-    module = MlpBlock(10)
+    module = MlpBlock(BlockConfig(heads=1, mlp_width=10))
     parameters = randomise(module, tokens, scale=1.0)["params"]
     with jax.default_matmul_precision("highest"):
         outputs = module.apply({"params": parameters}, tokens)
@@ -45,7 +50,7 @@ def test_layer_norm_statistics_are_float32_in_bfloat16_arithmetic():
 def test_the_encoder_does_not_know_the_order_of_its_tokens(draw, randomise):
     tokens = draw(2, 5, 16)
     order = np.array([3, 0, 1, 4, 2])
-    module = Encoder(depth=2, options=BlockOptions(heads=2, mlp_width=24))
+    module = Encoder(depth=2, config=BlockConfig(heads=2, mlp_width=24))
     variables = randomise(module, tokens)
     with jax.default_matmul_precision("highest"):
         apply = jax.jit(module.apply)
@@ -54,9 +59,10 @@ def test_the_encoder_does_not_know_the_order_of_its_tokens(draw, randomise):
     assert np.abs(outputs[:, order] - outputs).max() > 0.1
 
 
+@pytest.mark.slow
 def test_stochastic_depth_grows_linearly_from_zero(randomise):
     examples, depth, last = 4096, 4, 0.6
-    module = Encoder(depth=depth, options=BlockOptions(heads=1, mlp_width=1), stochastic_depth=last)
+    module = Encoder(depth=depth, config=BlockConfig(heads=1, mlp_width=1), stochastic_depth=last)
     tokens = jnp.zeros((examples, 1, depth))
     variables = randomise(module, tokens[:1], scale=0)
     # Block i adds one to channel i, and nothing else does anything.
@@ -87,7 +93,7 @@ def dense(inputs, parameters):
 
 def test_exact_gelu_is_by_the_error_function(draw, randomise):
     tokens = draw(2, 3, 6)
-    module = MlpBlock(10, gelu="exact")
+    module = MlpBlock(BlockConfig(heads=1, mlp_width=10, gelu="exact"))
     parameters = randomise(module, tokens, scale=1.0)["params"]
     with jax.default_matmul_precision("highest"):
         outputs = module.apply({"params": parameters}, tokens)
@@ -98,7 +104,7 @@ def test_exact_gelu_is_by_the_error_function(draw, randomise):
 
 def test_swiglu_gates_by_the_first_half(draw, randomise):
     tokens = draw(2, 3, 6)
-    module = SwigluBlock(10)
+    module = SwigluBlock(BlockConfig(heads=1, mlp_width=10))
     parameters = randomise(module, tokens)["params"]
     with jax.default_matmul_precision("highest"):
         outputs = module.apply({"params": parameters}, tokens)
@@ -114,7 +120,7 @@ def normed(x, parameters, epsilon=1e-6):
 
 def test_queries_and_keys_are_normalised_head_by_head(draw, randomise):
     tokens = draw(1, 4, 8)
-    module = Attention(2, qk_norm=True, qkv_bias=False)
+    module = attention_layer(2, qk_norm=True, qkv_bias=False)
     parameters = randomise(module, tokens)["params"]
     assert list(parameters["qkv"]) == ["kernel"]
     with jax.default_matmul_precision("highest"):
@@ -131,13 +137,22 @@ def test_queries_and_keys_are_normalised_head_by_head(draw, randomise):
 @pytest.mark.parametrize("parallel", [False, True])
 def test_a_block_is_put_together_as_its_formula_says(draw, randomise, parallel, layer_scale):
     tokens = draw(2, 5, 16)
-    options = BlockOptions(heads=2, mlp_width=24, parallel=parallel, layer_scale=layer_scale)
+    options = BlockConfig(heads=2, mlp_width=24, parallel=parallel, layer_scale=layer_scale)
     module = EncoderBlock(options)
     p = randomise(module, tokens)["params"]
-    attention = lambda x: Attention(2).apply({"params": p["attention"]}, x)  # noqa: E731
-    mlp = lambda x: MlpBlock(24).apply({"params": p["mlp"]}, x)  # noqa: E731
-    norm = lambda name, x: LayerNorm().apply({"params": p[name]}, x)  # noqa: E731
-    scale = lambda name: p[name]["scale"] if layer_scale else 1  # noqa: E731
+
+    def attention(x):
+        return attention_layer(2).apply({"params": p["attention"]}, x)
+
+    def mlp(x):
+        return MlpBlock(BlockConfig(heads=1, mlp_width=24)).apply({"params": p["mlp"]}, x)
+
+    def norm(name, x):
+        return LayerNorm().apply({"params": p[name]}, x)
+
+    def scale(name):
+        return p[name]["scale"] if layer_scale else 1
+
     if parallel:
         y = norm("norm", tokens)
         expected = tokens + scale("scale") * (attention(y) + mlp(y))
@@ -155,8 +170,11 @@ def test_layer_scale_starts_at_its_value(draw):
 def test_epsilon_reaches_every_layer_norm(small, draw, randomise):
     model = small(depth=1, pooling="map", qk_norm=True, layer_norm_epsilon=0.5)
     images = draw(2, 4, 4, 3)
-    ours = lambda module, name: isinstance(module, LayerNorm) and module.epsilon == 0.5  # noqa: E731
-    run = partial(model.apply, capture_intermediates=ours)
+
+    def has_epsilon(module, _name):
+        return isinstance(module, LayerNorm) and module.epsilon == 0.5
+
+    run = partial(model.apply, capture_intermediates=has_epsilon)
     _, captured = jax.eval_shape(run, randomise(model, images), images)
     named = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(captured["intermediates"])]
     calls = [name for name in named if "__call__" in name]

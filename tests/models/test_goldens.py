@@ -16,8 +16,13 @@ def block(arrays, prefix, names):
     attention, mlp, norm = names
     parts = [arrays[f"{prefix}{attention}/{part}/kernel"].reshape(96, 96) for part in ("query", "key", "value")]
     biases = [arrays[f"{prefix}{attention}/{part}/bias"].reshape(96) for part in ("query", "key", "value")]
-    pick = lambda name: {part: arrays[f"{prefix}{name}/{part}"] for part in ("scale", "bias")}  # noqa: E731
-    dense = lambda name: {part: arrays[f"{prefix}{name}/{part}"] for part in ("kernel", "bias")}  # noqa: E731
+
+    def pick(name):
+        return {part: arrays[f"{prefix}{name}/{part}"] for part in ("scale", "bias")}
+
+    def dense(name):
+        return {part: arrays[f"{prefix}{name}/{part}"] for part in ("kernel", "bias")}
+
     out = dense(f"{attention}/out")
     return {
         "norm_attention": pick("LayerNorm_0"),
@@ -66,7 +71,10 @@ def test_a_plain_model_gives_the_published_logits(goldens):
 
 def stem(arrays):
     """The ResNet of the hybrid; published scales and biases are [1, 1, 1, C]."""
-    norm = lambda name: {part: arrays[f"{name}/{part}"].reshape(-1) for part in ("scale", "bias")}  # noqa: E731
+
+    def norm(name):
+        return {part: arrays[f"{name}/{part}"].reshape(-1) for part in ("scale", "bias")}
+
     tree = {"convolution_root": {"kernel": arrays["conv_root/kernel"]}, "norm_root": norm("gn_root")}
     for stage in (0, 1):
         prefix = f"block{stage + 1}/unit1"

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models.encoder import BlockOptions, Encoder
+from vit_jax.models.block_config import BlockConfig
+from vit_jax.models.encoder import Encoder
 from vit_jax.models.masked_autoencoder import MaskedAutoencoder, normalize_patches, pixel_statistics
 from vit_jax.models.patches import patchify
 from vit_jax.models.positions import sine_cosine_2d
@@ -50,16 +51,17 @@ def slowly(module, parameters, images, hidden):
                     projection = theirs["embedding"]["projection"]
                     table = theirs["positions"]["table"][0, int(backbone.class_token) + number]
                     tokens.append(pixels @ projection["kernel"] + projection["bias"] + table)
-        options = BlockOptions(backbone.heads, backbone.mlp_width)
+        options = BlockConfig(heads=backbone.heads, mlp_width=backbone.mlp_width)
         seen = Encoder(backbone.depth, options).apply({"params": theirs["encoder"]}, jnp.stack(tokens)[None])[0]
         seen = list(seen @ ours["embedding"]["kernel"] + ours["embedding"]["bias"])
         filled, seen = seen[:extra], seen[extra:]
         for number, where in enumerate(sine_cosine_2d(2, 3, module.decoder_width)):
             filled.append((ours["mask_embedding"][0, 0] if mask[number] else seen.pop(0)) + where)
         assert not seen
-        decoder = Encoder(module.decoder_depth, BlockOptions(module.decoder_heads, module.decoder_mlp_width))
-        told = decoder.apply({"params": ours["encoder"]}, jnp.stack(filled)[None])[0, extra:]
-        outputs.append(told @ ours["pixels"]["kernel"] + ours["pixels"]["bias"])
+        config = BlockConfig(heads=module.decoder_heads, mlp_width=module.decoder_mlp_width)
+        decoder = Encoder(module.decoder_depth, config)
+        decoded = decoder.apply({"params": ours["encoder"]}, jnp.stack(filled)[None])[0, extra:]
+        outputs.append(decoded @ ours["pixels"]["kernel"] + ours["pixels"]["bias"])
     return jnp.stack(outputs)
 
 
@@ -99,34 +101,37 @@ def test_no_pixel_of_a_hidden_patch_is_read(made):
 def test_patches_are_normalised_by_their_own_mean_and_unbiased_variance(draw):
     patches = np.asarray(3 * draw(2, 5, 12) + 1, np.float64)
     wanted = (patches - patches.mean(-1, keepdims=True)) / np.sqrt(patches.var(-1, ddof=1, keepdims=True) + 1e-6)
-    given = jnp.asarray(patches, jnp.float32)
-    np.testing.assert_allclose(normalize_patches(given), wanted, rtol=1e-4, atol=1e-5)
-    mean, std = pixel_statistics(given)
-    np.testing.assert_allclose(normalize_patches(given) * std + mean, patches, atol=1e-5)
+    inputs = jnp.asarray(patches, jnp.float32)
+    np.testing.assert_allclose(normalize_patches(inputs), wanted, rtol=1e-4, atol=1e-5)
+    mean, std = pixel_statistics(inputs)
+    np.testing.assert_allclose(normalize_patches(inputs) * std + mean, patches, atol=1e-5)
     assert np.isfinite(normalize_patches(jnp.ones((1, 2, 1)))).all()
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
-        ({"position": "rotary"}, "acts at 'layers' and so needs all patches: one of none, learned, "),
-        ({"position": "learned", "position_at": "shared"}, "acts at 'shared'"),
+        (
+            {"position": "rotary"},
+            "applied at 'layers', which needs all patches: to encode only some, use one of none, learned, ",
+        ),
+        ({"position": "learned", "position_at": "shared"}, "applied at 'shared'"),
         ({"pooling": "mean"}, "pooling 'mean'"),
         ({"classes": 3}, "classes is 3"),
         ({"stem": (1,), "stem_width": 32}, "stem is"),
     ],
 )
-def test_backbones_that_cannot_see_some_patches_alone_are_refused(small, fields, said):
-    with pytest.raises(ValueError, match=said):
+def test_backbones_that_cannot_encode_a_part_of_the_patches_are_refused(small, fields, message):
+    with pytest.raises(ValueError, match=message):
         MaskedAutoencoder(small(**{"classes": None, "pooling": "none", **fields}))
 
 
 def test_a_decoder_of_an_odd_width_is_refused(small):
-    with pytest.raises(ValueError, match="the decoder's width is 6"):
+    with pytest.raises(ValueError, match="decoder_width is 6"):
         MaskedAutoencoder(small(classes=None, pooling="none"), decoder_width=6, decoder_heads=2)
 
 
-def test_a_model_whose_positions_act_in_the_layers_shows_no_patch_alone(small, draw):
+def test_a_model_with_positions_in_the_layers_encodes_all_patches(small, draw):
     model = small(position="relative")
-    with pytest.raises(ValueError, match="positions act at 'layers'"):
+    with pytest.raises(ValueError, match="positions are applied at 'layers'"):
         model.init(jax.random.key(0), draw(1, 4, 4, 3), visible=jnp.zeros((1, 2), jnp.int32))

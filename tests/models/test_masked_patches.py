@@ -80,8 +80,8 @@ def test_logits_are_those_of_the_corrupted_image(small, randomise, draw):
         elif corruption.sources[image, patch] != patch:
             pixels = np.asarray(patchify(images, 2))[image, corruption.sources[image, patch]]
             embeddings[image, patch] = pixels @ projection["kernel"] + projection["bias"]
-    given = jnp.asarray(embeddings)
-    encode = jax.jit(lambda parameters: backbone.apply({"params": parameters}, images, replace=lambda _: given))
+    replaced = jnp.asarray(embeddings)
+    encode = jax.jit(lambda parameters: backbone.apply({"params": parameters}, images, replace=lambda _: replaced))
     tokens = encode(parameters["backbone"])
     wanted = tokens[:, 1:] @ parameters["colours"]["kernel"] + parameters["colours"]["bias"]
     np.testing.assert_allclose(logits, wanted, atol=1e-5)

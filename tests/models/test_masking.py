@@ -20,22 +20,22 @@ def test_so_many_patches_are_hidden_and_each_as_often_as_the_others():
 
 def test_what_is_hidden_of_an_image_depends_on_its_key_alone():
     whole = masking.draw_hidden(KEYS[:8], 9, 4)
-    for place in (0, 3, 7):
-        np.testing.assert_array_equal(masking.draw_hidden(KEYS[place : place + 1], 9, 4)[0], whole[place])
+    for image in (0, 3, 7):
+        np.testing.assert_array_equal(masking.draw_hidden(KEYS[image : image + 1], 9, 4)[0], whole[image])
 
 
-def test_visible_places_are_the_others_in_order():
+def test_visible_indices_are_the_others_in_order():
     hidden = masking.draw_hidden(KEYS[:50], 9, 4)
-    places = masking.visible_places(hidden, 4)
-    for row, mask in zip(np.asarray(places), np.asarray(hidden), strict=True):
-        assert row.tolist() == [place for place in range(9) if not mask[place]]
+    indices = masking.visible_indices(hidden, 4)
+    for row, mask in zip(np.asarray(indices), np.asarray(hidden), strict=True):
+        assert row.tolist() == [index for index in range(9) if not mask[index]]
 
 
-def test_tokens_are_taken_by_their_numbers(draw):
-    tokens, places = draw(3, 5, 2), jnp.asarray([[4, 0], [1, 1], [2, 3]])
-    taken = masking.take(tokens, places)
+def test_tokens_are_gathered_by_index(draw):
+    tokens, indices = draw(3, 5, 2), jnp.asarray([[4, 0], [1, 1], [2, 3]])
+    gathered = masking.take(tokens, indices)
     for image in range(3):
-        np.testing.assert_array_equal(taken[image], np.asarray(tokens)[image][np.asarray(places)[image]])
+        np.testing.assert_array_equal(gathered[image], np.asarray(tokens)[image][np.asarray(indices)[image]])
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax.models.encoder import BlockOptions
+from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.pooling import POOLINGS, Head, Heads
 
-OPTIONS = BlockOptions(heads=2, mlp_width=12)
+OPTIONS = BlockConfig(heads=2, mlp_width=12)
 
 
 def test_the_class_token_the_mean_of_patches_and_all_tokens(draw):
@@ -22,7 +22,10 @@ def test_attention_pooling_equals_the_plain_reference(draw, randomise):
     with jax.default_matmul_precision("highest"):
         pooled = module.apply({"params": parameters}, tokens)
     p, x = jax.tree.map(np.float64, parameters), np.float64(tokens)
-    dense = lambda inputs, name: inputs @ name["kernel"] + name["bias"]  # noqa: E731
+
+    def dense(inputs, layer):
+        return inputs @ layer["kernel"] + layer["bias"]
+
     queries, fused = dense(p["probe"][0, 0], p["query"]), dense(x, p["key_value"])
     mixed = np.zeros((2, 8))
     for example in range(2):
@@ -39,7 +42,7 @@ def test_attention_pooling_equals_the_plain_reference(draw, randomise):
 
 
 def test_attention_pooling_has_big_visions_number_of_parameters(draw):
-    module = POOLINGS["map"](0, BlockOptions(heads=3, mlp_width=768))
+    module = POOLINGS["map"](0, BlockConfig(heads=3, mlp_width=768))
     shapes = jax.eval_shape(module.init, jax.random.key(0), draw(1, 4, 192))
     # Probe, four projections, LayerNorm, MLP.
     expected = 192 + 4 * (192 * 192 + 192) + 2 * 192 + 192 * 768 + 768 + 768 * 192 + 192

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from vit_jax.models.attention_backends import attention_weights
-from vit_jax.models.positions import POSITIONS, Place, rotate, sine_cosine_2d, sinusoidal
+from vit_jax.models.positions import POSITIONS, TokenLayout, rotate, sine_cosine_2d, sinusoidal
 
-PLACE = Place(rows=3, columns=4, class_token=1, registers=2, width=8, head_size=8, heads=2)
+LAYOUT = TokenLayout(rows=3, columns=4, class_token=1, registers=2, width=8, head_size=8, heads=2)
 
 
-def terms(name, randomise, place=PLACE):
-    module = POSITIONS[name](place)
+def terms(name, randomise, layout=LAYOUT):
+    module = POSITIONS[name](layout)
     variables = randomise(module)
     return module.apply(variables), variables.get("params", {})
 
@@ -108,8 +108,8 @@ def test_rotary_turns_points_of_the_plane_by_column_and_row(randomise, draw):
 
 
 def test_rotary_scores_depend_on_the_offset_alone(randomise, draw):
-    place = Place(rows=5, columns=6, class_token=0, registers=0, width=8, head_size=16, heads=1)
-    (_, _, rotation), _ = terms("rotary", randomise, place)
+    layout = TokenLayout(rows=5, columns=6, class_token=0, registers=0, width=8, head_size=16, heads=1)
+    (_, _, rotation), _ = terms("rotary", randomise, layout)
     # The same query and the same key everywhere.
     query, key = (jnp.broadcast_to(draw(1, 1, 1, 16, seed=seed), (1, 30, 1, 16)) for seed in (0, 1))
     scores = np.einsum("qd,kd->qk", rotate(query, *rotation)[0, :, 0], rotate(key, *rotation)[0, :, 0])
@@ -173,7 +173,7 @@ def test_patches_tell_their_grid_where_a_position_needs_it(small, randomise, dra
     variables = randomise(model, images)
     expected = apply(variables, images)
     np.testing.assert_allclose(apply(variables, patchify(images, 2), grid=(2, 4)), expected, atol=1e-6)
-    with pytest.raises(ValueError, match=r"8 patches make no square.*give them as grid"):
+    with pytest.raises(ValueError, match=r"8 patches do not form a square.*pass them as grid"):
         model.apply(variables, patchify(images, 2))
-    with pytest.raises(ValueError, match="a grid of 3x3 is given for 8 patches"):
+    with pytest.raises(ValueError, match="grid is 3x3, but there are 8 patches"):
         model.apply(variables, patchify(images, 2), grid=(3, 3))

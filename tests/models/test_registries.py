@@ -50,7 +50,10 @@ def pairs_once():
     }
     triples = []
     while left:
-        covered = lambda t: [(a, b, t[a], t[b]) for a, b in itertools.combinations(range(3), 2)]  # noqa: E731
+
+        def covered(t):
+            return [(a, b, t[a], t[b]) for a, b in itertools.combinations(range(3), 2)]
+
         best = max(itertools.product(*(range(len(axis)) for axis in AXES)), key=lambda t: len(left & set(covered(t))))
         left -= set(covered(best))
         triples.append(best)

@@ -106,7 +106,7 @@ def test_rows_columns_and_offsets_resample_as_images_do(randomise, small, draw):
 def test_what_does_not_fit_is_refused(draw):
     with pytest.raises(ValueError, match="method is 'nearest': one of bilinear, bicubic"):
         resample(draw(2, 2, 3), (3, 3), "nearest")
-    with pytest.raises(ValueError, match="a table of 8 rows is none of a grid of 3x3"):
+    with pytest.raises(ValueError, match="a table with 8 rows cannot be for a grid of 3x3"):
         resample_tokens(draw(1, 8, 2), (3, 3), (4, 4))
-    with pytest.raises(ValueError, match=r"positions 'rows' of shape \(2, 3\) are none of a grid of 3x3"):
+    with pytest.raises(ValueError, match=r"positions 'rows' of shape \(2, 3\) are not for a grid of 3x3"):
         resample_positions({"positions": {"rows": draw(2, 3)}}, (3, 3), (4, 4))

@@ -9,7 +9,7 @@ from vit_jax.models.vit import token_grid
 
 
 def same(size, kernel, stride):
-    """How much SAME padding puts before and behind."""
+    """The SAME padding before and after the input."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
@@ -54,7 +54,9 @@ def test_sixteen_pixels_are_one_token_of_r50_b16(small):
 
 def test_what_does_not_fit_is_refused(small, draw):
     model = small(stem=(), stem_width=32, patch_size=8)
-    with pytest.raises(ValueError, match="of an image of 48x64 the stem leaves 12x16: a patch of 8 does not divide"):
+    with pytest.raises(
+        ValueError, match="the stem's feature map of an image of 48x64 is 12x16: a patch of 8 does not divide"
+    ):
         token_grid(model, (48, 64))
-    with pytest.raises(ValueError, match="takes images"):
+    with pytest.raises(ValueError, match="needs images"):
         model.init(jax.random.key(0), draw(1, 4, 8))

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models.encoder import BlockOptions, Encoder
+from vit_jax.models.block_config import BlockConfig
+from vit_jax.models.encoder import Encoder
 from vit_jax.models.stacking import stack_blocks, unstack_blocks
 
 
@@ -71,7 +72,9 @@ def test_a_policy_computes_again_what_it_does_not_keep(small, draw, randomise, r
     parameters = randomise(model, images)["params"]
 
     def count(model):
-        loss = lambda parameters: model.apply({"params": parameters}, images, train=True).sum()  # noqa: E731
+        def loss(parameters):
+            return model.apply({"params": parameters}, images, train=True).sum()
+
         return products(jax.make_jaxpr(jax.grad(loss))(parameters).jaxpr)
 
     assert count(model.clone(remat=remat)) == count(model) + again * model.depth
@@ -96,13 +99,16 @@ def test_rematerialisation_draws_the_same_dropout(small, draw, randomise):
     images = draw(2, 4, 4, 3)
     model = small(depth=1, dropout=0.3, stochastic_depth=0.3, stochastic_depth_schedule="constant")
     variables = randomise(model, images)
-    run = lambda m: jax.jit(partial(m.apply, train=True))(variables, images, rngs={"dropout": jax.random.key(0)})  # noqa: E731
+
+    def run(model):
+        return jax.jit(partial(model.apply, train=True))(variables, images, rngs={"dropout": jax.random.key(0)})
+
     np.testing.assert_array_equal(run(model.clone(remat=True)), run(model))
 
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_layers_of_a_scan_start_differently(draw):
-    module = Encoder(depth=3, options=BlockOptions(heads=1, mlp_width=12), scan=True)
+    module = Encoder(depth=3, config=BlockConfig(heads=1, mlp_width=12), scan=True)
     kernels = jax.jit(module.init)(jax.random.key(0), draw(1, 2, 8))["params"]["blocks"]["mlp"]["up"]["kernel"]
     assert kernels.shape == (3, 8, 12)
     assert np.abs(kernels[0] - kernels[1]).max() > 0.1 and np.abs(kernels[1] - kernels[2]).max() > 0.1
@@ -110,7 +116,7 @@ def test_layers_of_a_scan_start_differently(draw):
 
 def test_a_scan_drops_branches_at_each_layers_rate(randomise):
     examples, depth, last = 4096, 4, 0.6
-    module = Encoder(depth=depth, options=BlockOptions(heads=1, mlp_width=1), stochastic_depth=last, scan=True)
+    module = Encoder(depth=depth, config=BlockConfig(heads=1, mlp_width=1), stochastic_depth=last, scan=True)
     tokens = jnp.zeros((examples, 1, depth))
     variables = randomise(module, tokens[:1], scale=0)
     # Layer i adds one to channel i, and nothing else does anything.
@@ -136,7 +142,7 @@ def test_ten_blocks_and_more_stay_in_order():
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(ValueError, match="no encoder's parameters: head at the top"):
+    with pytest.raises(ValueError, match="the tree has no encoder blocks, only head: it must have"):
         stack_blocks({"head": {}})
 
 

@@ -57,7 +57,7 @@ def test_every_hybrid_is_counted():
 
 @pytest.mark.parametrize("name", ["b/16", "B16", "B/0", "B/", "X/16", "B/16/2", "R50+B/32", ""])
 def test_what_is_no_variant_is_refused_with_what_would_be(name):
-    with pytest.raises(ValueError, match=r"is no variant.*Ti, S, B, L, H"):
+    with pytest.raises(ValueError, match=r"is not a variant.*Ti, S, B, L, H"):
         variants.fields(name)
 
 
@@ -85,5 +85,5 @@ def test_options_say_what_a_model_is(name, fields):
 
 def test_a_stem_that_no_variant_has_is_refused():
     model = VisionTransformer(classes=3, **{**variants.fields("R50+L/32"), "stem": (1, 1)})
-    with pytest.raises(ValueError, match=r"no variant has a stem of \(1, 1\) units"):
+    with pytest.raises(ValueError, match=r"no variant has a stem with \(1, 1\) units"):
         variants.options_of(model)

@@ -81,7 +81,7 @@ def test_hidden_patches_change_nothing(small, draw, randomise):
     model = small()
     variables = randomise(model, images)
     mask = jnp.ones((1, 1, 5, 5), bool).at[..., 2].set(False)
-    changed = images.at[:, :2, 2:].add(1.0)  # the second patch: token 2, behind the class token
+    changed = images.at[:, :2, 2:].add(1.0)  # the second patch: token 2, after the class token
     np.testing.assert_array_equal(model.apply(variables, changed, mask), model.apply(variables, images, mask))
     assert np.abs(model.apply(variables, changed) - model.apply(variables, images)).max() > 0.01
 
@@ -113,39 +113,45 @@ def test_parameters_are_named_as_checkpoints_have_them(small, draw, randomise):
 WRONG = [
     ({"width": 0}, "width is 0: it must be at least 1"),
     ({"registers": -1}, "registers is -1: it must be at least 0"),
-    ({"dropout": 1.0}, "dropout is 1.0: a rate is at least 0 and below 1"),
-    ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon is 0.0: it must be above 0"),
-    ({"layer_scale": 0.0}, "a value above 0, or None for no layer scale"),
-    ({"pre_logits": 0}, "a width of at least 1, or None for no such layer"),
+    ({"dropout": 1.0}, "dropout is 1.0: a rate must be at least 0 and below 1"),
+    ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon is 0.0: it must be greater than 0"),
+    ({"layer_scale": 0.0}, "it must be greater than 0, or None for no layer scale"),
+    ({"pre_logits": 0}, "it must be at least 1, or None for no such layer"),
     ({"classes": 0}, "classes is 0: it must be at least 1"),
-    ({"classes": {}}, "name at least one head, or give None"),
-    ({"classes": {"a/b": 2}}, "a head named 'a/b': letters, digits and underscores"),
+    ({"classes": {}}, "name at least one head, or use None"),
+    ({"classes": {"a/b": 2}}, "a head named 'a/b': a name consists of letters, digits and underscores"),
     ({"classes": {"a": 2, "b": 0}}, "classes of 'b' is 0: it must be at least 1"),
-    ({"heads": 3}, r"does not divide the width 16: \[1, 2, 4\] would"),
+    ({"heads": 3}, r"does not divide the width 16: \[1, 2, 4\] do"),
     ({"pooling": "max"}, "pooling is 'max': one of token, mean, map, none"),
     ({"class_token": False}, "set class_token, or pool by 'mean'"),
-    ({"norm_after_pooling": True}, "pooling is 'token': only after a mean .* set pooling to 'mean'"),
+    (
+        {"norm_after_pooling": True},
+        "pooling is 'token': it only makes a difference with 'mean'; .* set pooling to 'mean'",
+    ),
     ({"position": "absolute"}, "position is 'absolute': one of .*learned"),
     ({"mlp": "relu"}, "mlp is 'relu': one of gelu, swiglu"),
     ({"gelu": "erf"}, "gelu is 'erf': one of tanh, exact"),
-    ({"mlp": "swiglu", "gelu": "exact"}, "leave gelu, or set mlp to 'gelu'"),
+    ({"mlp": "swiglu", "gelu": "exact"}, "leave gelu out, or set mlp to 'gelu'"),
     ({"stochastic_depth_schedule": "cosine"}, "one of linear, constant"),
-    ({"position": "sincos_2d", "position_at": "layers"}, "position_at is 'layers' but .*acts at: input, shared"),
-    ({"position": "relative", "position_at": "input"}, "acts at: layers, shared"),
-    ({"position": "rotary", "position_at": "input"}, "acts at: layers, shared"),
-    ({"position_at": "everywhere"}, "position_at is 'everywhere' but .*acts at: input, layers, shared"),
+    (
+        {"position": "sincos_2d", "position_at": "layers"},
+        "position_at is 'layers' but .*can be applied at: input, shared",
+    ),
+    ({"position": "relative", "position_at": "input"}, "can be applied at: layers, shared"),
+    ({"position": "rotary", "position_at": "input"}, "can be applied at: layers, shared"),
+    ({"position_at": "everywhere"}, "position_at is 'everywhere' but .*can be applied at: input, layers, shared"),
     ({"position": "relative", "position_width": 8}, "sinusoidal, sincos_2d at the input can be concatenated; 0 adds"),
     ({"position": "learned", "position_width": 8}, "sinusoidal, sincos_2d at the input can be concatenated"),
     ({"position": "sincos_2d", "position_width": 8, "position_at": "shared"}, "at the input can be concatenated"),
     ({"position": "sincos_2d", "position_width": 16}, "position_width is 16: it must be below the width, 16"),
-    ({"position": "sincos_2d", "position_width": 6}, "must be a multiple of 4 wide, not 6"),
+    ({"position": "sincos_2d", "position_width": 6}, "needs a width that is a multiple of 4, not 6"),
     ({"position": "learned", "position_grid": 8}, "position_grid is 8 and position is 'learned'"),
     ({"position": "sincos_2d", "position_grid": 0}, "position_grid is 0 .* at least 1"),
-    ({"position": "learned_2d", "width": 15, "heads": 3}, "must be a multiple of 2 wide, not 15"),
-    ({"position": "rotary", "width": 18, "heads": 6}, "6 heads of a width of 18 have 3: no number of heads would do"),
-    ({"position": "rotary", "width": 24, "heads": 4}, r"have 6: \[1, 2, 3, 6\] heads would"),
-    ({"stem": (2, 0)}, r"every stage has at least 1 unit; \(\) is a stem without stages"),
-    ({"stem": (1,), "stem_width": 48}, "stem_width is 48: a multiple of 32"),
+    ({"position": "learned_2d", "width": 15, "heads": 3}, "needs a width that is a multiple of 2, not 15"),
+    ({"position": "rotary", "width": 18, "heads": 6}, "6 heads of a width of 18 have 3: no number of heads works"),
+    ({"position": "rotary", "width": 24, "heads": 4}, r"have 6: \[1, 2, 3, 6\] heads would work"),
+    ({"stem": (2, 0)}, r"every stage needs at least 1 unit; \(\) is a stem without stages"),
+    ({"stem": (1,), "stem_width": 48}, "stem_width is 48: it must be a multiple of 32"),
     ({"stem_width": 32}, "stem_width is 32 but there is no stem"),
 ]
 

@@ -14,7 +14,8 @@ from vit_jax import config as options
 from vit_jax import evaluate as evaluating
 from vit_jax import features, reconstruct, weights
 from vit_jax.checkpoint import run_files
-from vit_jax.checkpoint.manager import Checkpoints
+from vit_jax.checkpoint.manager import CheckpointManager
+from vit_jax.config.check import check_config
 from vit_jax.errors import UserError
 from vit_jax.training import setup, train
 
@@ -36,7 +37,7 @@ def small(**sections):
         config[section].update(values)
     if config.train.objective == "masked_autoencoder":
         config.decoder.update(width=8, depth=1, heads=2, mlp_width=8)
-    options.check(config)
+    check_config(config)
     return config
 
 
@@ -81,11 +82,12 @@ def test_what_it_leaves_tells_of_losses_alone(whole, capsys):
 def test_the_best_checkpoint_is_that_of_the_least_loss(whole):
     losses = {line["step"]: line["validation/loss"] for line in lines(whole) if "validation/loss" in line}
     assert set(losses) == {4, 8, 12}
-    with Checkpoints(whole, read_only=True) as checkpoints:
+    with CheckpointManager(whole, read_only=True) as checkpoints:
         step, score = checkpoints.best()
     assert (step, -score) == min(losses.items(), key=lambda pair: pair[1])
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_it_as_training_did(whole):
     flags = evaluating.parse([f"--workdir={whole}", "--batch_size=9"])
     metrics = evaluating.evaluate(flags)
@@ -114,6 +116,7 @@ def initial(config, folder, capsys):
     return state(folder, 1)["parameters"], capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_classifier_starts_from_its_encoder(whole, tmp_path, capsys):
     parameters, shown = initial(classifier(whole), tmp_path, capsys)
     pretrained = dict(leaves(state(whole)["averaged"]["backbone"]))
@@ -121,7 +124,7 @@ def test_a_classifier_starts_from_its_encoder(whole, tmp_path, capsys):
     assert set(started) - set(pretrained) == {"head/logits/kernel", "head/logits/bias"}
     for name, array in pretrained.items():
         np.testing.assert_array_equal(started[name], array, err_msg=name)
-    assert "initialised  head/logits/bias, head/logits/kernel" in shown or "initialised  head/logits" in shown
+    assert "initialized  head/logits/bias, head/logits/kernel" in shown or "initialized  head/logits" in shown
     assert "(the decoder of pre-training)" in shown
     assert "averaged/decoder/mask_embedding" in str(weights.load(whole)[2].table(verbose=True))
 
@@ -150,7 +153,7 @@ def test_pre_training_goes_on_from_a_classifier(whole, tmp_path, capsys):
 def test_features_are_those_of_the_encoder(whole, tmp_path):
     features.compute(features.parse([f"--workdir={whole}", "--split=test", f"--out={tmp_path / 'test.npz'}"]))
     model, parameters, _ = weights.load(whole)
-    run = setup.build(small(), setup.check(small()))
+    run = setup.assemble(small(), setup.check(small()), setup.load_sources(small()))
     inputs = run.augment.normalize(jnp.asarray(run.sources["test"].read(np.arange(50))))
     with np.load(tmp_path / "test.npz") as stored:
         np.testing.assert_allclose(stored["features"], model.apply({"params": parameters}, inputs), atol=1e-5)
@@ -163,7 +166,7 @@ def test_a_picture_shows_images_what_is_seen_and_what_is_told(whole, tmp_path, c
     tile, gap = 96, 6
     drawn = np.asarray(Image.open(out))
     assert drawn.shape == (gap + 3 * (tile + gap), gap + 5 * (tile + gap), 3)
-    run = setup.build(small(), setup.check(small()))
+    run = setup.assemble(small(), setup.check(small()), setup.load_sources(small()))
     images = run.sources["test"].read(np.arange(5))
     rows = drawn[gap:, gap:].reshape(3, tile + gap, 5, tile + gap, 3)[:, :tile, :, :tile, 0].transpose(0, 2, 1, 3)
     pixels = rows[:, :, ::12, ::12]
@@ -175,19 +178,19 @@ def test_a_picture_shows_images_what_is_seen_and_what_is_told(whole, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [(["--count=51"], "allowed: 1 to 50"), (["--out=/nowhere/x.png"], "--out=/nowhere/x.png cannot be written")],
 )
-def test_pictures_that_cannot_be_drawn_are_explained(whole, capsys, arguments, said):
+def test_pictures_that_cannot_be_drawn_are_explained(whole, capsys, arguments, message):
     assert reconstruct.main([f"--workdir={whole}", *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_classifier_has_no_reconstructions(whole, tmp_path, capsys):
     train.train(classifier(whole), tmp_path)
     assert reconstruct.main([f"--workdir={tmp_path}"]) == 2
-    assert "objective 'classify', which has nothing to draw" in capsys.readouterr().err
+    assert "objective is 'classify', which reconstructs no images" in capsys.readouterr().err
 
 
 def test_another_objective_is_refused_in_its_workdir(whole):
@@ -215,6 +218,6 @@ def test_the_recipes_run_from_end_to_end(tmp_path, recipe):
     if config.train.objective == "masked_autoencoder":
         config.decoder.update(width=8, heads=2, mlp_width=8)
     config.log.tensorboard = False
-    options.check(config)
+    check_config(config)
     summary = train.train(config, tmp_path)
     assert summary["steps"] == 2 and summary["test/examples"] == 40 and np.isfinite(summary["test/loss"])

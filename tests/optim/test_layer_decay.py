@@ -1,4 +1,4 @@
-"""Layer-wise decay of the rate, against a table written by hand and against NumPy."""
+"""Layer-wise learning-rate decay, compared with a table written by hand and with NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,13 @@ import pytest
 
 from vit_jax import config as options
 from vit_jax import optim
+from vit_jax.config.check import check_config
 from vit_jax.models.stacking import stack_blocks, unstack_blocks
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.optim import layer_decay, trainable
 from vit_jax.training import setup
 
-# Of a model of three blocks, with a decay of 0.5.
+# Factors of a model with three blocks and a decay of 0.5.
 TABLE = {
     "embedding/projection/kernel": 0.0625,
     "embedding/projection/bias": 0.0625,
@@ -41,13 +42,13 @@ def parameters():
     return jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
-def test_factors_are_those_of_the_table(parameters):
+def test_factors_equal_the_table(parameters):
     made = by_name(layer_decay.factors(0.5, parameters, 3))
     assert {name: made[name] for name in TABLE} == TABLE
     assert set(made.values()) == set(TABLE.values())
 
 
-def test_stacked_blocks_have_a_factor_each(parameters):
+def test_stacked_blocks_have_one_factor_per_block(parameters):
     made = by_name(layer_decay.factors(0.5, stack_blocks(parameters), 3))
     kernel = made["encoder/blocks/mlp/up/kernel"]
     assert kernel.shape == (3, 1, 1) and kernel.ravel().tolist() == [0.125, 0.25, 0.5]
@@ -55,7 +56,7 @@ def test_stacked_blocks_have_a_factor_each(parameters):
     assert made["head/logits/kernel"] == 1.0 and made["class_token"] == 0.0625
 
 
-def test_a_stem_lies_below_the_blocks():
+def test_a_stem_has_the_factor_of_the_embedding():
     tree = {"stem": {"convolution_root": {"kernel": np.zeros(1)}}, "pooling": {"probe": np.zeros(1)}}
     assert by_name(layer_decay.factors(0.1, tree, 1)) == {
         "stem/convolution_root/kernel": pytest.approx(0.01),
@@ -70,7 +71,7 @@ def section(**values):
 
 
 def gradients_of(parameters):
-    """Three steps' gradients."""
+    """Gradients of three steps."""
     generator = np.random.default_rng(1)
     return [jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype("f"), parameters) for _ in range(3)]
 
@@ -106,9 +107,9 @@ def sgd(value, gradients, factor, decay):
     return value
 
 
-@pytest.mark.parametrize("name, rule", [("adamw", adamw), ("sgd", sgd)])
+@pytest.mark.parametrize("name, reference", [("adamw", adamw), ("sgd", sgd)])
 @pytest.mark.parametrize("scan", [False, True])
-def test_updates_are_numpys(parameters, name, rule, scan):
+def test_updates_equal_numpy(parameters, name, reference, scan):
     gradients = gradients_of(parameters)
     arrange = stack_blocks if scan else lambda tree: tree
     start, moves = arrange(parameters), list(map(arrange, gradients))
@@ -117,22 +118,22 @@ def test_updates_are_numpys(parameters, name, rule, scan):
     steps = list(map(by_name, gradients))
     for path, value in by_name(parameters).items():
         here = [step[path].astype(np.float64) for step in steps]
-        factor = next(TABLE[known] for known in TABLE if known.split("/")[:2] == path.split("/")[:2])
-        wanted = rule(value.astype(np.float64), here, factor, 0.3 if path.endswith("kernel") else 0.0)
-        np.testing.assert_allclose(made[path], wanted, rtol=1e-5, atol=2e-6, err_msg=path)
+        factor = next(TABLE[other] for other in TABLE if other.split("/")[:2] == path.split("/")[:2])
+        expected = reference(value.astype(np.float64), here, factor, 0.3 if path.endswith("kernel") else 0.0)
+        np.testing.assert_allclose(made[path], expected, rtol=1e-5, atol=2e-6, err_msg=path)
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_a_run_has_it_beside_frozen_patterns(scan):
-    """Under plain SGD, a step is minus rate times factor times gradient; what is frozen has no step."""
+def test_layer_decay_works_with_frozen_parameters(scan):
+    """With plain SGD an update is -learning rate * factor * gradient; frozen parameters have none."""
     config = options.default()
     config.model.update(variant="Ti/4", width=16, depth=2, heads=2, mlp_width=16, scan=scan)
     config.optimizer.update(name="sgd", momentum=0.0, learning_rate=0.1, schedule="constant", layer_decay=0.5)
     config.optimizer.frozen = "embedding/*,encoder/*/mlp/*"
     config.train.update(steps=2, batch_size=8)
     config.mesh.devices = 1
-    options.check(config)
-    run = setup.build(config, setup.check(config))
+    check_config(config)
+    run = setup.assemble(config, setup.check(config), setup.load_sources(config))
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), run.abstract_state().parameters)
     chosen = trainable.select(ones, run.mask)
     updates, _ = jax.jit(lambda ones: run.optimizer.update(ones, run.optimizer.init(ones), ones))(chosen)
@@ -146,14 +147,14 @@ def test_a_run_has_it_beside_frozen_patterns(scan):
 
 
 @pytest.mark.parametrize("objective", ["masked_autoencoder", "masked_patches"])
-def test_a_backbone_that_is_pre_trained_has_it_and_what_is_built_around_it_has_not(objective):
+def test_in_pre_training_layer_decay_applies_to_the_backbone_only(objective):
     config = options.default()
     config.model.update(variant="Ti/4", width=16, depth=2, heads=2, mlp_width=16, position="learned")
     config.optimizer.update(name="sgd", momentum=0.0, learning_rate=0.1, schedule="constant", layer_decay=0.5)
     config.train.update(objective=objective, label_smoothing=0.0, steps=2, batch_size=8)
     config.mesh.devices = 1
-    options.check(config)
-    run = setup.build(config, setup.check(config))
+    check_config(config)
+    run = setup.assemble(config, setup.check(config), setup.load_sources(config))
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), run.abstract_state().parameters)
     updates, _ = jax.jit(lambda ones: run.optimizer.update(ones, run.optimizer.init(ones), ones))(ones)
     made = {name: -10 * float(np.asarray(leaf).ravel()[0]) for name, leaf in by_name(updates).items()}
@@ -164,10 +165,10 @@ def test_a_backbone_that_is_pre_trained_has_it_and_what_is_built_around_it_has_n
     assert around and around == pytest.approx([1.0] * len(around))
 
 
-def test_a_decay_of_one_changes_no_bit_and_no_state(parameters):
+def test_a_decay_of_one_changes_neither_updates_nor_state(parameters):
     gradients = gradients_of(parameters)
     plain = trained(section(), parameters, gradients, None)
-    alike = trained(section(), parameters, gradients, layer_decay.factors(1.0, parameters, 3))
-    jax.tree.map(np.testing.assert_array_equal, plain, alike)
+    decayed = trained(section(), parameters, gradients, layer_decay.factors(1.0, parameters, 3))
+    jax.tree.map(np.testing.assert_array_equal, plain, decayed)
     states = [jax.eval_shape(optim.make(section(), 3, factors).init, parameters) for factors in (None, plain)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

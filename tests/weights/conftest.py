@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from vit_jax import weights
+from vit_jax.models.parameters import nested, parameter_shapes
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.weights.load import nested
 from vit_jax.weights.save import flattened
-from vit_jax.weights.shapes import parameter_shapes
 
 REFERENCES = Path(__file__).resolve().parent / "references"
 SMALL = {"classes": 5, "patch_size": 4, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40}
@@ -47,7 +46,7 @@ def covers(report, names, paths):
     """Every array of the file and every array of the model is in one row, and in no other."""
     assert sorted(name for row in report.rows for name in row.names) == sorted(names)
     assert sorted(path for row in report.rows for path in row.paths) == sorted(paths)
-    assert all(row.detail for row in report.rows if row.action in ("ignored", "initialised", "resampled", "adapted"))
+    assert all(row.detail for row in report.rows if row.action in ("ignored", "initialized", "resampled", "adapted"))
 
 
 @pytest.fixture(scope="session")

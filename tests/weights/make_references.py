@@ -114,12 +114,14 @@ def timm_models():
     }
     for seed, (name, fields) in enumerate(plain.items()):
         model = randomise(VisionTransformer(**{**SIZE, **fields}), seed)
-        told = {key: value for key, value in {**SIZE, **fields}.items() if isinstance(value, int | str | list | tuple)}
+        arguments = {
+            key: value for key, value in {**SIZE, **fields}.items() if isinstance(value, int | str | list | tuple)
+        }
         config = {
             "architecture": "vit_base_patch16_224",
             "num_features": 12,
             "global_pool": model.global_pool,
-            "model_args": {key: told[key] for key in told if key not in ("num_classes", "global_pool")},
+            "model_args": {key: arguments[key] for key in arguments if key not in ("num_classes", "global_pool")},
         }
         if name == "timm_swiglu":
             config["architecture"] = "vit_giant_patch14_dinov2"
@@ -178,8 +180,8 @@ def hugging_face_models():
     for seed, (name, (kind, config)) in enumerate(made.items(), start=100):
         model = randomise(kind(config), seed)
         model.save_pretrained(FOLDER / name)
-        arrays, told = read(FOLDER / name)
-        record(name, arrays, told, output(model, name))
+        arrays, config = read(FOLDER / name)
+        record(name, arrays, config, output(model, name))
         if name in ("hf_vit_classifier", "hf_dinov2_registers_swiglu"):
             # The names that the modules of transformers 5 have themselves; no config.json says how many heads.
             record(f"{name}_state_dict", model.state_dict(), None, output(model, name))
@@ -188,10 +190,10 @@ def hugging_face_models():
 def read(folder):
     from safetensors.torch import load_file
 
-    told = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     keys = ("model_type", "hidden_act", "layer_norm_eps", "image_size", "hidden_size", "num_attention_heads")
     keys += ("num_hidden_layers", "num_register_tokens")
-    return load_file(folder / "model.safetensors"), {key: told[key] for key in keys if key in told}
+    return load_file(folder / "model.safetensors"), {key: config[key] for key in keys if key in config}
 
 
 def output(model, name):

@@ -1,10 +1,10 @@
 import json
 import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
+from helpers import run_command
 
 from vit_jax import convert, weights
 from vit_jax.weights import files
@@ -51,18 +51,18 @@ def test_flags_become_overrides(goldens, tmp_path, capsys):
 
 WRONG = [
     (["missing.npz", "out.npz"], "missing.npz: there is no such file"),
-    (["{golden}", "out.bin"], "out.bin: the name does not end as the format does"),
+    (["{golden}", "out.bin"], "out.bin: unknown file name suffix '.bin'"),
     (["{golden}", "out.npz", "--to=timm"], "allowed: .safetensors for timm"),
     (["{golden}", "out.npz", "--classes=many"], "--classes=many"),
     (["{golden}", "out.npz", "--image_size=1x2x3"], "--image_size=1x2x3"),
-    (["{golden}", "out.npz", "--step=last"], "--step=last"),
-    (["{hybrid}", "out.safetensors"], "timm's models have no place for the stem of a hybrid"),
+    (["{golden}", "out.npz", "--step=last"], "--step is 'last'"),
+    (["{hybrid}", "out.safetensors"], "timm's models do not support stem=(1, 1), stem_width=32"),
     (["{golden}", "/dev/null/out.npz"], "/dev/null"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG)
-def test_mistakes_are_told_in_three_lines(goldens, tmp_path, monkeypatch, capsys, arguments, message):
+def test_mistakes_are_reported_in_at_most_three_lines(goldens, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     names = {"golden": goldens / "params_token.npz", "hybrid": goldens / "params_hybrid.prelinen.npz"}
     status, printed, complaint = run(capsys, *(argument.format(**names) for argument in arguments))
@@ -75,17 +75,16 @@ def test_another_models_config_is_left_alone(goldens, tmp_path, capsys):
     other = '{"model_type": "vit"}'
     (tmp_path / "config.json").write_text(other)
     status, printed, _ = run(capsys, goldens / "params_token.npz", tmp_path / "out.safetensors")
-    assert status == 0 and "note: config.json is another model's here: timm's is out.config.json" in printed
+    assert status == 0 and "note: config.json of another model exists: the one for timm is out.config.json" in printed
     assert (tmp_path / "config.json").read_text() == other
     assert weights.load(tmp_path / "out.safetensors")[0] == weights.load(goldens / "params_token.npz")[0]
 
 
 def test_as_a_command(goldens, tmp_path):
-    command = [sys.executable, "-m", "vit_jax.convert", goldens / "params_token.npz", tmp_path / "out.npz"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{goldens / 'params_token.npz'}: Google's naming, 40 arrays\n")
-    assert zipfile.is_zipfile(tmp_path / "out.npz")
+    source, target = goldens / "params_token.npz", tmp_path / "out.npz"
+    output = run_command("vit_jax.convert", source, target, stderr=subprocess.PIPE)
+    assert output.startswith(f"{source}: Google's naming, 40 arrays\n")
+    assert zipfile.is_zipfile(target)
 
 
 def their_logits(model, inputs):

@@ -1,4 +1,4 @@
-"""Files of arrays: what is read is bitwise what was written, and what is hostile is refused in a line or three."""
+"""Files of arrays: arrays are read bitwise as written, and invalid or hostile files are rejected in three lines."""
 
 import io
 import json
@@ -6,7 +6,6 @@ import os
 import pickle
 import struct
 import subprocess
-import sys
 import warnings
 import zipfile
 import zlib
@@ -15,11 +14,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import run_command
 
 from vit_jax.errors import UserError
 from vit_jax.weights import files
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = ["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "c8", ml_dtypes.bfloat16]
 SHAPES = [(), (0,), (3,), (0, 4), (2, 3, 4)]
 
@@ -46,7 +45,7 @@ def assert_same(stored, arrays):
         assert found.tobytes() == array.tobytes(), name
 
 
-# --- what is read ---------------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------------------
 
 
 def test_npz_comes_back_bitwise(tmp_path):
@@ -66,7 +65,7 @@ def test_safetensors_comes_back_bitwise(tmp_path):
     assert_same(stored, arrays)
 
 
-def test_numpy_reads_what_is_written_and_the_reverse(tmp_path):
+def test_npz_files_are_compatible_with_numpy(tmp_path):
     arrays = arrays_of([dtype for dtype in DTYPES if dtype is not ml_dtypes.bfloat16])
     files.write_npz(tmp_path / "ours.npz", arrays)
     with np.load(tmp_path / "ours.npz", allow_pickle=False) as theirs:
@@ -77,7 +76,7 @@ def test_numpy_reads_what_is_written_and_the_reverse(tmp_path):
     assert_same(files.open_file(tmp_path / "small.npz"), arrays)
 
 
-def test_the_reference_library_reads_what_is_written_and_the_reverse(tmp_path):
+def test_files_are_compatible_with_the_safetensors_library(tmp_path):
     library = pytest.importorskip("safetensors.numpy")
     arrays = arrays_of([dtype for dtype in DTYPES if dtype is not ml_dtypes.bfloat16])
     files.write_safetensors(tmp_path / "ours.safetensors", arrays, {"format": "pt"})
@@ -102,7 +101,7 @@ def test_other_byte_and_axis_orders(tmp_path, compressed):
     assert all(stored.arrays[name].dtype.isnative for name in stored.arrays)
 
 
-def test_bfloat16_that_numpy_saved_without_its_name(tmp_path):
+def test_bfloat16_saved_by_numpy(tmp_path):
     values = np.array([1.5, -2.0, 3e38, np.inf]).astype(ml_dtypes.bfloat16)
     np.savez(tmp_path / "a.npz", a=values)
     stored = files.open_file(tmp_path / "a.npz")
@@ -122,7 +121,7 @@ def test_an_archive_of_python_2(tmp_path, recwarn):
     assert not recwarn.list
 
 
-def parts(folder, index=None):
+def sharded(folder, index=None):
     first, second = {"a": np.arange(3.0)}, {"b": np.ones((2, 2), np.float16), "c": np.arange(2)}
     files.write_safetensors(folder / "model-00001-of-00002.safetensors", first, {"format": "pt"})
     files.write_safetensors(folder / "model-00002-of-00002.safetensors", second)
@@ -133,8 +132,8 @@ def parts(folder, index=None):
     return first | second
 
 
-def test_parts_named_by_an_index(tmp_path):
-    arrays = parts(tmp_path)
+def test_sharded_files(tmp_path):
+    arrays = sharded(tmp_path)
     (tmp_path / "config.json").write_text('{"architecture": "vit"}')
     for path in (tmp_path, tmp_path / files.INDEX):
         stored = files.open_file(path)
@@ -147,52 +146,57 @@ def test_parts_named_by_an_index(tmp_path):
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ({"a": "../model-00001-of-00002.safetensors"}, "not in its folder"),
-        ({"a": "/etc/passwd"}, "not in its folder"),
+        ({"a": "../model-00001-of-00002.safetensors"}, "not in its directory"),
+        ({"a": "/etc/passwd"}, "not in its directory"),
         ({"a": "model-00003-of-00002.safetensors"}, "no such file"),
-        ({"z": "model-00001-of-00002.safetensors"}, "do not agree about 'a'"),
+        ({"z": "model-00001-of-00002.safetensors"}, "about 'a'"),
         ({"a": 7}, "no weight_map"),
     ],
 )
-def test_an_index_that_lies(tmp_path, index, words):
-    parts(tmp_path, index)
-    refused(tmp_path, words)
+def test_an_inconsistent_index(tmp_path, index, words):
+    sharded(tmp_path, index)
+    rejected(tmp_path, words)
 
 
-def test_the_file_of_a_folder(tmp_path):
-    refused(tmp_path, "holds no .safetensors and no .npz file")
+def test_the_weights_file_of_a_directory(tmp_path):
+    rejected(tmp_path, "has no .safetensors or .npz file")
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({}))
-    refused(tmp_path, "is a pickle")
+    rejected(tmp_path, "is a pickle")
     files.write_npz(tmp_path / "a.npz", {"a": np.ones(2)})
     assert files.open_file(tmp_path).path == tmp_path / "a.npz"
     files.write_npz(tmp_path / "b.npz", {"b": np.ones(2)})
-    refused(tmp_path, "several files of weights: a.npz, b.npz")
+    rejected(tmp_path, "several weights files: a.npz, b.npz")
     files.write_safetensors(tmp_path / "model.safetensors", {"c": np.ones(2)})
     assert files.open_file(tmp_path).path == tmp_path / "model.safetensors"
 
 
-def test_config_beside_the_file(tmp_path):
+def test_config_json_in_the_same_directory(tmp_path):
     files.write_npz(tmp_path / "a.npz", {"a": np.ones(2)})
-    for text, words in [("[1]", "no JSON object"), ("{", "no JSON"), ("[" * 100_000, "no JSON"), (b"\xff", "no JSON")]:
+    for text, words in [
+        ("[1]", "not a JSON object"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+    ]:
         (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(UserError, match=f"config.json is refused: it .*{words}"):
+        with pytest.raises(UserError, match=f"config.json cannot be loaded: .*{words}"):
             files.open_file(tmp_path / "a.npz")
     (tmp_path / "config.json").write_text('{"num_heads": 3}')
     assert files.open_file(tmp_path / "a.npz").config == {"num_heads": 3}
 
 
-def test_content_counts_and_not_the_name(tmp_path):
+def test_the_format_is_determined_by_the_content(tmp_path):
     files.write_safetensors(tmp_path / "a.bin", {"a": np.ones(2)})
     files.write_npz(tmp_path / "a.safetensors", {"a": np.ones(2)})
     assert files.open_file(tmp_path / "a.bin").format == "safetensors"
     assert files.open_file(tmp_path / "a.safetensors").format == "npz"
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- rejected files ------------------------------------------------------------------------------------------------
 
 
-def refused(path, words, look_up=None):
-    """The message: at most three lines, naming the file, and free of control characters."""
+def rejected(path, words, look_up=None):
+    """The error message: at most three printable lines, the first with the name of the file."""
     with pytest.raises(UserError) as caught:
         stored = files.open_file(path)
         if look_up is not None:
@@ -207,7 +211,7 @@ def refused(path, words, look_up=None):
 
 
 class Boom:
-    """Leaves a trace where it is unpickled."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, trace):
         self.trace = str(trace)
@@ -236,10 +240,10 @@ def patched(path, **fields):
     """Overwrites fields of the first member, in the directory and in the header before its data."""
     data = bytearray(path.read_bytes())
     at = data.index(b"PK\x01\x02")
-    places = {"flags": (8, 6, "<H"), "crc": (16, 14, "<I"), "compressed": (20, 18, "<I"), "size": (24, 22, "<I")}
-    places["method"] = (10, 8, "<H")
+    offsets = {"flags": (8, 6, "<H"), "crc": (16, 14, "<I"), "compressed": (20, 18, "<I"), "size": (24, 22, "<I")}
+    offsets["method"] = (10, 8, "<H")
     for name, value in fields.items():
-        central, local, form = places[name]
+        central, local, form = offsets[name]
         struct.pack_into(form, data, at + central, value)
         struct.pack_into(form, data, local, value)
     path.write_bytes(data)
@@ -249,53 +253,53 @@ def patched(path, **fields):
 def test_pickles(tmp_path):
     trace = tmp_path / "ran"
     np.savez(tmp_path / "object.npz", a=np.array([Boom(trace)], object), allow_pickle=True)
-    refused(tmp_path / "object.npz", "pickled Python objects")
+    rejected(tmp_path / "object.npz", "pickled Python objects")
     (tmp_path / "renamed.npz").write_bytes(pickle.dumps(Boom(trace)))
     (tmp_path / "renamed.safetensors").write_bytes(pickle.dumps(Boom(trace)))
     for suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
         (tmp_path / f"old{suffix}").write_bytes(pickle.dumps(Boom(trace), protocol=0))
-        assert "weights_only=True" in refused(tmp_path / f"old{suffix}", "is a pickle")
+        assert "weights_only=True" in rejected(tmp_path / f"old{suffix}", "is a pickle")
     write_zip(tmp_path / "torch.npz", [("archive/data.pkl", pickle.dumps(Boom(trace))), ("archive/data/0", b"1234")])
     for name in ("renamed.npz", "renamed.safetensors", "torch.npz"):
-        refused(tmp_path / name, "is a pickle")
+        rejected(tmp_path / name, "is a pickle")
     assert not trace.exists()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.npz", b"", "it is empty"),
-        ("a.safetensors", b"", "it is empty"),
-        ("a.npz", b"not a zip archive at all", "neither .npz nor .safetensors, or is damaged"),
+        ("a.npz", b"", "the file is empty"),
+        ("a.safetensors", b"", "the file is empty"),
+        ("a.npz", b"not a zip archive at all", "neither .npz nor .safetensors, or is corrupt"),
         ("a.txt", b"not a zip archive at all", "neither .npz nor .safetensors"),
-        ("a.h5", b"\x89HDF\r\n\x1a\n", "is HDF5, which is not read"),
-        ("a.npz", b"\x89HDF\r\n\x1a\n", "is HDF5, which is not read"),
-        ("flax_model.msgpack", b"\x81\xa6params", "is MessagePack, which is not read"),
+        ("a.h5", b"\x89HDF\r\n\x1a\n", "is HDF5, which is not supported"),
+        ("a.npz", b"\x89HDF\r\n\x1a\n", "is HDF5, which is not supported"),
+        ("flax_model.msgpack", b"\x81\xa6params", "is MessagePack, which is not supported"),
         ("a.npy", b"\x93NUMPY\x01\x00", "is a single array"),
         ("a.npz", b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
         ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
         ("a.safetensors", b"<!DOCTYPE html><html>", "a web page"),
         ("a.npz", b"\n<html>", "a web page"),
-        ("a.npz", b"PK\x05\x06" + bytes(18), "holds no arrays"),
-        ("a.npz", b"PK\x03\x04", "truncated or damaged"),
+        ("a.npz", b"PK\x05\x06" + bytes(18), "contains no arrays"),
+        ("a.npz", b"PK\x03\x04", "truncated or corrupt"),
     ],
 )
-def test_files_of_other_kinds(tmp_path, name, content, words):
+def test_other_formats(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    refused(tmp_path / name, words)
+    rejected(tmp_path / name, words)
 
 
-def test_no_file_no_right_no_regular_file(tmp_path, monkeypatch):
-    refused(tmp_path / "a.npz", "there is no such file")
+def test_missing_unreadable_and_special_files(tmp_path, monkeypatch):
+    rejected(tmp_path / "a.npz", "there is no such file")
     os.mkfifo(tmp_path / "pipe.npz")
-    refused(tmp_path / "pipe.npz", "no regular file")
+    rejected(tmp_path / "pipe.npz", "not a regular file")
     files.write_npz(tmp_path / "a.npz", {"a": np.ones(2)})
 
     def denied(self, *arguments, **options):
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "open", denied)  # root, as tests may run, is denied nothing
-    refused(tmp_path / "a.npz", "cannot be read: Permission denied")
+    monkeypatch.setattr(Path, "open", denied)  # permissions do not apply to root, who may run the tests
+    rejected(tmp_path / "a.npz", "cannot be read: Permission denied")
 
 
 @pytest.mark.parametrize("cut", [1, 30, 100, 1000, 3000])
@@ -306,15 +310,15 @@ def test_truncated(tmp_path, form, cut):
     write(path, {"a": np.ones(512, np.float32), "b": np.ones(512, np.float32)})
     data = path.read_bytes()
     path.write_bytes(data[: len(data) - cut])
-    refused(path, "truncated")
+    rejected(path, "truncated")
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize(
     ("head", "data", "words"),
     [
-        (header("(2, 3)"), bytes(20), "lies: [2, 3] of float32 takes 24 bytes, and 20 are there"),
-        (header("(2, 3)"), bytes(28), "lies: [2, 3] of float32 takes 24 bytes, and 28 are there"),
+        (header("(2, 3)"), bytes(20), "is inconsistent: [2, 3] of float32 takes 24 bytes, but it has 20"),
+        (header("(2, 3)"), bytes(28), "is inconsistent: [2, 3] of float32 takes 24 bytes, but it has 28"),
         (header("(1000000, 1000000)"), bytes(24), "takes 4,000,000,000,000 bytes"),
         (header("(4294967296, 4294967296)"), bytes(24), "takes 73,786,976,294,838,206,464 bytes"),
         (header("(18446744073709551616, 0)"), b"", "claims the shape"),
@@ -324,9 +328,9 @@ def test_truncated(tmp_path, form, cut):
         (header("(" + "(" * 3000), bytes(4), "no readable .npy header"),
         (header("(6,)", "'|O'"), bytes(48), "pickled Python objects"),
         (header("(6,)", "[('a', '|O')]"), bytes(48), "pickled Python objects"),
-        (header("(6,)", "[('a', '<f4')]"), bytes(24), "which no weight is"),
-        (header("(6,)", "'<M8[s]'"), bytes(48), "which no weight is"),
-        (header("(6,)", "'V3'"), bytes(18), "which no weight is"),
+        (header("(6,)", "[('a', '<f4')]"), bytes(24), "unsupported dtype"),
+        (header("(6,)", "'<M8[s]'"), bytes(48), "unsupported dtype"),
+        (header("(6,)", "'V3'"), bytes(18), "unsupported dtype"),
         (header("(6,)", "('<f4', (2,))"), bytes(48), ""),
         (header("(6,)", "__import__('os').system('true')"), bytes(24), "no readable .npy header"),
         (b"\x93NUMPY\x03\x00" + bytes(30), b"", "no readable .npy header"),
@@ -334,64 +338,64 @@ def test_truncated(tmp_path, form, cut):
         (b"", b"", "no readable .npy header"),
     ],
 )
-def test_lying_npy_headers(tmp_path, compression, head, data, words):
-    refused(write_zip(tmp_path / "a.npz", [("a.npy", head + data)], compression), words)
+def test_inconsistent_npy_headers(tmp_path, compression, head, data, words):
+    rejected(write_zip(tmp_path / "a.npz", [("a.npy", head + data)], compression), words)
 
 
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        (["a.npy", "a.npy"], "two members named 'a.npy'"),
-        (["/etc/a.npy"], "a path for a name"),
-        (["../a.npy"], "a path for a name"),
-        (["b/../a.npy"], "a path for a name"),
-        (["b//a.npy"], "a path for a name"),
-        ([".npy"], "a path for a name"),
-        (["C:/a.npy"], "a path for a name"),
-        (["b\\a.npy"], "a name that no array has"),
-        (["a\n\x1b[31mb.npy"], "a name that no array has"),
-        (["a" * 600 + ".npy"], "a name that no array has"),
-        (["readme.txt"], "is no .npy array"),
-        (["folder/"], "is no .npy array"),
+        (["a.npy", "a.npy"], "two members are named 'a.npy'"),
+        (["/etc/a.npy"], "a path as its name"),
+        (["../a.npy"], "a path as its name"),
+        (["b/../a.npy"], "a path as its name"),
+        (["b//a.npy"], "a path as its name"),
+        ([".npy"], "a path as its name"),
+        (["C:/a.npy"], "a path as its name"),
+        (["b\\a.npy"], "an invalid name"),
+        (["a\n\x1b[31mb.npy"], "an invalid name"),
+        (["a" * 600 + ".npy"], "an invalid name"),
+        (["readme.txt"], "is not a .npy array"),
+        (["folder/"], "is not a .npy array"),
     ],
 )
-def test_odd_members(tmp_path, members, words):
+def test_invalid_member_names(tmp_path, members, words):
     data = header("(2,)") + bytes(8)
-    refused(write_zip(tmp_path / "a.npz", [(name, data) for name in members]), words)
+    rejected(write_zip(tmp_path / "a.npz", [(name, data) for name in members]), words)
 
 
-def test_directories_that_lie(tmp_path):
+def test_inconsistent_zip_directories(tmp_path):
     data = header("(2,)") + bytes(8)
 
     def fresh(compression=zipfile.ZIP_STORED):
         return write_zip(tmp_path / "a.npz", [("a.npy", data), ("b.npy", data)], compression)
 
-    refused(patched(fresh(), flags=1), "is encrypted")
-    refused(patched(fresh(), method=14), "compressed by something else")
-    refused(patched(fresh(), size=len(data) + 8), "claims 144 bytes, more or less than its data can give")
-    refused(patched(fresh(), size=len(data) + 400, compressed=len(data) + 400), "overlaps")
-    refused(patched(fresh(), crc=7), "its check sum differs", look_up="a")
-    refused(patched(fresh(zipfile.ZIP_DEFLATED), size=2**31), "more or less than its data can give")
+    rejected(patched(fresh(), flags=1), "is encrypted")
+    rejected(patched(fresh(), method=14), "a compression other than deflate")
+    rejected(patched(fresh(), size=len(data) + 8), "claims 144 bytes, which its data cannot expand to")
+    rejected(patched(fresh(), size=len(data) + 400, compressed=len(data) + 400), "overlaps")
+    rejected(patched(fresh(), crc=7), "its checksum differs", look_up="a")
+    rejected(patched(fresh(zipfile.ZIP_DEFLATED), size=2**31), "which its data cannot expand to")
     moved = bytearray(fresh().read_bytes())
     second = moved.index(b"PK\x01\x02", moved.index(b"PK\x01\x02") + 4)
-    struct.pack_into("<I", moved, second + 42, 0)  # the second member at the first one's place
+    struct.pack_into("<I", moved, second + 42, 0)  # the second member at the position of the first
     (tmp_path / "a.npz").write_bytes(moved)
-    refused(tmp_path / "a.npz", "is not where the zip directory says")
+    rejected(tmp_path / "a.npz", "does not match the zip directory")
 
 
-def test_a_flipped_bit_is_noticed(tmp_path):
+def test_a_flipped_bit_is_detected(tmp_path):
     files.write_npz(tmp_path / "a.npz", {"a": np.arange(100.0)})
     data = bytearray((tmp_path / "a.npz").read_bytes())
     data[600] ^= 4
     (tmp_path / "a.npz").write_bytes(data)
-    refused(tmp_path / "a.npz", "'a': it is damaged: its check sum differs", look_up="a")
+    rejected(tmp_path / "a.npz", "'a': corrupt: its checksum differs", look_up="a")
 
 
-@pytest.mark.parametrize(("held", "words"), [(64, "more than it claims"), (1, "less than it claims")])
-def test_a_compressed_member_that_expands_to_something_else(tmp_path, held, words):
+@pytest.mark.parametrize(("held", "words"), [(64, "more bytes than it claims"), (1, "fewer bytes than it claims")])
+def test_a_compressed_member_with_a_wrong_size(tmp_path, held, words):
     claimed = header("(1000,)") + bytes(4000)
     write_zip(tmp_path / "a.npz", [("a.npy", header("(1000,)") + bytes(4000 * held // 2))], zipfile.ZIP_DEFLATED)
-    refused(patched(tmp_path / "a.npz", size=len(claimed), crc=zlib.crc32(claimed)), words, look_up="a")
+    rejected(patched(tmp_path / "a.npz", size=len(claimed), crc=zlib.crc32(claimed)), words, look_up="a")
 
 
 def local(name, data, size, method=0):
@@ -416,7 +420,7 @@ def archive_of(name, deflated, size):
 
 
 def test_overlapping_members(tmp_path):
-    """The kernel of the best zip bombs: members that share their bytes (Fifield, A better zip bomb, WOOT 2019)."""
+    """The basis of efficient zip bombs: members that share bytes (Fifield, A better zip bomb, WOOT 2019)."""
     inner = header("(2,)") + bytes(8)
     quoted = header("(43,)") + local(b"b.npy", inner, len(inner)) + inner + b"\0"
     assert len(quoted) == 128 + 43 * 4
@@ -424,7 +428,7 @@ def test_overlapping_members(tmp_path):
     at = body.index(b"PK\x03\x04", 4)
     directory = listed(b"a.npy", quoted, len(quoted), 0) + listed(b"b.npy", inner, len(inner), at)
     (tmp_path / "a.npz").write_bytes(ended(body, directory, 2))
-    refused(tmp_path / "a.npz", "member 'b.npy' overlaps")
+    rejected(tmp_path / "a.npz", "member 'b.npy' overlaps")
 
 
 SAFE = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
@@ -443,58 +447,60 @@ def write_safe(path, fields, data=bytes(8), length=None):
 @pytest.mark.parametrize(
     ("fields", "data", "length", "words"),
     [
-        (SAFE, bytes(7), None, "truncated: its arrays take 8 bytes, and 7 are there"),
-        (SAFE, bytes(9), None, "1 bytes that belong to no array"),
+        (SAFE, bytes(7), None, "truncated: its arrays take 8 bytes, but it has 7"),
+        (SAFE, bytes(9), None, "1 of its bytes belong to no array"),
         (SAFE, bytes(8), 2**40, "a header of 1,099,511,627,776 bytes in a file of"),
-        (SAFE, bytes(8), 2**63, "truncated or damaged"),
-        (SAFE, bytes(8), 5, "no JSON"),
-        (SAFE, bytes(3 * 10**6), 2 * 10**6 + 1, "at most 2,000,000 are read"),
-        (safe(shape=[3]), bytes(8), None, "'a' lies: [3] of float32 takes 12 bytes, and its data_offsets 8"),
-        (safe(shape=[2**40, 2**40]), bytes(8), None, "'a' lies"),
+        (SAFE, bytes(8), 2**63, "truncated or corrupt"),
+        (SAFE, bytes(8), 5, "not valid JSON"),
+        (SAFE, bytes(3 * 10**6), 2 * 10**6 + 1, "at most 2,000,000 are allowed"),
+        (safe(shape=[3]), bytes(8), None, "'a' is inconsistent: [3] of float32 takes 12 bytes, but its data_offsets 8"),
+        (safe(shape=[2**40, 2**40]), bytes(8), None, "'a' is inconsistent"),
         (safe(shape=[2**60, 0]), bytes(8), None, "claims the shape"),
         (safe(shape=[-2]), bytes(8), None, "claims the shape"),
         (safe(shape=[2.0]), bytes(8), None, "claims the shape"),
         (safe(shape=[True, 2]), bytes(8), None, "claims the shape"),
         (safe(shape="2"), bytes(8), None, "claims the shape"),
         (safe(shape=[1] * 40 + [2]), bytes(8), None, "claims the shape"),
-        (safe(dtype="F4"), bytes(8), None, "is of 'F4', which is not read"),
-        (safe(dtype=["F32"]), bytes(8), None, "which is not read"),
-        (safe(data_offsets=[8, 0]), bytes(8), None, "'a' lies"),
+        (safe(dtype="F4"), bytes(8), None, "the unsupported dtype 'F4'"),
+        (safe(dtype=["F32"]), bytes(8), None, "unsupported dtype"),
+        (safe(data_offsets=[8, 0]), bytes(8), None, "'a' is inconsistent"),
         (safe(data_offsets=[8, 16]), bytes(16), None, "leaves a gap"),
         (safe(data_offsets=[0]), bytes(8), None, "claims the data_offsets"),
         (safe(data_offsets=[-8, 0]), bytes(8), None, "claims the data_offsets"),
         (SAFE | {"b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, bytes(8), None, "overlaps"),
         (SAFE | {"b": SAFE["a"]}, bytes(8), None, "overlaps"),
-        (SAFE | {"b\n": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}, bytes(12), None, "no array has"),
-        (SAFE | {"": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}, bytes(12), None, "no array has"),
-        (SAFE | {"b": 7}, bytes(8), None, "does not give 'b' a dtype"),
+        (SAFE | {"b\n": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}, bytes(12), None, "the invalid name"),
+        (SAFE | {"": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}, bytes(12), None, "the invalid name"),
+        (SAFE | {"b": 7}, bytes(8), None, "no dtype, shape and data_offsets for 'b'"),
         (SAFE | {"__metadata__": {"a": 1}}, bytes(8), None, "__metadata__"),
-        ({"__metadata__": {}}, b"", None, "no arrays"),
-        (b'{"a": 1, "a": 2}', b"", None, "names 'a' twice"),
-        (b'{"a":' + b"[" * 100_000, b"", None, "nested without end"),
-        (b'{"a": \xff}', b"", None, "no text"),
+        ({"__metadata__": {}}, b"", None, "contains no arrays"),
+        (b'{"a": 1, "a": 2}', b"", None, "contains 'a' twice"),
+        (b'{"a":' + b"[" * 100_000, b"", None, "nested too deeply"),
+        (b'{"a": \xff}', b"", None, "not valid UTF-8"),
         (b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}', bytes(8), None, ""),
-        (b"{} []", b"", None, "no JSON"),
+        (b"{} []", b"", None, "not valid JSON"),
     ],
 )
-def test_lying_safetensors(tmp_path, fields, data, length, words):
-    refused(write_safe(tmp_path / "a.safetensors", fields, data, length), words)
+def test_inconsistent_safetensors(tmp_path, fields, data, length, words):
+    rejected(write_safe(tmp_path / "a.safetensors", fields, data, length), words)
 
 
-def test_truth_values_that_are_neither(tmp_path):
+def test_invalid_booleans(tmp_path):
     fields = {"a": {"dtype": "BOOL", "shape": [2], "data_offsets": [0, 2]}}
-    refused(write_safe(tmp_path / "a.safetensors", fields, b"\x01\x02"), "neither true nor false", look_up="a")
+    rejected(
+        write_safe(tmp_path / "a.safetensors", fields, b"\x01\x02"), "boolean values other than 0 and 1", look_up="a"
+    )
 
 
-def test_more_than_the_memory_that_is_free(tmp_path, monkeypatch):
+def test_an_array_larger_than_the_free_memory(tmp_path, monkeypatch):
     files.write_npz(tmp_path / "a.npz", {"a": np.ones(1000, np.float32)})
     monkeypatch.setattr(files.psutil, "virtual_memory", lambda: type("", (), {"available": 3999})())
-    refused(tmp_path / "a.npz", "'a': it takes 4,000 bytes of memory, and 3,999 are free", look_up="a")
+    rejected(tmp_path / "a.npz", "'a': needs 4,000 bytes of memory, but only 3,999 are free", look_up="a")
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ml_dtypes.bfloat16, "c8"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_not_a_number(dtype, value):
+def test_non_finite_values(dtype, value):
     array = np.ones((7, 11), dtype)
     files.check_finite("a", array)
     array[3, 4] = value
@@ -504,24 +510,24 @@ def test_not_a_number(dtype, value):
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ml_dtypes.bfloat16])
-def test_numbers_whose_sum_is_infinite_are_finite(dtype):
+def test_finite_values_whose_sum_overflows(dtype):
     files.check_finite("a", np.full(1000, ml_dtypes.finfo(dtype).max, dtype))
     files.check_finite("a", np.zeros(0, dtype))
     files.check_finite("a", np.array(ml_dtypes.finfo(dtype).min, dtype))
 
 
-# --- what refusing costs --------------------------------------------------------------------------------------------
+# --- memory --------------------------------------------------------------------------------------------
 
 _MEASURE = """
 import pathlib, sys
 import numpy, psutil
 from vit_jax.errors import UserError
 from vit_jax.weights import files
-def memory(key):  # not getrusage's, which begins at the parent's peak
+def memory(key):  # not getrusage, which starts from the parent's peak
     return next(int(l.split()[1]) for l in pathlib.Path("/proc/self/status").read_text().splitlines() if key in l)
-before = memory("VmRSS")  # of all files, so that what one leaves behind counts for the next
+before = memory("VmRSS")  # once, so that memory that is not freed counts for later files
 for path in sys.argv[1:]:
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     try:
         stored = files.open_file(path)
         for name in stored.arrays:
@@ -534,17 +540,17 @@ for path in sys.argv[1:]:
 
 
 def bombs(folder):
-    """Files of a few MB that would take gigabytes, by name, with words of the refusal."""
+    """Files of a few MB that claim gigabytes, by name, with a part of the error message."""
     block = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
     data = block.compress(header(f"({2**30},)")) + block.compress(bytes(2**26)) + block.flush(zlib.Z_FULL_FLUSH)
     zeros = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
     data += (zeros.compress(bytes(2**26)) + zeros.flush(zlib.Z_FULL_FLUSH)) * 63 + b"\x03\x00"
     name, size = b"a.npy", 128 + 2**32
-    (folder / "bomb.npz").write_bytes(archive_of(name, data, size - 2**16))  # zip's four bytes hold less than 2**32
+    (folder / "bomb.npz").write_bytes(archive_of(name, data, size - 2**16))  # zip stores sizes below 2**32
     with zipfile.ZipFile(folder / "many.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for index in range(12):
             archive.writestr(f"{index}.npy", header("(5000000,)") + bytes(20_000_000))
-    # As large a directory as is read: zipfile makes an object of some 600 bytes of each 48.
+    # The largest allowed directory: zipfile creates an object of about 600 bytes for every 48 bytes.
     entry = struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0) + b"aa"
     directory = entry * 41_000
     end = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 65_535, 65_535, len(directory), 4, 0)
@@ -555,26 +561,25 @@ def bombs(folder):
     write_safe(folder / "shape.safetensors", safe(shape=[2**45]), bytes(8))
     write_zip(folder / "shape.npz", [("a.npy", header("(70000, 70000)") + bytes(24))])
     return {
-        "bomb.npz": "as a zip bomb's do",
-        "many.npz": "as a zip bomb's do",
-        "directory.npz": "is no .npy array",
-        "header.safetensors": "does not give 'a' a dtype",
-        "keys.safetensors": "does not give '0' a dtype",
-        "shape.safetensors": "lies",
-        "shape.npz": "lies",
+        "bomb.npz": "as in a zip bomb",
+        "many.npz": "as in a zip bomb",
+        "directory.npz": "is not a .npy array",
+        "header.safetensors": "no dtype, shape and data_offsets for 'a'",
+        "keys.safetensors": "no dtype, shape and data_offsets for '0'",
+        "shape.safetensors": "is inconsistent",
+        "shape.npz": "is inconsistent",
     }
 
 
 def measured(paths):
-    """For each file, one after another in a process of their own: bytes that memory grew by, and what was said."""
-    command = [sys.executable, "-c", _MEASURE, *map(str, paths)]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
-    found = [line.split(" ", 1) for line in run.stdout.splitlines()]
+    """For each file, read in one separate process: the growth of its peak memory in bytes, and the message."""
+    output = run_command(_MEASURE, *paths, stderr=subprocess.PIPE)
+    found = [line.split(" ", 1) for line in output.splitlines()]
     return [(int(grown) * 1024, message) for grown, message in found]
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's record of the peak")
-def test_refusing_costs_little_memory(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory that Linux records")
+def test_rejecting_a_file_needs_little_memory(tmp_path):
     expected = bombs(tmp_path)
     paths = [tmp_path / name for name in expected]
     for path, words, (grown, message) in zip(paths, expected.values(), measured(paths), strict=True):
@@ -582,8 +587,8 @@ def test_refusing_costs_little_memory(tmp_path):
         assert grown < 200e6 + path.stat().st_size, (path, grown)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's record of the peak")
-def test_reading_takes_the_memory_of_one_array(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory that Linux records")
+def test_reading_needs_the_memory_of_one_array(tmp_path):
     arrays = {str(index): np.ones(2**22, np.float32) for index in range(8)}
     files.write_npz(tmp_path / "a.npz", arrays)
     files.write_safetensors(tmp_path / "b.safetensors", arrays)
@@ -593,11 +598,11 @@ def test_reading_takes_the_memory_of_one_array(tmp_path):
     assert all(0.9 * 2**24 < grown < 1.5 * 2**24 for grown, _ in found), found  # an array is 2**24 bytes
 
 
-# --- writing whole or not at all ------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("write", [files.write_npz, files.write_safetensors])
-def test_a_failed_write_leaves_what_was_there(tmp_path, write, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, write, monkeypatch):
     path = tmp_path / "a"
     write(path, {"a": np.ones(3)})
     before = path.read_bytes()
@@ -617,18 +622,18 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, write, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
-def test_folders_that_are_missing_are_made(tmp_path):
+def test_missing_directories_are_created(tmp_path):
     files.write_npz(tmp_path / "new" / "er" / "a.npz", {"a": np.ones(3)})
     assert files.open_file(tmp_path / "new" / "er").arrays["a"].sum() == 3
 
 
 @pytest.mark.parametrize("name", ["../a", "/a", "a\nb"])
-def test_names_that_could_not_be_read_are_not_written(tmp_path, name):
+def test_names_that_cannot_be_read_are_not_written(tmp_path, name):
     with pytest.raises(UserError, match="cannot be written"):
         files.write_npz(tmp_path / "a.npz", {name: np.ones(3)})
 
 
-def test_what_is_not_contiguous_is_written_in_its_order(tmp_path):
+def test_non_contiguous_arrays(tmp_path):
     values = np.arange(24.0).reshape(2, 3, 4)
     arrays = {"t": values.T, "s": values[:, ::2], "b": values.astype(">f8")}
     for write in (files.write_npz, files.write_safetensors):

@@ -40,7 +40,7 @@ def test_channels_that_are_equal_do_what_they_did(old, new):
 
 
 @pytest.mark.parametrize(
-    ("asked", "detail", "size"),
+    ("overrides", "detail", "size"),
     [
         ({"image_size": 384}, {"positions/table": "grid 14x14 -> 24x24"}, (384, 384)),
         ({"image_size": (160, 256)}, {"positions/table": "grid 14x14 -> 10x16"}, (160, 256)),
@@ -51,10 +51,10 @@ def test_channels_that_are_equal_do_what_they_did(old, new):
         ),
     ],
 )
-def test_other_images_and_patches(tmp_path, helpers, asked, detail, size):
+def test_other_images_and_patches(tmp_path, helpers, overrides, detail, size):
     model, parameters = helpers.small((224, 224), patch_size=16)
     weights.save(tmp_path / "file.npz", model, parameters)
-    found, fitted, report = weights.load(tmp_path / "file.npz", **asked)
+    found, fitted, report = weights.load(tmp_path / "file.npz", **overrides)
     resampled = {row.paths[0]: row.detail for row in report.rows if row.action == "resampled"}
     assert resampled == detail and report.image_size == size
     images = np.random.default_rng(2).normal(size=(1, *size, 3)).astype("f")
@@ -70,7 +70,10 @@ def test_enlarged_images_in_enlarged_patches_have_the_same_logits(tmp_path, help
     found, fitted, _ = weights.load(tmp_path / "file.npz", image_size=32, patch_size=8)
     images = jnp.asarray(np.random.default_rng(3).normal(size=(2, 4, 4, 4, 4, 3)), jnp.float32)
     larger = jax.image.resize(images, (2, 4, 4, 8, 8, 3), "bilinear")  # each patch by itself
-    whole = lambda patches, side: patches.swapaxes(2, 3).reshape(2, 4 * side, 4 * side, 3)  # noqa: E731
+
+    def whole(patches, side):
+        return patches.swapaxes(2, 3).reshape(2, 4 * side, 4 * side, 3)
+
     np.testing.assert_allclose(
         helpers.outputs(found, fitted, whole(larger, 8)),
         helpers.outputs(model, parameters, whole(images, 4)),

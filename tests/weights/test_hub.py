@@ -1,4 +1,4 @@
-"""Names to files: the hub's library against a small server that speaks as the hub does, URLs against a plain one."""
+"""From names to files: huggingface_hub with a small server that answers as the hub does, URLs with a plain server."""
 
 import hashlib
 import http.server
@@ -14,16 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import run_command
 
 from vit_jax.errors import UserError
 from vit_jax.weights import files, hub
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache, and no proxy between the tests and their server."""
+    """An empty cache; no proxy for the test server."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.chdir(tmp_path)
@@ -31,7 +30,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def content(folder, name="model.safetensors", values=1000):
-    """A file of weights: its bytes."""
+    """The bytes of a weights file."""
     (files.write_npz if name.endswith(".npz") else files.write_safetensors)(
         folder / name, {"a": np.arange(float(values))}
     )
@@ -49,10 +48,10 @@ def message(name):
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
-def test_every_published_name(monkeypatch):
-    """Each has a form of its own, a repository of its own, a paper and a licence; and leads to that repository."""
-    asked = []
-    monkeypatch.setattr(hub, "_from_hub", lambda model, name: asked.append(model) or Path("here"))
+def test_published_names(monkeypatch):
+    """Each follows the naming scheme, has its own repository, a paper and a licence, and is found by its name."""
+    requested = []
+    monkeypatch.setattr(hub, "_from_hub", lambda model, name: requested.append(model) or Path("here"))
     for name, published in hub.PUBLISHED.items():
         assert re.fullmatch(r"(augreg|vit|sam|deit3?|dino|dinov2|mae|siglip2?)-[a-z0-9-]+", name)
         assert re.fullmatch(r"timm/(vit|deit|deit3)_[a-z0-9_]+\.[a-z0-9_]+", published.hub)
@@ -61,14 +60,14 @@ def test_every_published_name(monkeypatch):
         hub.fetch(name)
         hub.fetch(published.hub)
         hub.fetch(published.hub.removeprefix("timm/"))
-        assert asked[-3:] == [published.hub] * 3
+        assert requested[-3:] == [published.hub] * 3
     repositories = [published.hub for published in hub.PUBLISHED.values()]
     assert len(set(repositories)) == len(repositories)
 
 
 @pytest.mark.parametrize("name", list(hub.PUBLISHED))
-def test_a_name_says_what_the_repository_s_name_says(name):
-    """Patch size, image size and training as timm writes them, against the short name."""
+def test_short_names_agree_with_timms(name):
+    """Patch size, image size and training data in timm's name and in the short name are the same."""
     size = {"ti": "tiny", "s": "small", "m": "medium", "b": "base", "l": "large", "h": "huge", "g": "giant"}
     size |= {"so400m": "so400m", "gopt": "giantopt"}
     family, letters, patch = re.match(r"(\w+)-(?:r\d*-)?(so400m|gopt|[a-z]+)(\d+)", name).groups()
@@ -91,7 +90,7 @@ def test_a_name_says_what_the_repository_s_name_says(name):
         assert tag == ("fb_in22k_ft_in1k" if "in21k" in name else "fb_in1k")
 
 
-def test_a_path_comes_before_a_name(tmp_path, monkeypatch):
+def test_paths_have_precedence_over_names(tmp_path, monkeypatch):
     (tmp_path / "dino-s16").mkdir()
     assert hub.fetch("dino-s16") == Path("dino-s16")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -102,31 +101,31 @@ def test_a_path_comes_before_a_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("dino-s15", "Nearest: dino-s16"),
-        ("DINOv2_b14_reg", "Nearest: dinov2-b14-reg"),
-        ("vit_base_patch16_224.augreg_in22k", "Nearest: vit_base_patch16_224.augreg_in21k"),
-        ("mae", "Nearest: mae-"),
+        ("dino-s15", "nearest: dino-s16"),
+        ("DINOv2_b14_reg", "nearest: dinov2-b14-reg"),
+        ("vit_base_patch16_224.augreg_in22k", "nearest: vit_base_patch16_224.augreg_in21k"),
+        ("mae", "nearest: mae-"),
         ("", "neither a file nor a published model"),
         ("here/B_16.npz", "here/B_16.npz: there is no such file"),
         ("./here", "there is no such file"),
         ("/nowhere/at/all", "there is no such file"),
         ("B_16.npz", "there is no such file"),
         ("owner/model.pth", "owner/model.pth is a pickle"),
-        ("gs://vit_models/augreg/B_16.npz", "only http and https are read"),
-        ("http://[x/a.npz", "is no URL"),
+        ("gs://vit_models/augreg/B_16.npz", "only http and https URLs are supported"),
+        ("http://[x/a.npz", "is not a valid URL"),
         ("http://nowhere/flax_model.msgpack", "http://nowhere/flax_model.msgpack is MessagePack"),
         ("http://nowhere/pytorch_model.bin?download=true", "is a pickle"),
-        ("http://nowhere/model.safetensors.index.json", "files in parts"),
+        ("http://nowhere/model.safetensors.index.json", "index of a sharded file"),
     ],
 )
-def test_names_that_lead_nowhere(name, words):
+def test_unknown_names(name, words):
     assert words in message(name)
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------
 
 
-def test_without_the_library_it_says_what_to_put_where_and_finds_it_there(cache, tmp_path, monkeypatch):
+def test_without_huggingface_hub_files_are_placed_by_hand(cache, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     text = message("dino-s16")
     assert "pip install 'vit_jax[hub]'" in text
@@ -134,14 +133,14 @@ def test_without_the_library_it_says_what_to_put_where_and_finds_it_there(cache,
     placed = cache / "timm--vit_small_patch16_224.dino"
     assert str(placed) in text
     placed.mkdir(parents=True)
-    assert "holds no .safetensors" in message("dino-s16")
+    assert "has no .safetensors" in message("dino-s16")
     content(placed)
     for name in ("dino-s16", "vit_small_patch16_224.dino", "timm/vit_small_patch16_224.dino"):
         assert hub.fetch(name) == placed
 
 
 def library(monkeypatch, snapshot, names=()):
-    """A stand-in for huggingface_hub, of what is used of it."""
+    """Replaces huggingface_hub with the parts of it that are used."""
     missing = type("RepositoryNotFoundError", (OSError,), {})
     fake = types.SimpleNamespace(
         snapshot_download=snapshot,
@@ -152,13 +151,13 @@ def library(monkeypatch, snapshot, names=()):
     return missing
 
 
-def test_what_the_library_says_becomes_the_way_out(monkeypatch):
+def test_errors_of_huggingface_hub(monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("no route\nto host " + "x" * 500)
 
     library(monkeypatch, unreachable)
     text = message("mae-b16")
-    assert "cannot be fetched from the hub: no route to host xx" in text
+    assert "the download from the hub failed: no route to host xx" in text
     assert "https://huggingface.co/timm/vit_base_patch16_224.mae/tree/main" in text
 
     def missing(*_, **__):
@@ -167,51 +166,51 @@ def test_what_the_library_says_becomes_the_way_out(monkeypatch):
     error = library(monkeypatch, missing)
     text = message("timm/vit_base_patch16_224.may")
     assert "no https://huggingface.co/timm/vit_base_patch16_224.may" in text
-    assert "Nearest published:" in text
+    assert "nearest published models:" in text
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["pytorch_model.bin", "config.json"], "no .safetensors and no .npz file"),
-        (["a.npz", "b.npz"], "several files of weights: a.npz, b.npz"),
-        (["deep/model.safetensors"], "no .safetensors and no .npz file"),
+        (["pytorch_model.bin", "config.json"], "no .safetensors or .npz file"),
+        (["a.npz", "b.npz"], "several weights files: a.npz, b.npz"),
+        (["deep/model.safetensors"], "no .safetensors or .npz file"),
     ],
 )
-def test_a_repository_without_the_one_file(monkeypatch, tmp_path, names, words):
+def test_a_repository_without_exactly_one_weights_file(monkeypatch, tmp_path, names, words):
     library(monkeypatch, lambda *_, **__: str(tmp_path), names)
     text = message("owner/name")
     assert words in text and "https://huggingface.co/owner/name/resolve/main/FILE" in text
 
 
-def test_a_repository_with_one_file_of_another_name(monkeypatch, tmp_path):
-    asked = []
+def test_a_repository_with_a_weights_file_of_another_name(monkeypatch, tmp_path):
+    requests = []
 
     def snapshot(identifier, revision, allow_patterns):
-        asked.append((identifier, revision, allow_patterns))
+        requests.append((identifier, revision, allow_patterns))
         if "B_16.npz" in allow_patterns:
             content(tmp_path, "B_16.npz")
         return str(tmp_path)
 
     library(monkeypatch, snapshot, ["B_16.npz", "README.md", "B_16.pth"])
     assert hub.fetch("owner/name@v2") == tmp_path
-    assert asked[0] == (
+    assert requests[0] == (
         "owner/name", "v2", ["config.json", files.SAFETENSORS, files.INDEX, "model-*-of-*.safetensors"]
     )  # fmt: skip
-    assert asked[1] == ("owner/name", "v2", ["config.json", "B_16.npz"])
+    assert requests[1] == ("owner/name", "v2", ["config.json", "B_16.npz"])
     for url in ("https://huggingface.co/owner/name/tree/v2", "https://hf.co/owner/name"):
         assert hub.fetch(url) == tmp_path
-    assert [revision for _, revision, _ in asked] == ["v2", "v2", "v2", None]
+    assert [revision for _, revision, _ in requests] == ["v2", "v2", "v2", None]
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` (path -> bytes) with ETags and ranges, and the answers of the hub's interface in `answers`."""
+    """Serves `files` (path -> bytes) with ETags and ranges, and the hub's API in `answers`."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.answers, self.asked = {}, {}, []
+        self.files, self.answers, self.requests = {}, {}, []
         self.cut, self.etags, self.moved = None, True, {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -227,7 +226,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self, body=True):
         server, path = self.server, self.path.partition("?")[0]
-        server.asked.append((self.command, path, self.headers["Range"], self.headers["If-Range"]))
+        server.requests.append((self.command, path, self.headers["Range"], self.headers["If-Range"]))
         if path in server.answers:
             return self.answer(
                 200, json.dumps(server.answers[path]).encode(), {"Content-Type": "application/json"}, body
@@ -270,7 +269,7 @@ def server():
 
 
 def publish(server, identifier, contents):
-    """Makes the server answer for a model as the hub does."""
+    """Adds a model to the server, with the API of the hub."""
     commit = "c" * 40
     tree = [
         {
@@ -309,22 +308,15 @@ for name in sys.argv[1:]:
 """
 
 
-def fetched(names, tmp_path, endpoint, **environment):
-    """What a process of its own says of each name, as the library reads its environment when it is imported."""
-    environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"} | environment
-    run = subprocess.run(
-        [sys.executable, "-c", _FETCH, *names],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return run.stdout.splitlines()
+def fetched(names, tmp_path, endpoint, **variables):
+    """The output for each name in a separate process, since huggingface_hub reads its environment when imported."""
+    variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"} | variables
+    cache = os.environ["XDG_CACHE_HOME"]  # of the test
+    return run_command(_FETCH, *names, stderr=subprocess.PIPE, XDG_CACHE_HOME=cache, **variables).splitlines()
 
 
-def test_the_library_itself(server, tmp_path):
-    """Only config.json and the weights come; once they are there, neither the server nor a network is needed."""
+def test_huggingface_hub_itself(server, tmp_path):
+    """Only config.json and the weights are downloaded; then neither the server nor a network is needed."""
     pytest.importorskip("huggingface_hub")
     data = content(tmp_path, values=20_000)
     everything = {"config.json": b'{"n": 1}', "model.safetensors": data, "pytorch_model.bin": data, "README.md": b"#"}
@@ -333,17 +325,20 @@ def test_the_library_itself(server, tmp_path):
 
     online, other = fetched(["dino-s16", "owner/old"], tmp_path, server.url)
     assert online == f"['config.json', 'model.safetensors'] {{'a': {sum(range(20_000)):.1f}}} {{'n': 1}}"
-    assert other.startswith("owner/old on the hub holds no .safetensors and no .npz file")
-    assert not any(path.endswith((".bin", ".md")) for _, path, _, _ in server.asked)
+    assert other.startswith("owner/old on the hub has no .safetensors or .npz file")
+    assert not any(path.endswith((".bin", ".md")) for _, path, _, _ in server.requests)
 
-    asked = len(server.asked)
-    for endpoint, environment in ((server.url, {"HF_HUB_OFFLINE": "1"}), ("http://127.0.0.1:9", {})):  # nobody listens
+    num_requests = len(server.requests)
+    for endpoint, environment in (
+        (server.url, {"HF_HUB_OFFLINE": "1"}),
+        ("http://127.0.0.1:9", {}),
+    ):  # nothing listens there
         cached, missing = fetched(["dino-s16", "mae-b16"], tmp_path, endpoint, **environment)
         assert cached == online
-        assert "cannot be fetched from the hub" in missing and missing.count(" / ") == 2
+        assert "the download from the hub failed" in missing and missing.count(" / ") == 2
         page = "https://huggingface.co/timm/vit_base_patch16_224.mae/tree/main"
         assert f"model.safetensors and config.json from {page}" in missing
-    assert len(server.asked) == asked
+    assert len(server.requests) == num_requests
 
 
 # --- URLs -----------------------------------------------------------------------------------------------------------
@@ -356,31 +351,31 @@ def test_a_url_is_downloaded_once(server, tmp_path, cache, name):
     assert path.name == name and path.is_relative_to(cache / "url")
     assert path.read_bytes() == server.files[f"/x/{name}"]
     assert [entry.name for entry in path.parent.iterdir()] == [name]
-    asked = len(server.asked)
+    num_requests = len(server.requests)
     assert hub.fetch(f"{server.url}/x/{name}?download=true") == path
-    assert len(server.asked) == asked
+    assert len(server.requests) == num_requests
 
 
 @pytest.mark.parametrize(("text", "config"), [(b'{"n": 1}', {"n": 1}), (b"<html>", None), (b"[1]", None)])
-def test_the_config_beside_a_url(server, tmp_path, text, config):
+def test_the_config_next_to_a_url(server, tmp_path, text, config):
     server.files |= {"/x/model.safetensors": content(tmp_path), "/x/config.json": text}
     assert files.open_file(hub.fetch(f"{server.url}/x/model.safetensors")).config == config
 
 
-def test_an_interrupted_download_goes_on(server, tmp_path):
+def test_an_interrupted_download_is_resumed(server, tmp_path):
     data = server.files["/x/a.npz"] = content(tmp_path, "a.npz")
     server.cut = 3000
     text = message(f"{server.url}/x/a.npz")
-    assert "cannot be downloaded" in text and "Run it again to go on from there" in text
+    assert "the download failed" in text and "run the same command again to resume it" in text
     server.cut = None
     assert hub.fetch(f"{server.url}/x/a.npz").read_bytes() == data
-    _, _, asked, condition = server.asked[-1]
-    assert asked == "bytes=3000-" and condition == f'"{hashlib.sha256(data).hexdigest()}"'
+    _, _, byte_range, condition = server.requests[-1]
+    assert byte_range == "bytes=3000-" and condition == f'"{hashlib.sha256(data).hexdigest()}"'
 
 
 @pytest.mark.parametrize("etags", [True, False])
 def test_another_file_is_not_appended_to_the_first(server, tmp_path, etags):
-    server.etags = etags  # without one, there is no telling
+    server.etags = etags  # without one, the server cannot tell that the file changed
     server.files["/x/a.npz"] = content(tmp_path, "a.npz")
     server.cut = 3000
     message(f"{server.url}/x/a.npz")
@@ -389,7 +384,7 @@ def test_another_file_is_not_appended_to_the_first(server, tmp_path, etags):
     assert hub.fetch(f"{server.url}/x/a.npz").read_bytes() == data
 
 
-def test_a_part_that_is_whole_already(server, tmp_path, cache):
+def test_a_partial_file_that_is_complete(server, tmp_path, cache):
     data = server.files["/x/a.npz"] = content(tmp_path, "a.npz")
     path = hub.fetch(f"{server.url}/x/a.npz")
     path.rename(path.with_name("a.npz.part"))
@@ -400,38 +395,40 @@ def test_a_part_that_is_whole_already(server, tmp_path, cache):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"<!DOCTYPE html><html>", "is refused: it is a web page"),
+        (b"<!DOCTYPE html><html>", "cannot be loaded: a web page"),
         (b"\x80\x04\x95pickle", "is a pickle"),
-        (b"", "it is empty"),
+        (b"", "the file is empty"),
     ],
 )
-def test_a_url_that_brings_something_else(server, cache, data, words):
+def test_a_url_of_something_else(server, cache, data, words):
     server.files["/x/a.npz"] = data
     text = message(f"{server.url}/x/a.npz")
     assert words in text and server.url in text
     assert not list(cache.rglob("*.npz"))
 
 
-def test_servers_that_refuse_or_are_not_there(server, tmp_path):
+def test_servers_that_fail(server, tmp_path):
     text = message(f"{server.url}/x/vit_base_patch16_224.mae.npz")
-    assert "the server answers 404" in text and "vit_base_patch16_224.mae" in text.splitlines()[1]
-    assert "cannot be downloaded" in message("http://127.0.0.1:9/a.npz")
+    assert "the server returned 404" in text and "vit_base_patch16_224.mae" in text.splitlines()[1]
+    assert "the download failed" in message("http://127.0.0.1:9/a.npz")
     server.moved["/x/a.npz"] = f"{server.url}/y/a.npz"
     server.files["/y/a.npz"] = content(tmp_path, "a.npz")
     assert hub.fetch(f"{server.url}/x/a.npz").read_bytes() == server.files["/y/a.npz"]
 
 
-def test_no_room(server, tmp_path, monkeypatch):
+def test_a_full_disk(server, tmp_path, monkeypatch):
     server.files["/x/a.npz"] = content(tmp_path, "a.npz")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=5))
-        assert "and" in message(f"{server.url}/x/a.npz") and "has 5 free" in message(f"{server.url}/x/a.npz")
+        assert "bytes to download" in message(f"{server.url}/x/a.npz") and "has 5 free" in message(
+            f"{server.url}/x/a.npz"
+        )
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert "set XDG_CACHE_HOME to another folder" in message(f"{server.url}/x/a.npz")
+    assert "set XDG_CACHE_HOME to another directory" in message(f"{server.url}/x/a.npz")
 
 
-def test_two_at_once(server, tmp_path):
+def test_two_downloads_at_the_same_time(server, tmp_path):
     data = server.files["/x/a.npz"] = content(tmp_path, "a.npz", values=100_000)
     found = []
     threads = [threading.Thread(target=lambda: found.append(hub.fetch(f"{server.url}/x/a.npz"))) for _ in range(4)]
@@ -440,4 +437,4 @@ def test_two_at_once(server, tmp_path):
     for thread in threads:
         thread.join()
     assert len(found) == 4 and {path.read_bytes() for path in found} == {data}
-    assert sum(path == "/x/a.npz" for _, path, _, _ in server.asked) == 1
+    assert sum(path == "/x/a.npz" for _, path, _, _ in server.requests) == 1

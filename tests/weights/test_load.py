@@ -56,24 +56,24 @@ def test_parameters_are_what_jax_takes_as_they_are(plain):
 
 
 WRONG = [
-    ({"clases": 3}, "clases is no override; nearest: classes"),
+    ({"clases": 3}, "clases is not an override; nearest: classes"),
     ({"classes": 0}, "classes is 0: it must be at least 1"),
-    ({"classes": "ten"}, "classes is 'ten': a number, a mapping"),
-    ({"image_size": (1, 2, 3)}, r"image_size is \(1, 2, 3\): pixels, or"),
-    ({"patch_size": 0}, "patch_size is 0: a whole number of at least 1"),
+    ({"classes": "ten"}, "classes is 'ten': it must be a number, a mapping"),
+    ({"image_size": (1, 2, 3)}, r"image_size is \(1, 2, 3\): it must be pixels, or"),
+    ({"patch_size": 0}, "patch_size is 0\n  allowed: an integer of at least 1"),
     ({"channels": 2.0}, "channels is 2.0"),
-    ({"dtype": "float31"}, "dtype is 'float31': float32 or bfloat16"),
-    ({"heads": 4}, "heads is 4, but the file tells: 3"),
-    ({"pooling": "map"}, "pooling 'map' has parameters of its own"),
+    ({"dtype": "float31"}, "dtype is 'float31': it must be a dtype such as float32 or bfloat16"),
+    ({"heads": 4}, "heads is 4, but the file has 3"),
+    ({"pooling": "map"}, "pooling is 'map', which has parameters of its own"),
     ({"pooling": "max"}, "pooling is 'max': one of token, mean"),
     ({"step": 3}, "step is 3, but .* is a file"),
 ]
 
 
-@pytest.mark.parametrize(("asked", "message"), WRONG)
-def test_wrong_overrides_are_refused(plain, asked, message):
+@pytest.mark.parametrize(("overrides", "message"), WRONG)
+def test_wrong_overrides_are_refused(plain, overrides, message):
     with pytest.raises(UserError, match=message) as caught:
-        weights.load(plain[0], **asked)
+        weights.load(plain[0], **overrides)
     assert str(caught.value).count("\n") <= 2
 
 
@@ -84,7 +84,7 @@ def renamed_files(references):
 
 
 def test_a_renamed_array_is_an_error_that_names_it(references, tmp_path):
-    told = {"heads": 3, "classes": None}
+    overrides = {"heads": 3, "classes": None}
     for kind, stored in renamed_files(references):
         if kind not in ("timm_vit", "timm_map", "timm_swiglu", "hf_deit", "hf_dinov2_registers", "hf_mae"):
             continue
@@ -95,7 +95,7 @@ def test_a_renamed_array_is_an_error_that_names_it(references, tmp_path):
             changed = {f"{key}x" if key == name else key: array for key, array in arrays.items()}
             files.write_safetensors(tmp_path / "model.safetensors", changed)
             with pytest.raises(UserError) as caught:
-                weights.load(tmp_path, **told)
+                weights.load(tmp_path, **overrides)
             assert name in str(caught.value), (kind, name, str(caught.value))
             assert str(caught.value).count("\n") <= 2
 
@@ -115,8 +115,8 @@ def test_a_missing_a_left_over_and_a_misshapen_array(plain, tmp_path):
     block = "Transformer/encoderblock_1/MlpBlock_3/Dense_0"
     cases = {
         f"missing: {block}/bias": {key: array for key, array in arrays.items() if key != f"{block}/bias"},
-        "left over: surplus/kernel": arrays | {"surplus/kernel": np.ones(3, "f")},
-        rf"{block}/kernel: as encoder/block_1/mlp/up/kernel it is \[24, 39\], where a model .* has \[24, 40\]": arrays
+        "unexpected: surplus/kernel": arrays | {"surplus/kernel": np.ones(3, "f")},
+        rf"{block}/kernel: encoder/block_1/mlp/up/kernel would have shape \[24, 39\], but .* has \[24, 40\]": arrays
         | {f"{block}/kernel": arrays[f"{block}/kernel"][:, 1:]},
         "cls.* NaN or infinite": arrays | {"cls": np.full_like(arrays["cls"], np.nan)},
     }
@@ -128,7 +128,7 @@ def test_a_missing_a_left_over_and_a_misshapen_array(plain, tmp_path):
 
 def test_arrays_of_nothing_known_are_refused(tmp_path):
     np.savez(tmp_path / "file.npz", weight=np.ones(3, "f"))
-    with pytest.raises(UserError, match="no Vision Transformer is known by these names: weight"):
+    with pytest.raises(UserError, match="not a known Vision Transformer, by the names of its arrays: weight"):
         weights.load(tmp_path / "file.npz")
 
 
@@ -161,10 +161,10 @@ def test_a_new_head_is_zero_though_the_old_one_would_agree(plain, helpers):
     helpers.same({**loaded, "head": {}}, {**parameters, "head": {}})
     why = {row.names[0]: row.detail for row in report.rows if row.action == "ignored"}
     assert why == dict.fromkeys(
-        ("head/bias", "head/kernel", "pre_logits/bias", "pre_logits/kernel"), "a new head is asked for"
+        ("head/bias", "head/kernel", "pre_logits/bias", "pre_logits/kernel"), "a new head was requested"
     )
-    made = {row.paths[0]: row.detail for row in report.rows if row.action == "initialised"}
-    assert made == dict.fromkeys(("head/logits/bias", "head/logits/kernel"), "zero: a new head is asked for")
+    made = {row.paths[0]: row.detail for row in report.rows if row.action == "initialized"}
+    assert made == dict.fromkeys(("head/logits/bias", "head/logits/kernel"), "zero: a new head was requested")
 
 
 def test_a_file_is_recognised_without_being_loaded(plain, references):
@@ -176,17 +176,17 @@ def test_a_file_is_recognised_without_being_loaded(plain, references):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"width": 48, "heads": 6, "depth": 3}, r"width 24, not 48, depth 2, not 3, heads 3, not 6"),
+        ({"width": 48, "heads": 6, "depth": 3}, r"heads 3, not 6, width 24, not 48, depth 2, not 3"),
         ({"registers": 1}, "registers 0, not 1"),
-        ({"layer_scale": 0.1}, "layer scale False, not True"),
-        ({"pooling": "map"}, "attention pooling False, not True"),
+        ({"layer_scale": 0.1}, "layer_scale None, not 0.1"),
+        ({"pooling": "map"}, "pooling 'token', not 'map'"),
         ({"class_token": False, "pooling": "mean"}, "class_token True, not False"),
-        ({"position": "rotary"}, "position 'learned', not 'rotary'"),
+        ({"position": "rotary"}, "position 'learned', not 'rotary', position_at 'input', not 'layers'"),
     ],
 )
 def test_another_architecture_is_refused_with_what_differs(plain, fields, message):
     path, model, _ = plain
-    with pytest.raises(UserError, match=f"its model is another than the one to load into: it has .*{message}"):
+    with pytest.raises(UserError, match=f"its model differs from the one to load into: it has .*{message}"):
         weights.load_into(path, model.clone(**fields), 32, 3)
 
 

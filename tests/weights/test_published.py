@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vit_jax.models.parameters import parameter_shapes
 from vit_jax.weights import timm as family
 from vit_jax.weights.files import Stored
 from vit_jax.weights.published import PUBLISHED
-from vit_jax.weights.shapes import parameter_shapes
 
 GELUS = {"GELU": "exact", "GELUTanh": "tanh", "SiLU": "tanh"}  # SwiGLU has none: the field stays as it is
 POOLINGS = {"token": "token", "avg": "mean", "map": "map"}

@@ -13,7 +13,7 @@ from vit_jax.weights import files
 from vit_jax.weights.save import flattened
 
 # What a recording is of, where it is not what comes out by itself: all tokens, or the features of two heads.
-ASKED = {
+OVERRIDES = {
     "hf_vit": {"pooling": "none"},
     "hf_dinov2": {"pooling": "none"},
     "hf_dinov2_registers": {"pooling": "none"},
@@ -42,10 +42,10 @@ def test_every_recording_is_tried(references):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_libraries_numbers(references, helpers, name):
-    model, parameters, report = weights.load(references / name, **ASKED.get(name, {}))
-    numbers = np.load(references / name / "numbers.npz")
-    found = helpers.outputs(model, parameters, numbers["inputs"])
-    np.testing.assert_allclose(found, numbers["outputs"], rtol=0, atol=1e-5)
+    model, parameters, report = weights.load(references / name, **OVERRIDES.get(name, {}))
+    recorded = np.load(references / name / "numbers.npz")
+    found = helpers.outputs(model, parameters, recorded["inputs"])
+    np.testing.assert_allclose(found, recorded["outputs"], rtol=0, atol=1e-5)
     helpers.covers(report, files.open_file(references / name).shapes, flattened(parameters))
 
 
@@ -53,23 +53,23 @@ def test_the_libraries_numbers(references, helpers, name):
 @pytest.mark.parametrize("name", ["timm_map", "timm_registers"])
 def test_without_compilation_too(references, name):
     model, parameters, _ = weights.load(references / name)
-    numbers = np.load(references / name / "numbers.npz")
-    found = model.apply({"params": parameters}, jax.numpy.asarray(numbers["inputs"]))
-    np.testing.assert_allclose(found, numbers["outputs"], rtol=0, atol=1e-4)
+    recorded = np.load(references / name / "numbers.npz")
+    found = model.apply({"params": parameters}, jax.numpy.asarray(recorded["inputs"]))
+    np.testing.assert_allclose(found, recorded["outputs"], rtol=0, atol=1e-4)
 
 
-def test_the_form_of_the_gelu_and_the_place_of_the_norm_are_told_apart(references, helpers):
-    """The numbers above are far enough from those of the nearest mistake."""
+def test_wrong_gelu_or_position_of_the_norm_gives_other_outputs(references, helpers):
+    """The recorded outputs differ by more than the tolerance from those of the nearest mistake."""
     for name, wrong in {"hf_vit_tanh": "exact", "timm_vit": "tanh", "timm_map": "exact"}.items():
         model, parameters, _ = weights.load(references / name, gelu=wrong)
-        numbers = np.load(references / name / "numbers.npz")
-        assert np.abs(helpers.outputs(model, parameters, numbers["inputs"]) - numbers["outputs"]).max() > 4e-5, name
+        recorded = np.load(references / name / "numbers.npz")
+        assert np.abs(helpers.outputs(model, parameters, recorded["inputs"]) - recorded["outputs"]).max() > 4e-5, name
     model, parameters, _ = weights.load(references / "timm_fc_norm")
     moved = {**parameters, "encoder": {**parameters["encoder"], "norm": parameters["norm"]}}
     del moved["norm"]
-    numbers = np.load(references / "timm_fc_norm" / "numbers.npz")
-    found = helpers.outputs(model.clone(norm_after_pooling=False), moved, numbers["inputs"])
-    assert np.abs(found - numbers["outputs"]).max() > 1e-2
+    recorded = np.load(references / "timm_fc_norm" / "numbers.npz")
+    found = helpers.outputs(model.clone(norm_after_pooling=False), moved, recorded["inputs"])
+    assert np.abs(found - recorded["outputs"]).max() > 1e-2
 
 
 ROUND = [
@@ -86,35 +86,38 @@ def test_timms_files_come_back_bit_for_bit(references, tmp_path, name):
     assert dict(before.shapes) == dict(after.shapes)
     for array in before.arrays:
         np.testing.assert_array_equal(after.arrays[array], before.arrays[array], err_msg=array, strict=True)
-    # And its config.json tells all that the arrays do not.
+    # And its config.json holds everything that the arrays do not.
     again, _, second = weights.load(tmp_path)
     assert again.clone(layer_scale=None) == model.clone(layer_scale=None)
     assert {one.source for one in second.decisions} == {"config.json"} or model.position == "none"
 
 
 @pytest.mark.parametrize("name", ["timm_distilled", "hf_deit_teacher", "hf_dinov2_classifier"])
-def test_a_head_that_ours_cannot_be_is_never_half_taken(references, name):
-    told = {"heads": 3} if name == "timm_distilled" else {}
-    with pytest.raises(UserError, match=r"(?s)head.*\n.*give classes=N for a new head, or classes=None") as caught:
-        weights.load(references / name, **told)
+def test_an_unsupported_head_is_not_loaded_in_part(references, name):
+    overrides = {"heads": 3} if name == "timm_distilled" else {}
+    with pytest.raises(UserError, match=r"(?s)head.*\n.*pass classes=N for a new head, or classes=None") as caught:
+        weights.load(references / name, **overrides)
     assert str(caught.value).count("\n") <= 2
     # As many classes as the file's own head has: still a new one.
-    model, parameters, report = weights.load(references / name, classes=5, **told)
+    model, parameters, report = weights.load(references / name, classes=5, **overrides)
     assert model.classes == 5 and not parameters["head"]["logits"]["kernel"].any()
     assert all("head" in row.detail for row in report.rows if row.action == "ignored" and "mask" not in row.names[0])
 
 
-def test_configs_that_ours_cannot_be_are_refused(references, tmp_path):
+def test_unsupported_configs_are_refused(references, tmp_path):
     cases = [
-        (("timm_vit", "architecture", "vit_base_patch16_rpn_224"), "normalise behind attention and MLP"),
-        (("timm_vit", "num_features", 768), "config.json is of another model: it says num_features 768"),
-        (("timm_registers", "model_args", {"reg_tokens": 3, "num_heads": 3}), "it says reg_tokens 3, the file has 4"),
-        (("timm_vit", "model_args", {"depth": 3, "num_heads": 3}), "it says depth 3, the file has 2"),
-        (("hf_vit", "num_hidden_layers", 3), "it says num_hidden_layers 3, the file has 2"),
+        (("timm_vit", "architecture", "vit_base_patch16_rpn_224"), "LayerNorms after attention and MLP"),
+        (("timm_vit", "num_features", 768), "config.json is of another model: it has num_features 768"),
+        (
+            ("timm_registers", "model_args", {"reg_tokens": 3, "num_heads": 3}),
+            "it has reg_tokens 3, but the file has 4",
+        ),
+        (("timm_vit", "model_args", {"depth": 3, "num_heads": 3}), "it has depth 3, but the file has 2"),
+        (("hf_vit", "num_hidden_layers", 3), "it has num_hidden_layers 3, but the file has 2"),
         (("timm_vit", "global_pool", "max"), "global_pool 'max'"),
-        (("timm_vit", "model_args", [3]), r"config.json says model_args \[3\], where dict is meant"),
-        (("timm_vit", "global_pool", 7), "config.json says global_pool 7, where str is meant"),
-        (("hf_vit", "layer_norm_eps", "small"), "config.json says layer_norm_eps 'small', where float is meant"),
+        (("timm_vit", "model_args", [3]), r"config.json has model_args \[3\]: it must be of type dict"),
+        (("timm_vit", "global_pool", 7), "config.json has global_pool 7: it must be of type str"),
+        (("hf_vit", "layer_norm_eps", "small"), "config.json has layer_norm_eps 'small': it must be of type float"),
         (("hf_vit", "hidden_act", "quick_gelu"), "hidden_act 'quick_gelu'"),
         (("hf_vit", "model_type", "audio-spectrogram-transformer"), "model_type 'audio-spectrogram-transformer'"),
         (("hf_vit", "hidden_size", 768), "config.json is of another model"),
@@ -129,11 +132,11 @@ def test_configs_that_ours_cannot_be_are_refused(references, tmp_path):
             weights.load(folder)
 
 
-def test_heads_are_guessed_at_usual_widths_alone(references, tmp_path, helpers):
+def test_the_number_of_heads_is_inferred_only_for_usual_widths(references, tmp_path, helpers):
     folder = tmp_path / "copy"
     shutil.copytree(references / "timm_vit", folder)
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"how many attention heads share its width of 12\n.*give heads=N"):
+    with pytest.raises(UserError, match=r"how many attention heads share its width of 12\n.*pass heads=N"):
         weights.load(folder)
     model, parameters = helpers.small(width=128, heads=2, gelu="exact")
     weights.save(tmp_path / "wide.safetensors", model, parameters, (32, 32))
@@ -146,30 +149,30 @@ def test_heads_are_guessed_at_usual_widths_alone(references, tmp_path, helpers):
 
 
 FOREIGN = {
-    "norm_pre.weight": "norm_pre....: the model has a LayerNorm before the blocks, as CLIP's",
-    "blocks.0.attn.rel_pos.weight": "left over: blocks.0.attn.rel_pos.weight",
-    "patch_embed.backbone.conv1.0.weight": "patch_embed.backbone....: the model has another network than ResNet v2",
+    "norm_pre.weight": "norm_pre....: the model has a LayerNorm before the blocks, as in CLIP",
+    "blocks.0.attn.rel_pos.weight": "unexpected: blocks.0.attn.rel_pos.weight",
+    "patch_embed.backbone.conv1.0.weight": "patch_embed.backbone....: only ResNet v2 is supported as a stem",
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_parts_that_ours_cannot_have_are_named(references, tmp_path, name):
+def test_unsupported_parts_are_named(references, tmp_path, name):
     stored = files.open_file(references / "timm_vit")
     files.write_safetensors(tmp_path / "model.safetensors", {**stored.arrays, name: np.ones(12, "f")})
     with pytest.raises(UserError, match=FOREIGN[name]):
         weights.load(tmp_path, heads=3)
 
 
-def test_blocks_numbered_by_the_billion_are_not_looked_for(references, tmp_path):
+def test_blocks_with_huge_numbers_are_refused(references, tmp_path):
     for kind, name in (("timm_vit", "blocks.{}.norm1.weight"), ("hf_vit", "encoder.layer.{}.layernorm_before.bias")):
         stored = files.open_file(references / kind)
         far = {name.format(10**12): np.ones(12, "f")}
         files.write_safetensors(tmp_path / "model.safetensors", {**stored.arrays, **far})
-        with pytest.raises(UserError, match=f"{name.format(10**12)} is numbered past all the .* arrays that there are"):
+        with pytest.raises(UserError, match=f"{name.format(10**12)} has too large a number: the file has only"):
             weights.load(tmp_path, heads=3)
 
 
-def test_half_precision_is_widened_and_said(references, tmp_path):
+def test_half_precision_is_converted_and_reported(references, tmp_path):
     stored = files.open_file(references / "timm_vit")
     halves = {name: np.asarray(array, np.float16) for name, array in stored.arrays.items()}
     files.write_safetensors(tmp_path / "model.safetensors", halves)
@@ -178,5 +181,5 @@ def test_half_precision_is_widened_and_said(references, tmp_path):
     np.testing.assert_array_equal(parameters["class_token"], halves["cls_token"].astype(np.float32), strict=True)
     whole = {name: np.zeros(array.shape, np.int8) for name, array in halves.items()}
     files.write_safetensors(tmp_path / "model.safetensors", whole)
-    with pytest.raises(UserError, match="int8: parameters are floating-point numbers"):
+    with pytest.raises(UserError, match="int8: parameters must be floating-point numbers"):
         weights.load(tmp_path, heads=3)

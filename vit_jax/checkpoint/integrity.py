@@ -1,4 +1,4 @@
-"""Digests that show whether a checkpoint is what was written, and whether it fits the model at hand."""
+"""Digests that detect corrupt checkpoints, and the check of a checkpoint's arrays against the expected shapes."""
 
 import concurrent.futures
 import hashlib
@@ -12,37 +12,37 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax import atomic
+from vit_jax.errors import UserError, few, one_line
 
 SEAL = "seal"
-SHOWN = 3  # names, of many
 
 
-class Damaged(Exception):
-    """A checkpoint is not what was written; says how."""
+class CorruptCheckpoint(Exception):
+    """A checkpoint's files differ from what was written; the message says which and how."""
 
 
 def names_and_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their paths: 'parameters/head/logits/kernel', 'optimizer/0/count'."""
+    """Returns the leaves of a tree by their paths: 'parameters/head/logits/kernel', 'optimizer/0/count'."""
 
-    def word(key: Any) -> str:
+    def part(key: Any) -> str:
         return str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
 
-    return {"/".join(map(word, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {"/".join(map(part, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def kind(leaf: Any) -> str:
-    """Type and shape of an array, or of what stands for one: 'float32[64,10]'."""
+def dtype_and_shape(leaf: Any) -> str:
+    """Returns dtype and shape of an array or a jax.ShapeDtypeStruct: 'float32[64,10]'."""
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
 def digest(array: Any) -> str:
-    """'float32[64,10] <sha-256>': type, shape and every bit of an array."""
-    return f"{kind(array)} {hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest()}"
+    """Returns 'float32[64,10] <sha-256>': dtype, shape and a hash of all bits of an array."""
+    return f"{dtype_and_shape(array)} {hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest()}"
 
 
 def digests(tree: Any) -> dict[str, str]:
-    """The digest of every leaf, by its path."""
+    """Returns the digest of every leaf, by its path."""
     leaves = names_and_leaves(tree)
     # Hashing releases the interpreter's lock.
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
@@ -50,80 +50,85 @@ def digests(tree: Any) -> dict[str, str]:
 
 
 def not_finite(tree: Any) -> list[str]:
-    """The paths of the floating-point arrays that hold a NaN or an infinity."""
-    leaves = names_and_leaves(tree)
-    is_float = lambda leaf: jax.numpy.issubdtype(leaf.dtype, np.floating)  # noqa: E731 (bfloat16 among them)
-    return [name for name, leaf in leaves.items() if is_float(leaf) and not np.isfinite(leaf).all()]
+    """Returns the paths of the floating-point arrays that contain a NaN or an infinity."""
+
+    def has_non_finite(leaf: Any) -> bool:
+        is_float = jax.numpy.issubdtype(leaf.dtype, np.floating)  # unlike NumPy's, knows bfloat16
+        return bool(is_float and not np.isfinite(leaf).all())
+
+    return [name for name, leaf in names_and_leaves(tree).items() if has_non_finite(leaf)]
 
 
 def seal(content: dict[str, Any]) -> dict[str, Any]:
-    """The content with a digest of itself."""
-    return {**content, SEAL: _digest_of_json(content)}
+    """Returns the content (JSON values) together with a digest of it."""
+    return {**content, SEAL: _json_digest(content)}
 
 
 def is_sealed(content: Any) -> bool:
-    """Whether it is as `seal` left it."""
+    """Returns whether the content is unchanged since `seal` returned it."""
     if not isinstance(content, dict) or SEAL not in content:
         return False
-    return content[SEAL] == _digest_of_json({name: value for name, value in content.items() if name != SEAL})
+    return content[SEAL] == _json_digest({name: value for name, value in content.items() if name != SEAL})
 
 
-def _digest_of_json(content: dict[str, Any]) -> str:
+def _json_digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def to_disk(folder: Path) -> None:
-    """Makes every file below a folder, and every directory entry up to it, last through a power failure."""
-    for path in (*folder.rglob("*"), folder, folder.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def sync_tree(directory: Path) -> None:
+    """Makes all files in a directory, and the entry of the directory itself, survive a power failure."""
+    for path in (*directory.rglob("*"), directory, directory.parent):
+        atomic.sync(path)
 
 
-def digests_of(path: Path, read: Callable[[], Any]) -> dict[str, str]:
-    """The digest of every array that `read` returns; Damaged where it cannot read them."""
+def read_digests(path: Path, read: Callable[[], Any]) -> dict[str, str]:
+    """Returns the digests of the arrays that `read` returns.
+
+    Raises:
+        CorruptCheckpoint: `read` raises.
+    """
     try:
         return digests(read())
-    except Exception as error:  # Orbax and TensorStore raise many kinds for files that they cannot understand
-        raise Damaged(f"{path} is damaged: it cannot be read ({one_line(error)})") from error
+    except Exception as error:  # Orbax and TensorStore raise many types for files that they cannot parse
+        raise CorruptCheckpoint(f"{path} is corrupt: it cannot be read ({root_cause(error)})") from error
 
 
-def compare(path: Path, written: dict[str, str], found: dict[str, str]) -> None:
-    """Raises Damaged where an array is missing or other than it was; more than were written are none's concern."""
+def compare_digests(path: Path, written: dict[str, str], found: dict[str, str]) -> None:
+    """Raises CorruptCheckpoint if an array is missing or changed. Arrays in `found` alone are ignored."""
     changed = [name for name, text in written.items() if found.get(name) != text]
     if changed:
-        raise Damaged(f"{path} is damaged: {few(changed)} {'is' if len(changed) == 1 else 'are'} not as written")
+        raise CorruptCheckpoint(f"{path} is corrupt: {few(changed)} changed since it was written")
 
 
-def check_kinds(path: Path, stored: dict[str, str], wanted: dict[str, Any]) -> None:
-    """Raises UserError where a whole checkpoint is that of another model, optimiser or version."""
-    wanted = {name: kind(leaf) for name, leaf in names_and_leaves(wanted).items()}
+def check_shapes(path: Path, stored: dict[str, str], expected: dict[str, Any]) -> None:
+    """Raises UserError if an intact checkpoint is of another model, optimizer or version.
+
+    Args:
+        path: of the checkpoint.
+        stored: its digests.
+        expected: tree of arrays or jax.ShapeDtypeStructs.
+    """
+    saved = {name: text.split(" ")[0] for name, text in stored.items()}
+    wanted = {name: dtype_and_shape(leaf) for name, leaf in names_and_leaves(expected).items()}
     rows = [
-        f"{name}: {stored.get(name, 'not there')} -> {wanted.get(name, 'not there')}"
-        for name in sorted({*stored, *wanted})
-        if stored.get(name) != wanted.get(name)
+        f"{name}: {saved.get(name, 'missing')} -> {wanted.get(name, 'missing')}"
+        for name in sorted({*saved, *wanted})
+        if saved.get(name) != wanted.get(name)
     ]
     if rows:
         raise UserError(
-            f"{path} is the state of another model or optimiser\n  saved -> wanted: {few(rows)}\n"
-            "  give the config that it was saved with, or another --workdir"
+            f"{path} does not match the model and optimizer of this config\n"
+            f"  saved -> expected: {few(rows)}\n"
+            "  use the config that it was saved with, or another --workdir"
         )
 
 
-def few(names: list[str]) -> str:
-    """The first of many names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line of bearable length."""
-    while error.__cause__ is not None:  # what the outer ones only wrap
+def root_cause(error: BaseException) -> str:
+    """Returns the message of the innermost exception of a chain, in one line."""
+    while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())
-    number = re.search(r"\[os_error_code='(\d+)'\]", text)  # TensorStore's, behind lines of paths
+    # TensorStore puts the system's error number after several lines of paths.
+    number = re.search(r"\[os_error_code='(\d+)'\]", " ".join(str(error).split()))
     if number:
-        text = str(OSError(int(number[1]), os.strerror(int(number[1]))))
-    return text[:200] or type(error).__name__
+        error = OSError(int(number[1]), os.strerror(int(number[1])))
+    return one_line(error)

@@ -1,9 +1,12 @@
-"""Saving and restoring the state: in the background, whole or not at all, the newest few and the best.
+"""Saves and restores checkpoints: in the background, atomically, verified; keeps the newest and the best.
 
-Orbax writes the arrays. What it leaves to its callers is done here: a checkpoint carries digests of all that is in it
-and is verified when it is read; a damaged one is set aside and the next older one is taken; a save that fails costs
-nothing but itself; the newest and the best are kept, whatever is measured in between; files and directory entries are
-brought to the disk.
+Orbax writes the arrays. This module adds what Orbax leaves to its callers: each checkpoint has digests of its content
+and is verified when it is read; a corrupt checkpoint is moved out of the way and the next older one is used; a failed
+save does not stop training; the newest and the best checkpoints are kept; files and directory entries are synced to
+the disk.
+
+A checkpoint is a mapping from names to trees of arrays, one of them 'step' (an integer scalar), and a sealed JSON
+object with `metadata` (any JSON), `metrics`, `higher_is_better` and `digests`.
 """
 
 import contextlib
@@ -12,32 +15,42 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vit_jax.checkpoint import integrity, orbax_io
-from vit_jax.checkpoint.integrity import SHOWN, Damaged
-from vit_jax.errors import UserError
+from vit_jax.checkpoint import integrity, orbax_io, run_files
+from vit_jax.checkpoint.integrity import CorruptCheckpoint
+from vit_jax.errors import UserError, few
 from vit_jax.sharding import multihost
-from vit_jax.training.state import TrainState
 
-FOLDER = "checkpoints"
-DAMAGED = "checkpoints-damaged"
-METRIC = "validation/accuracy"
-LOSS = "validation/loss"  # of a run that has no accuracy
 _REMOVING = "removing-"
 
 
 class SaveFailed(Exception):
-    """A save did not land; says why."""
+    """A checkpoint could not be saved; the message is the reason."""
 
 
-class Checkpoints:
-    """The checkpoints of a workdir; a context manager that on leaving waits for the save under way."""
+def ranking_score(metrics: Mapping[str, float], higher_is_better: bool | None = None) -> float | None:
+    """Returns the score by which checkpoints are ranked, larger is better; None without a finite metric.
+
+    Args:
+        metrics: of the checkpoint; the first one ranks it.
+        higher_is_better: of that metric. None, as in older checkpoints: true unless its name ends in 'loss'.
+    """
+    name, value = next(iter(metrics.items()), ("", math.nan))
+    if not math.isfinite(value):
+        return None
+    if higher_is_better is None:
+        higher_is_better = not name.endswith("loss")
+    return value if higher_is_better else -value
+
+
+class CheckpointManager:
+    """The checkpoints of a run directory; a context manager that waits for the save in progress on exit."""
 
     def __init__(
         self,
@@ -47,237 +60,264 @@ class Checkpoints:
         read_only: bool = False,
         say: Callable[[str], None] = print,
     ):
-        """Opens, or starts, WORKDIR/checkpoints.
+        """Opens WORKDIR/checkpoints, which need not exist yet.
 
         Args:
-            workdir: the run's folder.
-            keep: how many of the newest are kept.
-            keep_best: how many of those with the best `score` are kept besides.
-            read_only: leave alone what another process may be writing there.
-            say: is told of damaged checkpoints.
+            workdir: the run directory.
+            keep: number of newest checkpoints to keep.
+            keep_best: number of checkpoints with the highest `ranking_score` to keep in addition.
+            read_only: do not remove incomplete checkpoints, which another process may be writing.
+            say: prints a line about a corrupt checkpoint.
         """
-        self.folder = workdir.resolve() / FOLDER
-        self._aside = workdir.resolve() / DAMAGED
+        self.directory = workdir.resolve() / run_files.CHECKPOINTS
+        self._corrupt_directory = workdir.resolve() / run_files.DAMAGED
         self._keep, self._keep_best, self._say = keep, keep_best, say
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._known: dict[int, dict[str, Any]] = {}  # what stands beside the arrays; it never changes
+        self._contents: dict[int, dict[str, Any]] = {}  # a checkpoint's sealed content never changes
         if not read_only and jax.process_index() == 0:
-            self._clean()
+            self._remove_incomplete("*.orbax-checkpoint-tmp*", f"{_REMOVING}*")
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._join()
 
-    def _clean(self) -> None:
-        """Removes what a process that was killed in the middle of a save, or of a removal, left behind."""
-        for pattern in ("*.orbax-checkpoint-tmp*", f"{_REMOVING}*"):
-            for path in self.folder.glob(pattern):
+    def _remove_incomplete(self, *patterns: str) -> None:
+        """Removes the incomplete files of a killed process or a failed save."""
+        for pattern in patterns:
+            for path in self.directory.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
 
+    # --- what there is ----------------------------------------------------------------------------------------------
+
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of, oldest first."""
-        entries = self.folder.iterdir() if self.folder.is_dir() else ()
+        """Returns the steps of all checkpoints, ascending."""
+        entries = self.directory.iterdir() if self.directory.is_dir() else ()
         return sorted(int(path.name) for path in entries if path.name.isdigit() and path.is_dir())
 
     def has(self, step: int) -> bool:
-        """Whether there is a checkpoint of a step, whole as far as can be seen without reading its arrays."""
+        """Returns whether there is a checkpoint of a step and its metadata is intact; its arrays are not read."""
         try:
-            return step in self.steps() and bool(self._read_beside(step))
-        except Damaged:
+            return step in self.steps() and bool(self._read_content(step))
+        except CorruptCheckpoint:
             return False
 
-    def set_aside(self) -> list[Path]:
-        """The damaged ones that were moved out of the way."""
-        return sorted(self._aside.iterdir()) if self._aside.is_dir() else []
+    def corrupt(self) -> list[Path]:
+        """Returns the corrupt checkpoints that were moved out of the way."""
+        return sorted(self._corrupt_directory.iterdir()) if self._corrupt_directory.is_dir() else []
 
-    def existing(self, step: int | None) -> int:
-        """The step, or the newest where None is given.
+    def find(self, step: int | str | None) -> int:
+        """Returns the step of an existing checkpoint.
+
+        Args:
+            step: a step, 'best' for the one with the highest `ranking_score`, or None for the newest.
 
         Raises:
             UserError: there is no such checkpoint.
         """
         steps = self.steps()
-        if not steps or (step is not None and step not in steps):
-            known = ", ".join(map(str, steps)) or "none"
-            wanted = "" if step is None else f" of step {step}"
-            raise UserError(f"{self.folder} has no checkpoint{wanted}\n  there are: {known}")
-        return steps[-1] if step is None else step
+        if step is None and steps:
+            return steps[-1]
+        if step == "best" and steps:
+            best = self.best()
+            if best is None:
+                raise UserError(f"{self.directory} has no evaluated checkpoint\n  omit 'best' to use the newest")
+            return best[0]
+        if step not in steps:
+            which = f" of step {step}" if isinstance(step, int) else ""
+            raise UserError(
+                f"{self.directory} has no checkpoint{which}\n  available steps: {few(map(str, steps), 8) or 'none'}"
+            )
+        return step
 
     def score(self, step: int) -> float | None:
-        """The validation accuracy that was measured at a step; of a run that has none, minus the validation loss."""
-        score = self._score(step)
-        return None if score == -math.inf else score
+        """Returns the `ranking_score` of a checkpoint; None also if it is corrupt."""
+        try:
+            content = self._read_content(step)
+        except CorruptCheckpoint:
+            return None
+        return ranking_score(content["metrics"], content.get("higher_is_better"))
 
     def best(self) -> tuple[int, float] | None:
-        """The step with the best `score`, and that; None where none was measured. Of equals, the newest."""
-        score, step = max(((self._score(step), step) for step in self.steps()), default=(-math.inf, 0))
-        return (step, score) if score > -math.inf else None
+        """Returns the step with the highest `ranking_score`, and the score; None if no checkpoint has one.
 
-    def _score(self, step: int) -> float:
-        try:
-            return goodness(self._read_beside(step)["metrics"])
-        except Damaged:
-            return -math.inf
+        Of equal scores the newest wins.
+        """
+        ranked = self._ranked()
+        return (ranked[-1][1], ranked[-1][0]) if ranked else None
+
+    def _ranked(self) -> list[tuple[float, int]]:
+        """Returns (score, step) of the checkpoints that have a score, the best last."""
+        scores = {step: self.score(step) for step in self.steps()}
+        return sorted((score, step) for step, score in scores.items() if score is not None)
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
-        """What was saved beside the state of a step (by default the newest): `config`, `seconds` of training, ...
+        """Returns the metadata that was saved with a step, by default the newest.
 
         Raises:
-            UserError: there is no such checkpoint, or it is damaged.
+            UserError: there is no such checkpoint, or it is corrupt.
         """
-        try:
-            return self._read_beside(self.existing(step))["metadata"]
-        except Damaged as error:
-            raise UserError(str(error)) from error
+        return self.content(self.find(step))["metadata"]
 
-    def beside(self, step: int) -> dict[str, Any]:
-        """All that was saved beside the arrays of a step: `metadata`, `metrics`, `digests`.
+    def content(self, step: int) -> dict[str, Any]:
+        """Returns the JSON object that was saved with a step: `metadata`, `metrics`, `higher_is_better`, `digests`.
+
+        `higher_is_better` is missing in older checkpoints.
 
         Raises:
-            UserError: it is damaged.
+            UserError: it is corrupt.
         """
         try:
-            return self._read_beside(step)
-        except Damaged as error:
+            return self._read_content(step)
+        except CorruptCheckpoint as error:
             raise UserError(str(error)) from error
 
-    def damage(self, step: int) -> str | None:
-        """What is damaged of a checkpoint, in a line; None where it is whole. Reads every array."""
-        path = self.folder / str(step)
+    def verify(self, step: int) -> str | None:
+        """Returns what is corrupt in a checkpoint, in one line; None if it is intact. Reads all arrays."""
+        path = self.directory / str(step)
         try:
-            digests = self._read_beside(step)["digests"]
-            found = integrity.digests_of(path, lambda: orbax_io.read(path))
-            integrity.compare(path, digests, found)
-        except Damaged as error:
+            written = self._read_content(step)["digests"]
+            integrity.compare_digests(path, written, integrity.read_digests(path, lambda: orbax_io.read(path)))
+        except CorruptCheckpoint as error:
             return str(error)
         return None
 
-    def _read_beside(self, step: int) -> dict[str, Any]:
-        """Metadata, metrics and digests of a checkpoint, as they were sealed."""
-        if step not in self._known:
-            path = self.folder / str(step)
+    def _read_content(self, step: int) -> dict[str, Any]:
+        if step not in self._contents:
+            path = self.directory / str(step)
             try:
-                content = orbax_io.read_beside(path)
-            except Exception as error:  # Orbax raises many kinds for files that it cannot understand
-                raise Damaged(
-                    f"{path} is damaged: its metadata cannot be read ({integrity.one_line(error)})"
-                ) from error
+                content = orbax_io.read_content(path)
+            except Exception as error:  # Orbax raises many types for files that it cannot parse
+                reason = integrity.root_cause(error)
+                raise CorruptCheckpoint(f"{path} is corrupt: its metadata cannot be read ({reason})") from error
             if not integrity.is_sealed(content):
-                raise Damaged(f"{path} is damaged: its metadata are not those that were written")
-            self._known[step] = content
-        return self._known[step]
+                raise CorruptCheckpoint(f"{path} is corrupt: its metadata changed since it was written")
+            self._contents[step] = content
+        return self._contents[step]
 
-    def save(self, state: TrainState, metadata: dict, metrics: dict[str, float] | None = None) -> None:
-        """Starts a save of the state and what `metadata` is to return; back once the state may be overwritten.
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        arrays: Mapping[str, Any],
+        metadata: dict,
+        metrics: dict[str, float] | None = None,
+        higher_is_better: bool = True,
+    ) -> None:
+        """Starts to save a checkpoint; returns once the arrays are copied and may be overwritten.
+
+        Args:
+            arrays: trees of arrays by name; 'step' is the step.
+            metadata: JSON values, returned by `metadata`.
+            metrics: by name; the first one ranks the checkpoint. NaN values are left out.
+            higher_is_better: whether a larger value of that metric is better.
 
         Raises:
-            SaveFailed: the save before this one did not land. This one is under way all the same.
+            SaveFailed: the previous save failed; this one has been started nevertheless.
         """
         self._join()
-        before, self._error = self._error, None
-        # A copy: the arrays are donated to the next step while this is written.
-        arrays = jax.tree.map(lambda leaf: np.array(jax.device_get(leaf)), _without_none(state))
-        metrics = {name: value for name, value in (metrics or {}).items() if not math.isnan(value)}
+        previous, self._error = self._error, None
+        # A copy, since the arrays are donated to the next step while this save is in progress.
+        copied = jax.tree.map(lambda leaf: np.array(jax.device_get(leaf)), dict(arrays))
+        finite = {name: value for name, value in (metrics or {}).items() if not math.isnan(value)}
+        content = {"metadata": metadata, "metrics": finite, "higher_is_better": higher_is_better}
         if jax.process_count() > 1:
-            self._save_together(arrays, metadata, metrics)
+            self._save_in_cluster(copied, content)
         else:
-            self._thread = threading.Thread(target=self._save_alone, args=(arrays, metadata, metrics), name="save")
+            self._thread = threading.Thread(target=self._save_alone, args=(copied, content), name="save")
             self._thread.start()
-        if before is not None:
-            raise SaveFailed(integrity.one_line(before))
+        if previous is not None:
+            raise SaveFailed(integrity.root_cause(previous))
 
-    def _save_alone(self, arrays: dict[str, Any], metadata: dict, metrics: dict[str, float]) -> None:
+    def _save_alone(self, arrays: dict[str, Any], content: dict[str, Any]) -> None:
         try:
-            path, content = self._content(arrays, metadata, metrics)
-            if self._makes_room(path, content):
+            path, content = self._seal(arrays, content)
+            if self._make_room(path, content):
                 orbax_io.write(path, arrays, content)
-            self._written(path)
+            self._finish_save(path)
         except BaseException as error:
-            self._failed(int(arrays["step"]), error)
+            self._fail(int(arrays["step"]), error)
 
-    def _save_together(self, arrays: dict[str, Any], metadata: dict, metrics: dict[str, float]) -> None:
-        """In a cluster: not behind training, so that all hear what becomes of it at the same step.
+    def _save_in_cluster(self, arrays: dict[str, Any], content: dict[str, Any]) -> None:
+        """Saves in the foreground, so that all processes learn of a failure at the same step.
 
-        Who cannot write would leave the others waiting inside Orbax: the main process looks before they go there.
+        A process that fails to write would leave the others waiting inside Orbax; so rank 0 checks the disk first.
         """
         try:
-            path, content = self._content(arrays, metadata, metrics)
-            write, reason = multihost.on_rank_0(lambda: self._prepare(path, arrays, content))
+            path, content = self._seal(arrays, content)
+            write, reason = multihost.on_rank_0(lambda: self._check_disk(path, arrays, content))
             if reason is not None:
                 raise SaveFailed(reason)
             if write:
                 orbax_io.write(path, arrays, content)
             if multihost.is_rank_0():
-                self._written(path)
+                self._finish_save(path)
         except BaseException as error:
-            self._failed(int(arrays["step"]), error)
+            self._fail(int(arrays["step"]), error)
         if multihost.any_of(self._error is not None) and self._error is None:
-            self._error = SaveFailed("it has failed in another process")
+            self._error = SaveFailed("it failed in another process")
 
-    def _prepare(self, path: Path, arrays: dict[str, Any], content: dict[str, Any]) -> tuple[bool, str | None]:
-        """Whether a checkpoint is to be written, and what stands in the way."""
+    def _check_disk(self, path: Path, arrays: dict[str, Any], content: dict[str, Any]) -> tuple[bool, str | None]:
+        """Returns whether the checkpoint must be written, and why it cannot be."""
         try:
-            write = self._makes_room(path, content)
-            size, free = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), shutil.disk_usage(self.folder).free
+            write = self._make_room(path, content)
+            size, free = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)), shutil.disk_usage(self.directory).free
             if free < size:
-                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free:,} bytes for {size:,}")
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size:,} bytes needed, {free:,} free")
         except OSError as error:
-            return False, integrity.one_line(error)
+            return False, integrity.root_cause(error)
         return write, None
 
-    def _content(self, arrays: dict[str, Any], metadata: dict, metrics: dict[str, float]) -> tuple[Path, dict]:
-        """Where a state is saved, and what stands beside it; ValueError where it is not finite."""
-        broken = integrity.not_finite(arrays)
-        if broken:
-            raise ValueError(f"not saved, since not finite: {', '.join(broken[:SHOWN])}")
-        digests = integrity.digests(arrays)
-        content = integrity.seal({"metadata": metadata, "metrics": metrics, "digests": digests})
-        return self.folder / str(int(arrays["step"])), content
+    def _seal(self, arrays: dict[str, Any], content: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """Returns the path of a checkpoint, and its content with digests; ValueError if the arrays are not finite."""
+        bad = integrity.not_finite(arrays)
+        if bad:
+            raise ValueError(f"not saved: non-finite values in {few(bad)}")
+        return self.directory / str(int(arrays["step"])), integrity.seal(
+            {**content, "digests": integrity.digests(arrays)}
+        )
 
-    def _written(self, path: Path) -> None:
-        integrity.to_disk(path)
-        self._drop_old()
+    def _finish_save(self, path: Path) -> None:
+        integrity.sync_tree(path)
+        self._remove_old()
 
-    def _failed(self, step: int, error: BaseException) -> None:
+    def _fail(self, step: int, error: BaseException) -> None:
         self._error = error
-        # Half of a checkpoint takes the room that the next attempt will need.
-        for path in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+        self._remove_incomplete(f"{step}.orbax-checkpoint-tmp*")  # the next attempt needs the disk space
 
-    def _makes_room(self, path: Path, content: dict[str, Any]) -> bool:
-        """Whether a checkpoint is to be written; one whose step was evaluated only later makes room for it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _make_room(self, path: Path, content: dict[str, Any]) -> bool:
+        """Returns whether a checkpoint must be written. Removes one of the same step that has less information."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             return True
-        with contextlib.suppress(Damaged):
-            there = self._read_beside(int(path.name))
-            settled = there["metadata"].get("settled", True) or not content["metadata"].get("settled", True)
-            if settled and (there["metrics"] or not content["metrics"]):
+        with contextlib.suppress(CorruptCheckpoint):
+            old = self._read_content(int(path.name))
+            # A run that stops during an evaluation saves before the metrics of that step are written ('settled').
+            settled = old["metadata"].get("settled", True) or not content["metadata"].get("settled", True)
+            if settled and (old["metrics"] or not content["metrics"]):
                 return False
         self._remove(path)
         return True
 
     def _remove(self, path: Path) -> None:
-        # First out of sight, in one move: a kill in the middle must not leave half of one to be found.
-        doomed = self.folder / f"{_REMOVING}{path.name}"
-        self._known.pop(int(path.name), None)
+        # Renamed first, so that a process killed here does not leave half a checkpoint under a valid name.
+        doomed = self.directory / f"{_REMOVING}{path.name}"
+        self._contents.pop(int(path.name), None)
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def _drop_old(self) -> None:
-        """Keeps the newest and the best."""
-        steps = self.steps()
-        ranked = sorted((step for step in steps if self._score(step) > -math.inf), key=lambda s: (self._score(s), s))
+    def _remove_old(self) -> None:
+        """Removes all checkpoints except the newest and the best."""
+        steps, ranked = self.steps(), [step for _, step in self._ranked()]
         kept = {*steps[-self._keep :], *ranked[max(0, len(ranked) - self._keep_best) :]}
         for step in set(steps) - kept:
-            self._remove(self.folder / str(step))
+            self._remove(self.directory / str(step))
 
     def is_saving(self) -> bool:
-        """Whether a save is under way."""
+        """Returns whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
     def _join(self) -> None:
@@ -286,86 +326,99 @@ class Checkpoints:
             self._thread = None
 
     def wait(self) -> None:
-        """Waits for the save under way.
+        """Waits for the save in progress.
 
         Raises:
-            SaveFailed: it did not land.
+            SaveFailed: it failed.
         """
         self._join()
         error, self._error = self._error, None
         if error is not None:
-            raise SaveFailed(integrity.one_line(error)) from error
+            raise SaveFailed(integrity.root_cause(error)) from error
 
-    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-        """The state of a step (by default the newest) with the shapes, types and shardings of `like`, verified.
+    # --- restoring --------------------------------------------------------------------------------------------------
+
+    def restore(self, like: Mapping[str, Any], step: int | None = None, optional: Collection[str] = ()) -> dict:
+        """Returns the arrays of a step, by default the newest, verified.
 
         Args:
-            like: arrays or jax.ShapeDtypeStruct.
+            like: trees of arrays or jax.ShapeDtypeStructs, by name: the shapes, dtypes and shardings of the result.
             step: one of `steps()`.
+            optional: names that an older checkpoint may lack; the result then lacks them as well.
 
         Raises:
-            UserError: there is no such checkpoint, it is damaged, or it is that of another model.
+            UserError: there is no such checkpoint, it is corrupt, or it is of another model.
         """
         try:
-            return self._load(like, self.existing(step))
-        except Damaged as error:
-            raise UserError(f"{error}\n  verify all of them: python -m vit_jax.checkpoints verify DIR") from error
+            return self._restore(like, self.find(step), optional)
+        except CorruptCheckpoint as error:
+            raise UserError(f"{error}\n  verify all: python -m vit_jax.checkpoints verify DIR") from error
 
-    def restore_newest(self, like: TrainState) -> TrainState:
-        """The state of the newest checkpoint that is whole; damaged ones are set aside, and told of.
+    def restore_newest(self, like: Mapping[str, Any], optional: Collection[str] = ()) -> dict:
+        """Returns the arrays of the newest intact checkpoint; corrupt ones are moved to WORKDIR/checkpoints-damaged.
+
+        Arguments as for `restore`.
 
         Raises:
-            UserError: there is none, or none is whole, or it is that of another model.
+            UserError: there is none, all are corrupt, or it is of another model.
         """
-        if not multihost.on_rank_0(lambda: bool(self.set_aside())):
-            self.existing(None)
-        # All processes of a cluster read alike, and take the next older one where one of them finds damage.
+        if not multihost.on_rank_0(lambda: bool(self.corrupt())):
+            self.find(None)
+        # If one process of a cluster finds a corrupt file, all of them use the next older checkpoint.
         for step in reversed(multihost.on_rank_0(self.steps)):
-            state = damage = None
+            arrays = problem = None
             try:
-                state = self._load(like, step)
-            except Damaged as error:
-                damage = str(error)
-            if not multihost.any_of(damage is not None):
-                return state
-            del state  # two of them need not fit
-            self._known.pop(step, None)
-            multihost.on_rank_0(lambda step=step, damage=damage: self._set_aside(step, damage or "damaged"))
+                arrays = self._restore(like, step, optional)
+            except CorruptCheckpoint as error:
+                problem = str(error)
+            if not multihost.any_of(problem is not None):
+                return arrays
+            del arrays  # there may be no memory for two
+            self._contents.pop(step, None)
+            multihost.on_rank_0(lambda step=step, problem=problem: self._move_away(step, problem or "corrupt"))
         raise UserError(
-            f"no checkpoint in {self.folder} is whole; the damaged ones are in {self._aside}\n"
-            "  give another --workdir, or remove this one to train anew"
+            f"all checkpoints in {self.directory} are corrupt; they were moved to {self._corrupt_directory}\n"
+            "  use another --workdir, or remove this one to start again"
         )
 
-    def _set_aside(self, step: int, damage: str) -> None:
-        goal = self._aside / str(step)
-        count = 0
-        while goal.exists():
-            count += 1
-            goal = self._aside / f"{step}-{count}"
-        self._aside.mkdir(exist_ok=True)
-        os.rename(self.folder / str(step), goal)
-        self._say(f"{damage}; set aside in {goal}")
+    def read_part(self, step: int, name: str) -> dict[str, np.ndarray]:
+        """Returns the verified arrays below one top-level name, by path ('parameters/head/logits/kernel').
 
-    def _load(self, like: TrainState, step: int) -> TrainState:
-        path, content = self.folder / str(step), self._read_beside(step)
-        wanted = _without_none(like)
-        integrity.check_kinds(path, {name: text.split(" ")[0] for name, text in content["digests"].items()}, wanted)
-        loaded: dict[str, Any] = {}
+        Raises:
+            UserError: they are corrupt.
+        """
+        path, found = self.directory / str(step), {}
+        written = {key: text for key, text in self.content(step)["digests"].items() if key.startswith(f"{name}/")}
+
+        def read() -> dict[str, np.ndarray]:
+            found.update(integrity.names_and_leaves({name: orbax_io.read_part(path, name)}))
+            return found
+
+        try:
+            integrity.compare_digests(path, written, integrity.read_digests(path, read))
+        except CorruptCheckpoint as error:
+            raise UserError(str(error)) from error
+        return found
+
+    def _move_away(self, step: int, problem: str) -> None:
+        target, count = self._corrupt_directory / str(step), 0
+        while target.exists():
+            count += 1
+            target = self._corrupt_directory / f"{step}-{count}"
+        self._corrupt_directory.mkdir(exist_ok=True)
+        os.rename(self.directory / str(step), target)
+        self._say(f"warning: {problem}; moved to {target}")
+
+    def _restore(self, like: Mapping[str, Any], step: int, optional: Collection[str]) -> dict[str, Any]:
+        path, written = self.directory / str(step), self._read_content(step)["digests"]
+        stored = {name.split("/")[0] for name in written}
+        wanted = {name: tree for name, tree in like.items() if name in stored or name not in optional}
+        integrity.check_shapes(path, written, wanted)
+        arrays: dict[str, Any] = {}
 
         def read() -> dict[str, Any]:
-            loaded.update(orbax_io.read(path, wanted))
-            return loaded
+            arrays.update(orbax_io.read(path, wanted))
+            return arrays
 
-        integrity.compare(path, content["digests"], integrity.digests_of(path, read))
-        return like.replace(**loaded)
-
-
-def goodness(metrics: dict[str, float]) -> float:
-    """What checkpoints are ranked by: validation accuracy; without one, minus the loss; else minus infinity."""
-    score = metrics.get(METRIC, -metrics.get(LOSS, math.inf))
-    return -math.inf if math.isnan(score) else score
-
-
-def _without_none(state: TrainState) -> dict[str, Any]:
-    fields = ("step", "shift", "streak", "parameters", "optimizer", "averaged", "metrics")
-    return {name: getattr(state, name) for name in fields if getattr(state, name) is not None}
+        integrity.compare_digests(path, written, integrity.read_digests(path, read))
+        return arrays

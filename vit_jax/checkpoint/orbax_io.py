@@ -1,48 +1,24 @@
-"""The one door to Orbax: arrays, and what stands beside them, to a folder and back."""
+"""Reading and writing of one checkpoint with Orbax: a tree of arrays and a JSON object stored with it."""
 
 import contextlib
-import functools
-import logging
-import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-# What Orbax and asyncio log of arrays that could not be read or written, in words that only this has.
-_OF_ORBAX = re.compile(
-    r"Failed to get metadata for checkpointable|_SignalingThread\.run\(\) raised|never retrieved.*(orbax|zarr|OCDBT)",
-    re.DOTALL,
-)
-
-
-@functools.cache
-def _hush() -> None:
-    """Keeps off the screen what Orbax leaves behind where a read or a write fails: who asked for it says so in a line.
-
-    Its other reads go on, find their event loop closed or raise what nobody takes, and each thread that a failed write
-    goes through logs it: hundreds of lines of tracebacks, some of them long after.
-    """
-    unraisable = sys.unraisablehook
-
-    def of_others(report: Any) -> None:
-        code = getattr(report.object, "cr_code", None)  # of a coroutine that was given up
-        if str(report.exc_value) != "Event loop is closed" and (code is None or "orbax" not in code.co_filename):
-            unraisable(report)
-
-    sys.unraisablehook = of_others
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(lambda record: not _OF_ORBAX.search(record.getMessage()))
+STATE = "state"  # Orbax's name of the tree
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[Any]:
-    """Orbax, reading in this process by itself: nobody waits at its barriers for one that has found damage."""
+def _single_process() -> Iterator[Any]:
+    """Orbax, set up to read in this process alone, without barriers.
+
+    In a cluster, a process that finds a corrupt file would leave the others waiting at Orbax's barriers.
+    """
     from orbax.checkpoint import v1 as ocp
 
-    _hush()
     if jax.process_count() == 1:
         yield ocp
         return
@@ -54,29 +30,40 @@ def _alone() -> Iterator[Any]:
         yield ocp
 
 
-def write(path: Path, arrays: dict[str, Any], beside: dict[str, Any]) -> None:
-    """Writes a tree of NumPy arrays, and what goes beside it (JSON): under another name until all is there.
+def write(path: Path, arrays: dict[str, Any], content: dict[str, Any]) -> None:
+    """Writes a tree of NumPy arrays and a JSON object atomically: under a temporary name until it is complete.
 
     All processes of a cluster must call this together.
     """
     from orbax.checkpoint import v1 as ocp
 
-    _hush()
-    ocp.save_checkpointables(path, {"state": arrays}, custom_metadata=beside)
+    ocp.save_checkpointables(path, {STATE: arrays}, custom_metadata=content)
 
 
 def read(path: Path, like: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The arrays of a folder; with the shapes, types and shardings of `like`, where given."""
-    abstract = None
-    if like is not None:
-        abstract = {"state": jax.tree.map(_abstract, like)}
-    with _alone() as ocp:
-        return ocp.load_checkpointables(path, abstract)["state"]
+    """Returns the arrays of a checkpoint, with the shapes, dtypes and shardings of `like` if given."""
+    with _single_process() as ocp:
+        return ocp.load_checkpointables(path, None if like is None else {STATE: jax.tree.map(_abstract, like)})[STATE]
 
 
-def read_beside(path: Path) -> Any:
-    """What was written beside the arrays."""
-    with _alone() as ocp:
+def read_part(path: Path, name: str) -> Any:
+    """Returns the NumPy arrays below one top-level name of a checkpoint; no others are read."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def on_one_device(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+    with _single_process() as ocp:
+        like = jax.tree.map(on_one_device, ocp.checkpointables_metadata(path).metadata[STATE][name])
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return jax.tree.map(np.asarray, ocp.load_checkpointables(path, {STATE: {name: like}})[STATE][name])
+
+
+def read_content(path: Path) -> Any:
+    """Returns the JSON object stored with the arrays."""
+    with _single_process() as ocp:
         return ocp.checkpointables_metadata(path).custom_metadata
 
 

@@ -1,4 +1,4 @@
-"""The published archives of CIFAR-10 and CIFAR-100: downloaded, verified, and read."""
+"""The published archives of CIFAR-10 and CIFAR-100: download, verification and reading."""
 
 import dataclasses
 import hashlib
@@ -17,25 +17,28 @@ from pathlib import Path
 
 from vit_jax.errors import UserError
 
-SHAPE = (32, 32, 3)  # height, width and channels of every image of the archives
-_STALL_SECONDS = 30  # a download that brings nothing for so long has ended
+SHAPE = (32, 32, 3)  # height, width, channels of the images
+_STALL_SECONDS = 30  # a download without data for this long is interrupted
 
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """A published archive of 32x32 images in CIFAR's binary form, and how its parts are recognised.
+    """A published archive of 32x32 images in CIFAR's binary format, with the checksums of its files.
 
-    A record is one byte for each of `label_keys`, then 3,072 bytes: planes of 32x32 pixels, red, green, blue.
+    A record is one byte for each of `label_keys`, followed by 3,072 bytes: the red, green and blue planes of 32x32
+    pixels.
 
     Attributes:
-        name: the set's name in TFDS.
-        url, size, sha256: of the archive; bytes.
-        folder: the folder inside the archive.
-        members: the SHA-256 of each file of records.
-        splits: which files of records make up each split, in order.
-        label_keys: the names of the label bytes, in order.
-        label_files: for each of `label_keys`, the file of its class names, one a line.
-        sizes: the examples of each split.
+        name: name of the set in TFDS.
+        url: where it is published.
+        size: bytes of the archive.
+        sha256: checksum of the archive.
+        folder: directory inside the archive.
+        members: SHA-256 of each file of records.
+        splits: files of records of each split, in order.
+        label_keys: names of the label bytes, in order.
+        label_files: for each of `label_keys`, the file with its class names, one per line.
+        sizes: number of examples of each split.
     """
 
     name: str
@@ -51,7 +54,7 @@ class Archive:
 
     @property
     def filename(self) -> str:
-        """The last part of the url."""
+        """File name of the archive."""
         return self.url.rpartition("/")[2]
 
 
@@ -93,24 +96,28 @@ ARCHIVES = {
 }
 
 
-# --- reading what was published -------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_files(archive: Archive, source: Path) -> dict[str, bytes]:
-    """The verified files of records and the files of class names, from the archive or from a folder.
+    """Returns the contents of the files of records and of class names, verified.
+
+    Args:
+        archive: the expected archive.
+        source: the archive file, its extracted directory, or a directory that contains either.
 
     Raises:
-        UserError: `source` or one of the files is missing, is truncated or otherwise damaged, or is the Python version.
+        UserError: `source` or one of its files is missing, truncated or damaged, or is the Python version.
     """
     source = source.expanduser()
     if not source.exists():
-        raise UserError(f"{archive.name}: there is no {source}.\n{what_is_wanted(archive)}")
+        raise UserError(f"{archive.name}: {source} does not exist\n{expected_files(archive)}")
     if source.is_dir():
         inner = source / archive.folder
         if not inner.is_dir() and (source / archive.filename).is_file():
             return read_files(archive, source / archive.filename)
         source = inner if inner.is_dir() else source
-        read = _folder_reader(source)
+        read = _directory_reader(source)
     else:
         if "python" in source.name:
             raise _python_version(archive, source)
@@ -119,17 +126,20 @@ def read_files(archive: Archive, source: Path) -> dict[str, bytes]:
     return {file: _read_file(archive, source, file, read) for file in (*archive.members, *archive.label_files)}
 
 
-def _folder_reader(folder: Path) -> Callable[[str], bytes | None]:
-    return lambda file: (folder / file).read_bytes() if (folder / file).is_file() else None
+def _directory_reader(directory: Path) -> Callable[[str], bytes | None]:
+    def read(file: str) -> bytes | None:
+        return (directory / file).read_bytes() if (directory / file).is_file() else None
+
+    return read
 
 
 def _archive_reader(archive: Archive, path: Path) -> Callable[[str], bytes | None]:
-    wanted = {f"{archive.folder}/{file}": file for file in (*archive.members, *archive.label_files)}
+    paths = {f"{archive.folder}/{file}": file for file in (*archive.members, *archive.label_files)}
     try:
         with tarfile.open(path) as tar:
-            found = {wanted[m.name]: tar.extractfile(m).read() for m in tar if m.name in wanted and m.isfile()}
+            found = {paths[m.name]: tar.extractfile(m).read() for m in tar if m.name in paths and m.isfile()}
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{archive.name}: {path} is damaged: {error}.\n{what_is_wanted(archive)}") from error
+        raise UserError(f"{archive.name}: {path} is damaged: {error}\n{expected_files(archive)}") from error
     return found.get
 
 
@@ -140,49 +150,50 @@ def _read_file(archive: Archive, source: Path, file: str, read: Callable[[str], 
             raise _python_version(archive, source)
         if source.is_dir() and any((source / name).is_dir() for name in ("cifar-10-batches-py", "cifar-100-python")):
             raise _python_version(archive, source)
-        raise UserError(f"{archive.name}: {source} has no {file}.\n{what_is_wanted(archive)}")
+        raise UserError(f"{archive.name}: {source} does not contain {file}\n{expected_files(archive)}")
     expected = archive.members.get(file)
     if expected and hashlib.sha256(data).hexdigest() != expected:
         raise UserError(
-            f"{archive.name}: {file} in {source} is truncated or damaged ({len(data):,} bytes; its SHA-256 is not "
-            f"the published one).\n{what_is_wanted(archive)}"
+            f"{archive.name}: {file} in {source} is truncated or damaged: its SHA-256 is not the published one "
+            f"({len(data):,} bytes)\n{expected_files(archive)}"
         )
     return data
 
 
 def verify(archive: Archive, path: Path) -> None:
-    """Raises UserError unless the file has the size and the SHA-256 of the published archive."""
+    """Raises UserError unless the file has the size and SHA-256 of the published archive."""
     size = path.stat().st_size
     if size != archive.size:
         raise UserError(
-            f"{archive.name}: {path} has {size:,} bytes where {archive.size:,} were published: "
-            f"{'truncated' if size < archive.size else 'another file'}.\n{what_is_wanted(archive)}"
+            f"{archive.name}: {path} has {size:,} bytes, the published file {archive.size:,}: "
+            f"{'truncated' if size < archive.size else 'a different file'}\n{expected_files(archive)}"
         )
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != archive.sha256:
         raise UserError(
-            f"{archive.name}: {path} is damaged: its SHA-256 is {found[:12]}..., that of the published file "
-            f"{archive.sha256[:12]}...\n{what_is_wanted(archive)}"
+            f"{archive.name}: {path} is damaged: its SHA-256 is {found[:12]}..., the published one is "
+            f"{archive.sha256[:12]}...\n{expected_files(archive)}"
         )
 
 
 def _python_version(archive: Archive, source: Path) -> UserError:
     return UserError(
-        f"{archive.name}: {source} is the Python (pickle) version; {archive.filename} is wanted: {archive.url}"
+        f"{archive.name}: {source} is the Python (pickle) version\n"
+        f"  the binary version {archive.filename} is required: {archive.url}"
     )
 
 
-def what_is_wanted(archive: Archive) -> str:
-    """The last lines of a message to someone whose files will not do."""
-    return f"Wanted: {archive.filename} from {archive.url}\nor the folder {archive.folder} extracted from it."
+def expected_files(archive: Archive) -> str:
+    """Returns the last two lines of an error message: which files are expected."""
+    return f"  expected: {archive.filename} from {archive.url}\n  or the directory {archive.folder} extracted from it"
 
 
 # --- downloading ----------------------------------------------------------------------------------------------------
 
 
 def check_reachable(archive: Archive, timeout: float = 2.0) -> None:
-    """Raises UserError unless the host of the archive (or the proxy towards it) accepts a connection in `timeout` s."""
+    """Raises UserError unless the host of the archive, or the proxy, accepts a connection within `timeout` seconds."""
     url = urllib.parse.urlsplit(archive.url)
     proxy = urllib.request.getproxies().get(url.scheme)
     if proxy and not urllib.request.proxy_bypass(url.hostname):
@@ -197,7 +208,7 @@ def check_reachable(archive: Archive, timeout: float = 2.0) -> None:
         except OSError as error:
             outcome.append(error)
 
-    # In a thread, because looking up the host's name obeys no timeout.
+    # In a thread, because the lookup of the host name has no timeout.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(timeout + 0.1)
@@ -206,10 +217,10 @@ def check_reachable(archive: Archive, timeout: float = 2.0) -> None:
 
 
 def download(archive: Archive, folder: Path) -> Path:
-    """Downloads the archive to `folder`, or goes on with a download that was interrupted; verifies it.
+    """Downloads the archive to `folder`, or resumes an interrupted download, and verifies it; returns its path.
 
     Raises:
-        UserError: no connection, a refusal by the server, an interruption, or other bytes than those published.
+        UserError: no connection, an HTTP error, an interruption, or a file that differs from the published one.
     """
     path = folder / archive.filename
     if path.exists():
@@ -221,7 +232,7 @@ def download(archive: Archive, folder: Path) -> Path:
     try:
         _fetch(archive, part)
     except urllib.error.HTTPError as error:
-        raise _unreachable(archive, f"the server answers {error.code} {error.reason}") from error
+        raise _unreachable(archive, f"the server responded {error.code} {error.reason}") from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise _interrupted(archive, part, getattr(error, "reason", error)) from error
     if part.stat().st_size < archive.size:
@@ -230,13 +241,13 @@ def download(archive: Archive, folder: Path) -> Path:
         verify(archive, part)
     except UserError:
         part.unlink()
-        raise _another_file(archive) from None
+        raise _different_file(archive) from None
     os.replace(part, path)
     return path
 
 
 def _fetch(archive: Archive, part: Path) -> None:
-    """Appends to `part` what is missing of the archive, with one line of progress on a terminal."""
+    """Appends the missing bytes of the archive to `part`; shows progress on a terminal."""
     have = part.stat().st_size if part.exists() else 0
     if have >= archive.size:
         return
@@ -245,9 +256,9 @@ def _fetch(archive: Archive, part: Path) -> None:
         resumed = reply.status == 206 and (reply.headers["Content-Range"] or "").startswith(f"bytes {have}-")
         have = have if resumed else 0
         if reply.headers["Content-Length"] and int(reply.headers["Content-Length"]) != archive.size - have:
-            raise _another_file(archive)
+            raise _different_file(archive)
         with part.open("ab" if resumed else "wb") as file:
-            # One byte too many is enough to know that it is another file.
+            # One byte too many is enough to detect a different file.
             while have <= archive.size and (block := reply.read(2**20)):
                 file.write(block)
                 have += len(block)
@@ -263,21 +274,21 @@ def _from_command(archive: Archive) -> str:
 
 def _unreachable(archive: Archive, reason: object) -> UserError:
     return UserError(
-        f"{archive.name}: not prepared yet, and cannot be downloaded from {archive.url}: {reason}.\n"
-        f"Get that file on any machine, then run:\n{_from_command(archive)}"
+        f"{archive.name}: not prepared, and cannot be downloaded from {archive.url}: {reason}\n"
+        f"  download that file on another machine, then run:\n  {_from_command(archive)}"
     )
 
 
-def _another_file(archive: Archive) -> UserError:
+def _different_file(archive: Archive) -> UserError:
     return UserError(
-        f"{archive.name}: what {archive.url} sends is not the published file: its size or SHA-256 differs.\n"
-        f"Run it again later, or get that file elsewhere and run:\n{_from_command(archive)}"
+        f"{archive.name}: {archive.url} is not the published file: its size or SHA-256 differs\n"
+        f"  try again later, or download the file elsewhere and run:\n  {_from_command(archive)}"
     )
 
 
 def _interrupted(archive: Archive, part: Path, reason: object) -> UserError:
     have = part.stat().st_size if part.exists() else 0
     return UserError(
-        f"{archive.name}: the download from {archive.url} stopped at {have:,} of {archive.size:,} bytes: {reason}.\n"
-        f"Run it again to go on from there, or get that file elsewhere and run:\n{_from_command(archive)}"
+        f"{archive.name}: download from {archive.url} stopped at {have:,} of {archive.size:,} bytes: {reason}\n"
+        f"  run again to resume it, or download the file elsewhere and run:\n  {_from_command(archive)}"
     )

@@ -1,5 +1,6 @@
-"""Decoded images on disk: written once, whole or not at all, and memory-mapped from then on."""
+"""Decoded images on disk: written once, atomically, and memory-mapped afterwards."""
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from vit_jax import atomic
 from vit_jax.errors import UserError
 
 Fill = Callable[[np.ndarray, np.ndarray], None]  # fill(images, labels) writes every example into the two arrays
@@ -22,8 +24,8 @@ Shape = tuple[int, int, int, int]  # examples, height, width, channels
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Arrays:
-    """A whole stored split; `folder` is where it is kept, None where it is in memory alone."""
+class DecodedSplit:
+    """A whole stored split; `folder` is its directory in the cache, None if it is only in memory."""
 
     images: UInt8[np.ndarray, "examples height width channels"]
     labels: Int32[np.ndarray, " examples"]
@@ -31,81 +33,83 @@ class Arrays:
 
 
 def default_dir() -> Path:
-    """$XDG_CACHE_HOME/vit_jax/data, or ~/.cache/vit_jax/data."""
+    """Returns $XDG_CACHE_HOME/vit_jax/data, or ~/.cache/vit_jax/data."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vit_jax" / "data"
 
 
-def in_memory(shape: Shape, fill: Fill) -> Arrays:
-    """Decodes into memory.
+def in_memory(shape: Shape, fill: Fill) -> DecodedSplit:
+    """Decodes a split into memory.
 
     Raises:
-        UserError: the images are larger than the machine's memory.
+        UserError: the images are larger than the memory of the machine.
     """
     needed, memory = math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise UserError(
-            f"{needed / 1e9:.0f} GB of decoded images do not fit into {memory / 1e9:.0f} GB of memory.\n"
-            "Give config.data.cache_dir on a disk with room for them, or a smaller config.data.image_size."
+            f"{needed / 1e9:.0f} GB of decoded images do not fit into {memory / 1e9:.0f} GB of memory\n"
+            "  set config.data.cache_dir to a disk with enough space, or use a smaller config.data.image_size"
         )
     images, labels = np.empty(shape, np.uint8), np.empty(shape[0], np.int32)
     fill(images, labels)
-    return Arrays(images, labels, None)
+    return DecodedSplit(images, labels, None)
 
 
-def open_or_make(folder: Path, shape: Shape, fill: Fill, *, title: str) -> Arrays:
-    """Maps what `folder` holds; makes it first where it is missing, half-written or damaged.
+def open_or_create(folder: Path, shape: Shape, fill: Fill, *, title: str) -> DecodedSplit:
+    """Memory-maps the arrays in `folder`; creates them first if they are missing, incomplete or damaged.
 
-    Any number of processes may do this at once: each writes a folder of its own, the first to finish puts it in place.
-    Where `folder` cannot be written, decodes into memory, with a line of warning.
+    Any number of processes may call this at once: each writes a directory of its own, and the first to finish renames
+    it into place. If `folder` cannot be written, the split is decoded into memory, with a warning.
 
     Args:
-        folder: where the arrays lie, or are to lie.
+        folder: directory of the arrays.
         shape: examples, height, width, channels.
-        fill: writes every image and label into the two arrays that it is given.
-        title: names the split in the line of progress.
+        fill: fill(images, labels) writes every image and label into the two arrays.
+        title: name of the split in the progress message.
+
+    Raises:
+        UserError: the images do not fit into memory, or another process modifies the cache.
     """
     arrays = _open(folder, shape)
     if arrays:
         return arrays
     try:
-        print(f"decoding {title}: {shape[0]:,} images, once; kept in {folder}", file=sys.stderr, flush=True)
+        print(f"decoding {title}: {shape[0]:,} images (only once; cached in {folder})", file=sys.stderr, flush=True)
         _make(folder, shape, fill)
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
         reason = os.strerror(error.errno)
-        print(f"warning: cannot keep them ({reason}); decoding into memory, as at every start", file=sys.stderr)
+        print(f"warning: cannot write the cache ({reason}); decoding into memory at every start", file=sys.stderr)
         return in_memory(shape, fill)
     arrays = _open(folder, shape)
     if not arrays:
-        raise UserError(f"the cache {folder} changes while it is used; remove it, or give another data.cache_dir.")
+        raise UserError(f"cache {folder} is modified while in use\n  remove it, or set another config.data.cache_dir")
     return arrays
 
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
-def _open(folder: Path, shape: Shape) -> Arrays | None:
-    """The arrays of a complete cache; None for anything less."""
+def _open(folder: Path, shape: Shape) -> DecodedSplit | None:
+    """Returns the arrays of a complete cache, or None."""
     try:
         images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / "labels.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # missing, or shorter than its header says
+    except (OSError, ValueError, EOFError):  # missing or truncated
         return None
     expected = (np.uint8, shape, np.int32, shape[:1])
     if (images.dtype, images.shape, labels.dtype, labels.shape) != expected:
         return None
     if (folder / "images.npy").stat().st_size != images.offset + images.nbytes:
         return None
-    return Arrays(images, labels, folder)
+    return DecodedSplit(images, labels, folder)
 
 
 def _make(folder: Path, shape: Shape, fill: Fill) -> None:
-    """Writes the arrays beside `folder` and renames them into place once they are on the disk."""
+    """Writes the arrays to a temporary directory and renames it to `folder` once they are on the disk."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if (
-        shutil.disk_usage(folder.parent).free < math.prod(shape) + 2**20
-    ):  # a full disk would kill a process that writes a mapped file
+    # If the disk becomes full, a process that writes a memory-mapped file is killed.
+    if shutil.disk_usage(folder.parent).free < math.prod(shape) + 2**20:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -116,15 +120,15 @@ def _make(folder: Path, shape: Shape, fill: Fill) -> None:
         del images
         np.save(scratch / "labels.npy", labels)
         for path in (*scratch.iterdir(), scratch):
-            _sync(path)
+            atomic.sync(path)
         _put_in_place(scratch, folder, shape)
-        _sync(folder.parent)
+        atomic.sync(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _put_in_place(scratch: Path, folder: Path, shape: Shape) -> None:
-    scratch.chmod(0o755)  # mkdtemp's are private; a cache may be shared
+    scratch.chmod(0o755)  # mkdtemp creates private directories, but a cache may be shared
     for _ in range(3):
         try:
             os.rename(scratch, folder)
@@ -141,18 +145,10 @@ def _put_in_place(scratch: Path, folder: Path, shape: Shape) -> None:
             shutil.rmtree(damaged, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def more_labels(
+def extra_labels(
     folder: Path | None, kind: str, count: int, fill: Callable[[np.ndarray], None]
 ) -> Int32[np.ndarray, " examples"]:
-    """Labels of another kind, made by `fill(labels)`; kept beside the arrays in `folder` once known."""
+    """Returns labels of another kind, written by `fill(labels)`; cached in `folder`."""
     kept = folder / f"labels-{kind}.npy" if folder else None
     if kept:
         try:
@@ -160,7 +156,7 @@ def more_labels(
             if (labels.dtype, labels.shape) == (np.int32, (count,)):
                 return labels
         except (OSError, ValueError, EOFError):
-            pass  # not there yet, or not whole: made anew below
+            pass  # missing or incomplete: created below
     labels = np.empty(count, np.int32)
     fill(labels)
     if kept:
@@ -170,10 +166,10 @@ def more_labels(
     return labels
 
 
-def mean_and_std(arrays: Arrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, of pixels scaled to [0, 1]; kept beside the arrays once known.
+def mean_and_std(arrays: DecodedSplit) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation per channel of pixels scaled to [0, 1]; cached in the split's folder.
 
-    Sums of 8-bit values and of their squares are exact in float64, so that the result depends on no order.
+    Sums of 8-bit values and of their squares are exact in float64, so the result does not depend on their order.
     """
     kept = arrays.folder / "mean_std.json" if arrays.folder else None
     if kept:
@@ -181,7 +177,7 @@ def mean_and_std(arrays: Arrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
             found = json.loads(kept.read_text())
             return tuple(found["mean"]), tuple(found["std"])
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # not there yet, or not whole: made anew below
+            pass  # missing or incomplete: created below
     examples, height, width, channels = arrays.images.shape
     sums, squares = np.zeros((2, height, width, channels))
     for start in range(0, examples, 1024):
@@ -199,9 +195,5 @@ def mean_and_std(arrays: Arrays) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def write(path: Path, content: bytes) -> None:
     """Whole or not at all; silently not at all where the folder is read-only, since the content can be made again."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_bytes(content)
-        os.replace(scratch, path)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        atomic.write_bytes(path, content)

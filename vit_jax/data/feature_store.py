@@ -1,12 +1,12 @@
-"""Features that a backbone has computed once, with labels and ids: written, and read as a `Source`.
+"""Features of a backbone on disk, with labels and example ids; they can be read as a `Source`.
 
-One split is one `.npz` file, or a folder of `.npy` files that are memory-mapped when they are read. Either holds
+A split is one `.npz` file, or a directory of `.npy` files, whose features are memory-mapped. Both contain
 
     features          float32 [examples, width], or [examples, tokens, width] of a model without pooling
-    labels            int32 [examples], the set's `label`
-    labels_<kind>     int32 [examples], each further kind of label
-    ids               text [examples], '<stored split>:<place in it>'
-    about             a JSON text: set, split, class names, image shape, and the digest of the backbone
+    labels            int32 [examples], the kind `label`
+    labels_<kind>     int32 [examples], for each further kind of label
+    ids               text [examples], '<stored split>:<index in it>'
+    about             JSON text: set, split, class names, image shape, and the digest of the backbone
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from vit_jax import atomic
 from vit_jax.data.sources import LabelSet, Source
 from vit_jax.data.spec import LABEL
 from vit_jax.errors import UserError
@@ -30,15 +31,15 @@ SUFFIX = ".npz"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stored:
+class StoredFeatures:
     """The features of one split.
 
     Attributes:
-        path: where they lie.
-        features: [examples, width] or [examples, tokens, width]; memory-mapped where `path` is a folder.
-        labels: [examples], by kind.
+        path: file or directory.
+        features: [examples, width] or [examples, tokens, width]; memory-mapped if `path` is a directory.
+        labels: [examples], by kind of label.
         ids: [examples].
-        about: see the module.
+        about: see the module's docstring.
     """
 
     path: Path
@@ -49,46 +50,60 @@ class Stored:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of the images that the features are of."""
+        """Height, width and channels of the images that the features were computed from."""
         return tuple(self.about["image_shape"])
 
     @property
     def backbone(self) -> str:
-        """The digest of the parameters that they were computed with."""
+        """Digest of the parameters of the backbone."""
         return self.about["backbone"]
 
-    def source(self, kinds: Sequence[str]) -> Source:
-        """The features in place of images, with the labels of these kinds.
+    def source(self, kinds: Sequence[str]) -> "FeatureSource":
+        """Returns a source with the features as its images, and labels of these kinds.
 
         Raises:
-            UserError: there are no labels of one of the kinds.
+            UserError: a kind of label is missing.
         """
         for kind in kinds:
             if kind not in self.labels:
-                raise UserError(f"config.data.labels: {self.path} has no {kind!r}\n  it has: {', '.join(self.labels)}")
+                raise UserError(f"config.data.labels: {self.path} has no {kind!r}\n  allowed: {', '.join(self.labels)}")
         sets = {kind: LabelSet(self.labels[kind], tuple(self.about["class_names"][kind])) for kind in kinds}
         first = sets.pop(kinds[0])
-        about = self.about
-        return Source(
-            about["name"], about["split"], self.features, first.labels, first.class_names, (), (), kinds[0], sets
-        )
+        named = (self.about["name"], self.about["split"], self.features, first.labels, first.class_names)
+        return FeatureSource(*named, mean=(), std=(), label=kinds[0], others=sets, stored=self)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureSource(Source):
+    """A `Source` whose `images` are stored features: float32 [examples, width] or [examples, tokens, width].
+
+    Attributes:
+        stored: where they come from; `mean` and `std`, which normalize images, are empty.
+    """
+
+    stored: StoredFeatures | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images that the features were computed from."""
+        return self.stored.image_shape
 
 
 def write(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray], source: Source, about: dict) -> None:
-    """Writes the features of a split, whole or not at all; what was there before is replaced.
+    """Writes the features of a split atomically; replaces existing features.
 
     Args:
-        path: a file ending in .npz, or a folder.
-        shape: of all features.
-        blocks: they themselves, some examples at a time, in order; never more than one block is in memory.
-        source: whose they are, with every kind of label that is to be stored.
+        path: a file ending in .npz, or a directory.
+        shape: shape of all features.
+        blocks: the features of some examples at a time, in order; only one block is in memory at once.
+        source: the examples, with every kind of label to store.
         about: `step`, `image_shape` and `backbone`.
 
     Raises:
-        UserError: the place cannot be written to, or its disk has no room.
+        UserError: the path cannot be written, or its disk has not enough space.
     """
-    check_place(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    check_path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.parts")  # not the name that `atomic.replace` uses
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _check_room(path, shape)
@@ -101,55 +116,55 @@ def write(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray], sour
             features[start : start + len(block)] = block
             start += len(block)
         features.flush()
-        _finish(path, scratch, features, _beside(source, about))
+        _finish(path, scratch, features, _metadata(source, about))
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}\n  give another --out") from error
+        raise UserError(f"{path} cannot be written: {error.strerror}\n  use another --out") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def check_place(path: Path) -> None:
-    """Raises UserError where what is at `path` are no features, and must not be replaced by them."""
+def check_path(path: Path) -> None:
+    """Raises UserError if `path` exists and is something other than features, which must not be replaced."""
     if not path.name or path.name == "..":
-        raise UserError(f"--out={path} is no name\n  give FILE.npz, or a folder that is to be made")
-    strange = []
+        raise UserError(f"--out={path} is not a file name\n  allowed: FILE.npz, or a new directory")
+    unknown = []
     if path.suffix == SUFFIX:
-        strange = [path] if path.is_dir() else []
+        unknown = [path] if path.is_dir() else []
     elif path.is_dir():
         ours = ("features", "labels", "ids", "about")
-        strange = [entry for entry in path.iterdir() if entry.suffix != ".npy" or not entry.name.startswith(ours)]
+        unknown = [entry for entry in path.iterdir() if entry.suffix != ".npy" or not entry.name.startswith(ours)]
     elif path.exists():
-        strange = [path]
-    if strange:
+        unknown = [path]
+    if unknown:
         raise UserError(
-            f"--out={path} is there already, and holds what are no features: {strange[0].name}\n"
-            "  give the name of a file ending in .npz, or of a folder that is to be made"
+            f"--out={path} exists and contains something other than features: {unknown[0].name}\n"
+            "  allowed: FILE.npz, or a new directory"
         )
 
 
 def _check_room(path: Path, shape: tuple[int, ...]) -> None:
-    # A file is made from the mapped array beside it, and for a moment both are there.
+    # The .npz file is created from the memory-mapped array, so for a moment both exist.
     needed = 4 * math.prod(shape) * (2 if path.suffix == SUFFIX else 1) + 2**20
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise UserError(
-            f"{path} does not fit: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free\n  give another --out"
+            f"{path} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free\n  use another --out"
         )
 
 
-def _beside(source: Source, about: dict) -> dict[str, np.ndarray]:
-    """The arrays that are stored beside the features."""
+def _metadata(source: Source, about: dict) -> dict[str, np.ndarray]:
+    """Returns the arrays that are stored together with the features."""
     sets = {source.label: LabelSet(source.labels, source.class_names), **source.others}
-    names = {kind: list(one.class_names) for kind, one in sets.items()}
+    names = {kind: list(label_set.class_names) for kind, label_set in sets.items()}
     about = {**about, "name": source.name, "split": source.split, "class_names": names}
-    labels = {_key(kind): one.labels for kind, one in sets.items()}
+    labels = {_key(kind): label_set.labels for kind, label_set in sets.items()}
     return {**labels, "ids": np.array(source.ids()), "about": np.array(json.dumps(about))}
 
 
 def _finish(path: Path, scratch: Path, features: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
     if path.suffix == SUFFIX:
-        np.savez(scratch / "all.npz", features=features, **arrays)
-        os.replace(scratch / "all.npz", path)
+        with atomic.replace(path) as file:
+            np.savez(file, features=features, **arrays)
         return
     for name, array in arrays.items():
         np.save(scratch / f"{name}.npy", array)
@@ -164,11 +179,11 @@ def _key(kind: str) -> str:
     return "labels" if kind == LABEL else f"labels_{kind}"
 
 
-def read(path: Path) -> Stored:
-    """The features of a file or folder that `finish` wrote.
+def read(path: Path) -> StoredFeatures:
+    """Returns the features of a file or directory written by `write`.
 
     Raises:
-        UserError: there is none, or it is damaged or something else.
+        UserError: it does not exist, is damaged, or is something else.
     """
     try:
         if path.is_dir():
@@ -179,18 +194,18 @@ def read(path: Path) -> Stored:
                 arrays = {name: stored[name] for name in stored.files}
         about = json.loads(str(arrays["about"]))
         labels = {kind: arrays[_key(kind)] for kind in about["class_names"]}
-        return Stored(path, arrays["features"], labels, arrays["ids"], about)
+        return StoredFeatures(path, arrays["features"], labels, arrays["ids"], about)
     except FileNotFoundError as error:
-        raise UserError(f"there are no features in {path}\n  make them: python -m vit_jax.features --help") from error
+        raise UserError(f"{path} does not exist\n  create it: python -m vit_jax.features --help") from error
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{path} holds no features that can be read: {reason}\n  make them again: python -m vit_jax.features --help"
+            f"{path} does not contain readable features: {reason}\n  create it: python -m vit_jax.features --help"
         ) from error
 
 
 def find(folder: Path, role: str) -> Path:
-    """The features of 'train', 'validation' or 'test' in a folder: `train.npz`, or the folder `train`.
+    """Returns the path of the features of 'train', 'validation' or 'test': for example `train.npz`, or `train`.
 
     Raises:
         UserError: there are none.
@@ -200,5 +215,5 @@ def find(folder: Path, role: str) -> Path:
             return path
     raise UserError(
         f"config.data.features: {folder} has no features of the {role} split\n"
-        f"  make them: python -m vit_jax.features --workdir=DIR --split={role} --out={folder / role}{SUFFIX}"
+        f"  create them: python -m vit_jax.features --workdir=DIR --split={role} --out={folder / role}{SUFFIX}"
     )

@@ -1,4 +1,4 @@
-"""A folder of images: PATH/train/CLASS/*.jpg beside PATH/test/CLASS/*.jpg, or one PATH/CLASS/*.jpg to be split."""
+"""Image directories: PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg, or PATH/CLASS/*.jpg without stored splits."""
 
 import contextlib
 import hashlib
@@ -7,66 +7,75 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from vit_jax.data import cache, images, lazy_images
-from vit_jax.data.spec import LABEL, Description
-from vit_jax.errors import UserError
+from vit_jax.data.spec import LABEL, DatasetSpec
+from vit_jax.errors import UserError, one_line
 
 SPLITS = ("train", "validation", "val", "test")
-_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError)  # what Pillow raises for bytes it cannot read
+_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError)  # raised by Pillow for bytes it cannot read
 
 
-def describe(root: Path, skipped: Path | None) -> Description:
-    """What is known of a folder of images; RGB whatever the files hold.
+def dataset_spec(root: Path, skip_lists: Path | None) -> DatasetSpec:
+    """Returns the dataset of an image directory; images are converted to RGB.
 
     Args:
-        root: the folder.
-        skipped: where lists of broken files are kept, which are then left out; None keeps all.
+        root: the directory.
+        skip_lists: leave out files that cannot be decoded, and cache the lists of them here; None keeps all files.
 
     Raises:
         UserError: as `find`; or there are no files.
     """
     class_names, files = find(root)
     if not files:
-        raise UserError(f"data set 'folder': {root} has no files in its classes")
+        raise UserError(f"dataset 'folder': the class directories of {root} contain no files")
     key = f"folder-{fingerprint(root, [file for split in files.values() for file in split])}"
-    if skipped is not None:
-        files = {split: whole(root, found, skipped / key / f"{split}-broken.json") for split, found in files.items()}
+    if skip_lists is not None:
+        files = {
+            split: skip_broken(root, found, skip_lists / key / f"{split}-broken.json") for split, found in files.items()
+        }
         key += "-whole"
-    stored = lambda split: records(root, files[split])  # noqa: E731
-    decode = lambda split, images, labels: lazy_images.decode_all(stored(split), images, labels)  # noqa: E731
+
+    def split_records(split: str) -> lazy_images.Records:
+        return records(root, files[split])
+
+    def decode(split: str, images_out: np.ndarray, labels_out: np.ndarray) -> None:
+        lazy_images.decode_all(split_records(split), images_out, labels_out)
+
     sizes = {split: len(found) for split, found in files.items()}
-    return Description("folder", sizes, {LABEL: class_names}, (None, None, 3), key, decode, stored)
+    return DatasetSpec("folder", sizes, {LABEL: class_names}, (None, None, 3), key, decode, split_records)
 
 
 def find(root: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]]]:
-    """The class names, sorted, and for each split its files below `root`, each with its class.
+    """Returns the sorted class names, and for each split its files, relative to `root`, with their class indices.
 
-    Files stand in the order of a hash of their paths: any slice of a split is a random sample of it, and a file that is
-    added moves no other.
+    Files are sorted by a hash of their paths: any slice of a split is a random sample of it, and adding a file does not
+    change the order of the others.
 
     Raises:
-        UserError: no such folder, no classes in it, or splits of different classes.
+        UserError: the directory does not exist, has no classes, or a split has a class that train does not have.
     """
     if not root.is_dir():
-        raise UserError(f"data set 'folder': there is no folder {root} (config.data.dir)")
+        raise UserError(f"dataset 'folder': directory {root} does not exist (config.data.dir)")
     splits = {name: root / name for name in SPLITS if (root / name).is_dir()} if (root / "train").is_dir() else {}
     splits = splits or {"train": root}
-    classes = {name: _folders(path) for name, path in splits.items()}
+    classes = {name: _class_directories(path) for name, path in splits.items()}
     names = sorted({*classes["train"]})
     for split, found in classes.items():
-        strange = sorted({*found} - {*names})
-        if strange:
-            raise UserError(f"data set 'folder': {splits[split] / strange[0]} is of a class that train does not have")
+        unknown = sorted({*found} - {*names})
+        if unknown:
+            raise UserError(f"dataset 'folder': {splits[split] / unknown[0]} is a class that train does not have")
     if not names:
         raise UserError(
-            f"data set 'folder': {splits['train']} has no sub-folders\n"
-            "Wanted: a sub-folder for each class, with its images in it."
+            f"dataset 'folder': {splits['train']} has no subdirectories\n"
+            "  expected: one subdirectory per class that contains its images"
         )
     files = {split: _files(root, path, names) for split, path in splits.items()}
     return tuple(names), {split: found for split, found in files.items() if found}
 
 
-def _folders(path: Path) -> list[str]:
+def _class_directories(path: Path) -> list[str]:
     return [entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")]
 
 
@@ -74,15 +83,15 @@ def _files(root: Path, path: Path, names: list[str]) -> list[tuple[str, int]]:
     found = []
     for label, name in enumerate(names):
         if (path / name).is_dir():
-            for folder, folders, files in os.walk(path / name):
-                folders[:] = [inner for inner in folders if not inner.startswith(".")]
-                below = os.path.relpath(folder, root)
-                found += [(f"{below}/{file}", label) for file in files if not file.startswith(".")]
+            for directory, subdirectories, files in os.walk(path / name):
+                subdirectories[:] = [inner for inner in subdirectories if not inner.startswith(".")]
+                relative = os.path.relpath(directory, root)
+                found += [(f"{relative}/{file}", label) for file in files if not file.startswith(".")]
     return sorted(found, key=lambda file: hashlib.sha256(file[0].encode(errors="surrogateescape")).digest())
 
 
 def fingerprint(root: Path, files: list[tuple[str, int]]) -> str:
-    """Twelve characters that change when a file comes, goes or changes its size or time."""
+    """Returns twelve characters that change when a file is added, removed, resized or modified."""
     digest = hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape"))
     for name, _ in files:
         stat = os.stat(root / name)
@@ -91,33 +100,32 @@ def fingerprint(root: Path, files: list[tuple[str, int]]) -> str:
 
 
 def records(root: Path, files: list[tuple[str, int]]) -> lazy_images.Records:
-    """The files as records."""
+    """Returns the files as records."""
 
-    def read(place: int, size: lazy_images.Size):
-        name, label = files[place]
+    def read(index: int, size: lazy_images.Size):
+        name, label = files[index]
         try:
             return images.decode(root / name, size), label
         except _DAMAGED as error:
             raise _broken(root / name, error) from error
 
-    return lazy_images.Records(len(files), read, lambda place: str(root / files[place][0]))
+    return lazy_images.Records(len(files), read, lambda index: str(root / files[index][0]))
 
 
 def _broken(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
     return UserError(
-        f"{path} is no image, or damaged: {reason[:200]}\n"
-        "Remove it, or give config.data.skip_broken=True to leave out what cannot be read."
+        f"{path} is not an image or is damaged: {one_line(error)}\n"
+        "  remove it, or set config.data.skip_broken=True to skip unreadable files"
     )
 
 
-def whole(root: Path, files: list[tuple[str, int]], kept: Path | None) -> list[tuple[str, int]]:
-    """The files that can be decoded; those that cannot are counted on standard error, and the first three named.
+def skip_broken(root: Path, files: list[tuple[str, int]], kept: Path | None) -> list[tuple[str, int]]:
+    """Returns the files that can be decoded; prints the number of the others and the names of three to stderr.
 
     Args:
-        root: the folder that the files lie below.
-        files: all of them, with their classes.
-        kept: a file that remembers the answer; None for none.
+        root: directory that the files are relative to.
+        files: all files, with their class indices.
+        kept: file that caches the list of broken files; None for no cache.
     """
     try:
         broken = {*json.loads(kept.read_text())}
@@ -129,19 +137,20 @@ def whole(root: Path, files: list[tuple[str, int]], kept: Path | None) -> list[t
             cache.write(kept, json.dumps(sorted(broken)).encode())
     if broken:
         named = ", ".join(sorted(broken)[:3]) + (", ..." if len(broken) > 3 else "")
-        print(f"skipping {len(broken):,} of {len(files):,} files that are no whole images: {named}", file=sys.stderr)
+        print(f"skipping {len(broken):,} of {len(files):,} files that cannot be decoded: {named}", file=sys.stderr)
     return [file for file in files if file[0] not in broken]
 
 
 def _find_broken(root: Path, files: list[tuple[str, int]]) -> set[str]:
     from PIL import Image
 
-    def fails(place: int) -> bool:
+    def is_broken(index: int) -> bool:
         try:
-            with Image.open(root / files[place][0]) as image:
+            with Image.open(root / files[index][0]) as image:
                 image.load()
         except _DAMAGED:
             return True
         return False
 
-    return {files[place][0] for place, bad in enumerate(lazy_images.in_threads(fails, range(len(files)))) if bad}
+    results = lazy_images.map_in_threads(is_broken, range(len(files)))
+    return {files[index][0] for index, broken in enumerate(results) if broken}

@@ -1,4 +1,4 @@
-"""Examples as they are stored: decoded each time they are read, or a whole split at once."""
+"""Encoded examples: decoded each time they are read, or a whole split at once."""
 
 import concurrent.futures
 import dataclasses
@@ -12,22 +12,23 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from vit_jax import atomic
 from vit_jax.data import cache
 
-_CHUNK = 64  # images a thread decodes at a time
-_STRETCH = 256  # the same, where a whole split is decoded for good
+_SCAN_CHUNK = 64  # images that a thread decodes per task of a scan
+_DECODE_CHUNK = 256  # the same for `decode_all`
 
 Size = tuple[int, int, int]  # height, width, channels
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """The examples of a stored split as they are stored. Any number of threads may read at once.
+    """The encoded examples of a stored split. Any number of threads may read at once.
 
     Attributes:
-        count: how many there are.
-        read: of (place, shape) an image of that height, width and channels, and its label.
-        describe: of a place where it is stored: a file, or a record of one.
+        count: number of examples.
+        read: read(index, size) returns an image of that height, width and number of channels, and its label.
+        describe: describe(index) returns where the example is stored: a file, or a record of one.
     """
 
     count: int
@@ -36,11 +37,11 @@ class Records:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Encoded:
-    """What stands in for an array of images: the part of it that is asked for is decoded then.
+class LazyImages:
+    """Stands in for an array of images; indexing decodes the selected images.
 
     Attributes:
-        parts: records, and which of them, in order.
+        parts: records, and the range of them that is used, in order.
         size: height, width and channels of every image.
     """
 
@@ -51,105 +52,105 @@ class Encoded:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Examples, height, width, channels."""
-        return (sum(len(places) for _, places in self.parts), *self.size)
+        return (sum(len(indices) for _, indices in self.parts), *self.size)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the decoded images take."""
+        """Size of the decoded images in bytes."""
         return int(np.prod(self.shape, dtype=np.int64))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> UInt8[np.ndarray, "examples height width channels"]:
-        places = np.arange(len(self))[key]
-        images = np.empty((len(places), *self.size), np.uint8)
-        for image, place in zip(images, places.tolist(), strict=True):
-            records, stored = self.locate(place)
-            image[...] = records.read(stored, self.size)[0]
+        indices = np.arange(len(self))[key]
+        images = np.empty((len(indices), *self.size), np.uint8)
+        for image, index in zip(images, indices.tolist(), strict=True):
+            records, record = self.locate(index)
+            image[...] = records.read(record, self.size)[0]
         return images
 
-    def locate(self, place: int) -> tuple[Records, int]:
-        """The records that hold an example, and its place among them."""
-        for records, places in self.parts:
-            if place < len(places):
-                return records, places[place]
-            place -= len(places)
-        raise IndexError(place)
+    def locate(self, index: int) -> tuple[Records, int]:
+        """Returns the records that contain an example, and its index among them."""
+        for records, indices in self.parts:
+            if index < len(indices):
+                return records, indices[index]
+            index -= len(indices)
+        raise IndexError(index)
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
-    """What one pass over a stored split finds out: its labels, and mean and std of its images."""
+class ScannedSplit:
+    """The result of one pass over a stored split: labels, and mean and standard deviation of the pixels in [0, 1]."""
 
     labels: Int32[np.ndarray, " examples"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-def survey(records: Records, size: Size, folder: Path | None, title: str) -> Known:
-    """Decodes every image once, by several threads, and keeps what it learns in `folder`; at once where it is kept.
+def scan(records: Records, size: Size, folder: Path | None, title: str) -> ScannedSplit:
+    """Decodes every image once, with several threads; the result is cached in `folder` and read from there next time.
 
     Raises:
         UserError: an image cannot be read.
     """
-    kept = _open(folder, records.count) if folder else None
-    if kept:
-        return kept
-    print(f"looking through {title}: {records.count:,} images, once", file=sys.stderr, flush=True)
+    cached = _open(folder, records.count) if folder else None
+    if cached:
+        return cached
+    print(f"scanning {title}: {records.count:,} images (only once)", file=sys.stderr, flush=True)
     labels = np.empty(records.count, np.int32)
 
     def sums(start: int) -> np.ndarray:
         total = np.zeros((2, size[2]), np.float64)
-        for place in range(start, min(start + _CHUNK, records.count)):
-            image, labels[place] = records.read(place, size)
+        for index in range(start, min(start + _SCAN_CHUNK, records.count)):
+            image, labels[index] = records.read(index, size)
             pixels = image.reshape(-1, size[2]).astype(np.float64)
             total += pixels.sum(0), np.square(pixels).sum(0)
         return total
 
-    # Sums of whole numbers are exact in float64: the order of the threads does not matter.
-    first, second = sum(in_threads(sums, range(0, records.count, _CHUNK))) / (records.count * size[0] * size[1])
+    # Sums of integers are exact in float64, so the order of the threads does not matter.
+    chunks = range(0, records.count, _SCAN_CHUNK)
+    first, second = sum(map_in_threads(sums, chunks)) / (records.count * size[0] * size[1])
     std = np.sqrt(np.maximum(second - first**2, 0))
-    known = Known(labels, tuple((first / 255).tolist()), tuple((std / 255).tolist()))
+    known = ScannedSplit(labels, tuple((first / 255).tolist()), tuple((std / 255).tolist()))
     if folder:
         _keep(folder, known)
     return known
 
 
-def in_threads(work: Callable, starts: Sequence[int]) -> list:
-    """What `work` makes of each, in order, by several threads."""
+def map_in_threads(function: Callable, arguments: Sequence[int]) -> list:
+    """Returns the function's result for each argument, in order, computed by several threads."""
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        return list(threads.map(work, starts))
+        return list(threads.map(function, arguments))
 
 
 def decode_all(records: Records, images: np.ndarray, labels: np.ndarray) -> None:
-    """Reads and decodes a whole stored split into `images` and `labels`, with several threads."""
+    """Decodes a whole stored split into `images` and `labels` with several threads."""
 
-    def work(start: int) -> None:
-        for place in range(start, min(start + _STRETCH, len(labels))):
-            images[place], labels[place] = records.read(place, images.shape[1:])
+    def decode(start: int) -> None:
+        for index in range(start, min(start + _DECODE_CHUNK, len(labels))):
+            images[index], labels[index] = records.read(index, images.shape[1:])
 
-    # Pillow decodes and resizes without holding the interpreter's lock.
-    in_threads(work, range(0, len(labels), _STRETCH))
+    # Pillow releases the GIL while it decodes and resizes.
+    map_in_threads(decode, range(0, len(labels), _DECODE_CHUNK))
 
 
-def _open(folder: Path, count: int) -> Known | None:
+def _open(folder: Path, count: int) -> ScannedSplit | None:
     try:
         labels = np.load(folder / "labels.npy", allow_pickle=False)
         found = json.loads((folder / "mean_std.json").read_text())
-        known = Known(labels, tuple(found["mean"]), tuple(found["std"]))
+        known = ScannedSplit(labels, tuple(found["mean"]), tuple(found["std"]))
     except (OSError, ValueError, EOFError, KeyError, TypeError):
         return None
     return known if (labels.dtype, labels.shape) == (np.int32, (count,)) else None
 
 
-def _keep(folder: Path, known: Known) -> None:
+def _keep(folder: Path, known: ScannedSplit) -> None:
     """Beside, then in place, each file whole; silently not at all where the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / f".labels.{os.getpid()}.npy"
-        np.save(scratch, known.labels)
-        os.replace(scratch, folder / "labels.npy")
+        with atomic.replace(folder / "labels.npy") as file:
+            np.save(file, known.labels)
     except OSError:
         return
     cache.write(folder / "mean_std.json", json.dumps({"mean": known.mean, "std": known.std}).encode())

@@ -1,4 +1,4 @@
-"""What keeps the compiler from merging too much of the augmentation into one loop."""
+"""A fusion barrier for XLA."""
 
 import functools
 from collections.abc import Callable
@@ -9,11 +9,17 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def no_fuse(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of arrays, computed once and by itself.
+    """Returns `function` with a fusion barrier around it: XLA computes its result once and stores it.
 
-    XLA merges what is cheap into the loop that uses it, and counts the looking-up of a pixel as cheap: a chain of
-    operations is then computed anew for each pixel that looks up another, 10 to 100 times slower. On CPU barriers are
-    gone before the merging, so that there the function stays a call in the program.
+    `function` takes and returns arrays. XLA fuses cheap operations into the loop that reads them and considers a
+    gather cheap: a chain of image operations is then recomputed for each pixel that gathers another, which is 10 to
+    100 times slower. On accelerators the barrier is `jax.lax.optimization_barrier`. XLA's CPU compiler removes such
+    barriers before it fuses, so there the function becomes a call that must not be inlined.
+
+    The platform is that of `jax.default_backend()` at trace time, which is the one the training step runs on.
+    `jax.lax.platform_dependent` would defer the choice to lowering, but it puts each function into a
+    `stablehlo.case`, which may change the fusions around it, and so the rounding of floating-point results. A program
+    that is lowered for another platform than it was traced on is correct, but slow.
     """
 
     @functools.wraps(function)
@@ -24,7 +30,7 @@ def no_fuse(function: Callable[..., Any]) -> Callable[..., Any]:
             return jax.jit(inside)(*arrays)
 
     def inside(*arrays: Any) -> Any:
-        with set_xla_metadata(inlineable=None):  # what the function itself calls may be merged
+        with set_xla_metadata(inlineable=None):  # functions called by `function` may be inlined
             return function(*arrays)
 
     return call

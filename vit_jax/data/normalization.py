@@ -1,27 +1,27 @@
-"""What images are normalised by: the mean and standard deviation of each channel, by the names that options use."""
+"""The statistics that images are normalized with: mean and standard deviation per channel."""
 
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
-# Of ImageNet's red, green and blue, as most of its published models have them.
+# Of ImageNet's red, green and blue channels, as most published models use them.
 IMAGENET: Statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONSTANTS = ("half", "imagenet")
-NAMES = ("set", *CONSTANTS)  # of the data set's own train split; 0.5 and 0.5; ImageNet's
+NAMES = ("set", *CONSTANTS)  # statistics of the train split of the dataset; 0.5 and 0.5; ImageNet's
 OPTION = "config.data.normalization"
 
 
 def constants(name: str, channels: int, option: str = OPTION) -> Statistics | None:
-    """Mean and standard deviation of pixels in [0, 1], where the name says them; None for 'set', which needs a source.
+    """Returns mean and standard deviation of pixels in [0, 1] for a name; None for 'set', which depends on the source.
 
     Args:
         name: one of `NAMES`.
-        channels: of the images.
-        option: where the name was given, for messages.
+        channels: number of channels of the images.
+        option: the option that the name comes from, for error messages.
 
     Raises:
-        UserError: there is no such name, or it is of three channels and the images have others.
+        UserError: an unknown name, or 'imagenet' for images that do not have three channels.
     """
     if name not in NAMES:
         raise UserError(f"{option} is {name!r}\n  allowed: {', '.join(NAMES)}")
@@ -35,11 +35,9 @@ def constants(name: str, channels: int, option: str = OPTION) -> Statistics | No
 
 
 def of_source(name: str, source: Source, option: str = OPTION) -> Statistics:
-    """As `constants`; for 'set' the mean and standard deviation of the source. Of stored features, nothing.
+    """Returns `constants`, or for 'set' the statistics of the source.
 
     Raises:
         UserError: as `constants`.
     """
-    if not source.mean:  # what was normalised are the images that the features are of
-        return source.mean, source.std
     return constants(name, len(source.mean), option) or (source.mean, source.std)

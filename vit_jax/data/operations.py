@@ -1,8 +1,12 @@
-"""The operations of the policies by name, applied to a batch in which each image has drawn some of its own.
+"""The operations of the policies by name, applied to batches in which each image has drawn its own.
 
-An image's operations are a chain of layers, one operation and its argument each. Nothing branches: what a layer's
-geometric operations are is a matrix an image, what its operations on pixels are is a table an image, and both are
-chosen by selection among small arrays before the pixels are touched.
+An image's operations are a chain of layers, each with one operation and its argument. There is no branching: the
+geometric operation of a layer is an affine map per image, most operations on pixel values are a lookup table per image,
+and maps and tables are selected per image while they are small, before any pixel is touched.
+
+To add an operation, add an entry to one of the dictionaries below; a test then requires that it is compared with
+Pillow. Neither the order of these entries nor the values of `CODES` affect the random streams: a policy draws an index
+into its own list of names (see `policies.py`).
 """
 
 import dataclasses
@@ -23,19 +27,19 @@ Inside = Bool[Array, "batch height width"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """What each image of a batch has drawn.
+    """The operations that the images of a batch have drawn.
 
     Attributes:
-        codes: int32 [layers, batch], places in `NAMES`.
+        codes: int32 [layers, batch], indices into `NAMES`.
         arguments: float32 [layers, batch], in the unit of the operation.
     """
 
-    # Any: transformations of JAX rebuild it with shapes and placeholders in place of arrays.
+    # Any: JAX transformations rebuild it with shapes and placeholders instead of arrays.
     codes: Any
     arguments: Any
 
 
-# The map of an operation, of (argument, height, width); degrees, shares of a side, pixels.
+# name -> function(argument, height, width) that returns affine maps; arguments are degrees, factors or pixels.
 GEOMETRIC: dict[str, Callable] = {
     "rotate": geometry.rotate,
     "shear_x": lambda factor, height, width: geometry.shear_x(factor),
@@ -44,26 +48,26 @@ GEOMETRIC: dict[str, Callable] = {
     "translate_y": lambda distance, height, width: geometry.translate_y(distance),
 }
 
-# The table of an operation, of (argument, statistics).
+# name -> function(argument, statistics) that returns lookup tables.
 TABLES: dict[str, Callable] = {
-    "invert": lambda unused, seen: pixels.invert(len(unused)),
-    "posterize": lambda bits, seen: pixels.posterize(bits),
-    "solarize": lambda threshold, seen: pixels.solarize(threshold),
-    "solarize_add": lambda added, seen: pixels.solarize_add(added),
-    "brightness": lambda factor, seen: pixels.brightness(factor),
-    "contrast": lambda factor, seen: pixels.contrast(factor, seen.mean()),
-    "auto_contrast": lambda unused, seen: no_fuse(pixels.auto_contrast)(seen.histogram()),
-    "equalize": lambda unused, seen: no_fuse(pixels.equalize)(seen.histogram()),
+    "invert": lambda unused, statistics: pixels.invert(len(unused)),
+    "posterize": lambda bits, statistics: pixels.posterize(bits),
+    "solarize": lambda threshold, statistics: pixels.solarize(threshold),
+    "solarize_add": lambda added, statistics: pixels.solarize_add(added),
+    "brightness": lambda factor, statistics: pixels.brightness(factor),
+    "contrast": lambda factor, statistics: pixels.contrast(factor, statistics.mean()),
+    "auto_contrast": lambda unused, statistics: no_fuse(pixels.auto_contrast)(statistics.histogram()),
+    "equalize": lambda unused, statistics: no_fuse(pixels.equalize)(statistics.histogram()),
 }
 
-# What an image is blended with, by a factor of which 1 leaves it as it is.
+# name -> function(images) that returns what is blended with the image; the argument is the factor, 1 for the image.
 BLENDED: dict[str, Callable] = {"color": pixels.grey, "sharpness": no_fuse(pixels.smooth)}
 
-# Made of (images, argument) as they are.
+# name -> function(images, argument) that returns the changed images.
 OTHERS: dict[str, Callable] = {
     "grayscale": lambda images, unused: jnp.broadcast_to(pixels.grey(images), images.shape).astype(jnp.uint8),
     "blur": pixels.blur,
-    "hue": pixels.turn_hue,
+    "hue": pixels.shift_hue,
 }
 
 NAMES = ("identity", *GEOMETRIC, *TABLES, *BLENDED, *OTHERS)
@@ -71,35 +75,43 @@ CODES = {name: code for code, name in enumerate(NAMES)}
 
 
 class Statistics:
-    """Of the pixels inside, computed where an operation asks for them, once."""
+    """Statistics of the pixels inside the image, each computed once, when an operation needs it."""
 
     def __init__(self, images: Images, inside: Inside):
-        """Of these images."""
+        """Remembers the images and the mask of the pixels that count."""
         self._images, self._inside = images, inside
         self._histogram = self._mean = None
 
     def histogram(self) -> Int[Array, "batch channels 256"]:
-        """See `pixels.histogram`."""
+        """Returns `pixels.histogram`."""
         if self._histogram is None:
             self._histogram = pixels.histogram(self._images, self._inside)
         return self._histogram
 
     def mean(self) -> Int[Array, " batch"]:
-        """See `pixels.mean_grey`."""
+        """Returns `pixels.mean_grey`."""
         if self._mean is None:
             self._mean = no_fuse(pixels.mean_grey)(self._images, self._inside)
         return self._mean
 
 
-def maps(
+def affine_maps(
     codes: Int[Array, " batch"], arguments: Float[Array, " batch"], names: tuple[str, ...], height: int, width: int
 ) -> Float[Array, "batch 2 3"]:
-    """A layer's geometric operations, among `names`, as a map an image; others are the map that moves nothing."""
+    """Returns the affine maps of a layer; the identity for images whose operation is not geometric.
+
+    Args:
+        codes: operation of each image.
+        arguments: argument of each image's operation.
+        names: the operations that can occur in `codes`.
+        height: of the images.
+        width: of the images.
+    """
     chosen = geometry.translate_x(jnp.zeros_like(arguments))
     for name in names:
         if name in GEOMETRIC:
-            made = GEOMETRIC[name](arguments, height, width)
-            chosen = jnp.where((codes == CODES[name])[:, None, None], made, chosen)
+            maps = GEOMETRIC[name](arguments, height, width)
+            chosen = jnp.where((codes == CODES[name])[:, None, None], maps, chosen)
     return chosen
 
 
@@ -110,46 +122,58 @@ def apply(
     arguments: Float[Array, " batch"],
     names: tuple[str, ...],
 ) -> Images:
-    """A layer's operations on pixels, among `names`; every other image stays as it is."""
-    here = lambda name: (codes == CODES[name])[:, None, None, None]  # noqa: E731
+    """Returns the images after a layer's operations on pixel values; images with another operation are unchanged.
+
+    Args:
+        images: batch of images.
+        inside: mask of the pixels that statistics are computed from.
+        codes: operation of each image.
+        arguments: argument of each image's operation.
+        names: the operations that can occur in `codes`.
+    """
     before = images
     if any(name in TABLES for name in names):
-        images = pixels.look_up(before, _table(Statistics(images, inside), codes, arguments, names))
+        images = pixels.look_up(before, _tables(Statistics(images, inside), codes, arguments, names))
     for name in names:
         if name in BLENDED:
-            images = no_fuse(_blended)(images, before, BLENDED[name](before), here(name), arguments)
+            images = no_fuse(_blend)(images, before, BLENDED[name](before), _selected(name, codes), arguments)
         if name in OTHERS:
-            images = jnp.where(here(name), no_fuse(OTHERS[name])(before, arguments), images)
+            images = jnp.where(_selected(name, codes), no_fuse(OTHERS[name])(before, arguments), images)
     return images
 
 
-def _table(
-    seen: Statistics, codes: Int[Array, " batch"], arguments: Float[Array, " batch"], names: tuple[str, ...]
+def _selected(name: str, codes: Int[Array, " batch"]) -> Bool[Array, "batch 1 1 1"]:
+    return (codes == CODES[name])[:, None, None, None]
+
+
+def _tables(
+    statistics: Statistics, codes: Int[Array, " batch"], arguments: Float[Array, " batch"], names: tuple[str, ...]
 ) -> Int[Array, "batch _ 256"]:
-    table = pixels.identity(len(codes))
+    tables = pixels.identity(len(codes))
     for name in names:
         if name in TABLES:
-            table = jnp.where((codes == CODES[name])[:, None, None], TABLES[name](arguments, seen), table)
-    return table
+            tables = jnp.where((codes == CODES[name])[:, None, None], TABLES[name](arguments, statistics), tables)
+    return tables
 
 
-def _blended(
+def _blend(
     others: Images,
     images: Images,
     degenerate: Int[Array, "batch height width _"],
-    here: Bool[Array, "batch 1 1 1"],
+    selected: Bool[Array, "batch 1 1 1"],
     factor: Float[Array, " batch"],
 ) -> Images:
-    made = pixels.blend(degenerate, images.astype(jnp.int32), factor[:, None, None, None])
-    return jnp.where(here, made.astype(jnp.uint8), others)
+    blended = pixels.blend(degenerate, images.astype(jnp.int32), factor[:, None, None, None])
+    return jnp.where(selected, blended.astype(jnp.uint8), others)
 
 
-def moves(names: tuple[str, ...]) -> bool:
-    """Whether any of the operations is geometric."""
+def any_geometric(names: tuple[str, ...]) -> bool:
+    """Returns whether any of the operations is geometric."""
     return any(name in GEOMETRIC for name in names)
 
 
-def moved(codes: Int[Array, "layers batch"]) -> Bool[Array, " batch"]:
-    """Which images have drawn a geometric operation."""
+def is_geometric(codes: Int[Array, "layers batch"]) -> Bool[Array, " batch"]:
+    """Returns which images have drawn a geometric operation in any layer."""
+    # Their codes are contiguous, because NAMES contains all keys of GEOMETRIC together.
     first, last = (CODES[name] for name in (next(iter(GEOMETRIC)), list(GEOMETRIC)[-1]))
     return ((codes >= first) & (codes <= last)).any(0)

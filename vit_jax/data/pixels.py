@@ -1,8 +1,8 @@
-"""Operations on pixel values, batched and bit for bit Pillow's: 8-bit numbers in, 8-bit numbers out.
+"""Batched operations on pixel values, identical to Pillow's bit for bit: uint8 in, uint8 out.
 
-What depends on a pixel's own value alone is a table of 256 entries an image and channel; a batch in which each image
-has an operation of its own is then one look-up, whatever the operations are. Each image has its own argument.
-Statistics (histogram, mean) are over the pixels where `inside` is true: what was filled in is no part of the picture.
+An operation that depends only on the value of a pixel is a lookup table of 256 entries per image and channel, so a
+batch in which each image has its own operation takes one lookup. Each image has its own argument. Statistics
+(histogram, mean) are computed from the pixels where `inside` is true; fill pixels are not part of the image.
 """
 
 import functools
@@ -25,60 +25,59 @@ _VALUES = np.arange(256, dtype=np.int32)
 
 
 def look_up(images: Images, tables: Tables) -> Images:
-    """Each value replaced by what its image's and channel's table has for it."""
+    """Returns the images with each value replaced by its entry in the table of the image and channel."""
     batch, *_, channels = images.shape
     tables = jnp.broadcast_to(tables, (batch, channels, 256)).astype(jnp.uint8).reshape(batch, -1)
-    places = images.astype(jnp.int32) + 256 * jnp.arange(channels)
-    return no_fuse(jax.vmap(lambda table, place: table.at[place].get(mode="clip")))(tables, places)
+    indices = images.astype(jnp.int32) + 256 * jnp.arange(channels)
+    return no_fuse(jax.vmap(lambda table, index: table.at[index].get(mode="clip")))(tables, indices)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def identity(batch: int) -> Tables:
-    """Every value as it is."""
+    """Returns tables that change nothing."""
     return jnp.broadcast_to(_VALUES, (batch, 1, 256))
 
 
 def invert(batch: int) -> Tables:
-    """ImageOps.invert."""
+    """Returns the tables of ImageOps.invert."""
     return jnp.broadcast_to(255 - _VALUES, (batch, 1, 256))
 
 
 def posterize(bits: Argument) -> Tables:
-    """ImageOps.posterize: the highest `bits` bits, 0 to 8, are kept."""
+    """Returns the tables of ImageOps.posterize: the highest `bits` bits, 0 to 8, are kept."""
     return _VALUES & (~0 << (8 - bits.astype(jnp.int32)))[:, None, None]
 
 
 def solarize(threshold: Argument) -> Tables:
-    """ImageOps.solarize: values from `threshold` on are inverted."""
+    """Returns the tables of ImageOps.solarize: values of at least `threshold` are inverted."""
     return jnp.where(threshold[:, None, None] > _VALUES, _VALUES, 255 - _VALUES)
 
 
 def solarize_add(added: Argument) -> Tables:
-    """Values below 128 made brighter by `added`, up to 255 (timm)."""
+    """Returns tables that add `added` to values below 128, up to 255 (timm)."""
     brighter = jnp.minimum(_VALUES + added.astype(jnp.int32)[:, None, None], 255)
     return jnp.where(_VALUES < 128, brighter, _VALUES)
 
 
 def brightness(factor: Argument) -> Tables:
-    """ImageEnhance.Brightness: 0 is black, 1 the image."""
+    """Returns the tables of ImageEnhance.Brightness: factor 0 is black, 1 the image."""
     return blend(jnp.zeros((), jnp.int32), _VALUES, factor[:, None, None])
 
 
 def contrast(factor: Argument, mean: Int[Array, " batch"]) -> Tables:
-    """ImageEnhance.Contrast: 0 is the mean grey of the image, 1 the image."""
+    """Returns the tables of ImageEnhance.Contrast: factor 0 is the mean grey of the image, 1 the image."""
     return blend(mean[:, None, None], _VALUES, factor[:, None, None])
 
 
 def auto_contrast(histograms: Histograms) -> Tables:
-    """ImageOps.autocontrast: each channel's least value becomes 0 and its largest 255."""
+    """Returns the tables of ImageOps.autocontrast: each channel's minimum becomes 0 and its maximum 255."""
     present = histograms > 0
     low = present.argmax(-1).astype(jnp.int32)[..., None]
     high = 255 - present[..., ::-1].argmax(-1).astype(jnp.int32)[..., None]
     exact = (_VALUES - low) * 255 // jnp.maximum(high - low, 1)
-    # Pillow computes in floating point and rounds down, which is one less where the quotient is whole, for some of the
-    # values: which ones is looked up.
+    # Pillow computes in float64 and rounds down, which for some exact quotients gives one less; a table says for which.
     octets = jnp.asarray(_one_less())[low[..., 0], high[..., 0]]
     less = (octets[..., _VALUES // 8] >> (7 - _VALUES % 8).astype(np.uint8)) & 1
     return jnp.where(high > low, jnp.clip(exact - less, 0, 255), _VALUES)
@@ -86,20 +85,20 @@ def auto_contrast(histograms: Histograms) -> Tables:
 
 @functools.cache
 def _one_less() -> UInt8[np.ndarray, "256 256 32"]:
-    """A bit for each (low, high, value): whether Pillow's float64 result lies one below the exact quotient."""
+    """Returns a bit per (low, high, value): whether Pillow's float64 result is one less than the exact quotient."""
     bits = np.zeros((256, 256, 32), np.uint8)
     for low in range(255):
         high = np.arange(low + 1, 256)[:, None]
         scale = 255.0 / (high - low)
-        made = (_VALUES * scale + -low * scale).astype(np.int64)
+        rounded = (_VALUES * scale + -low * scale).astype(np.int64)
         exact = (_VALUES - low) * 255 // (high - low)
         within = (low <= _VALUES) & (high >= _VALUES)
-        bits[low, low + 1 :] = np.packbits(within & (made < exact), axis=-1)
+        bits[low, low + 1 :] = np.packbits(within & (rounded < exact), axis=-1)
     return bits
 
 
 def equalize(histograms: Histograms) -> Tables:
-    """ImageOps.equalize: each channel's values spread so that all are about equally frequent."""
+    """Returns the tables of ImageOps.equalize: the values of each channel become about equally frequent."""
     last = 255 - (histograms > 0)[..., ::-1].argmax(-1)
     top = jnp.take_along_axis(histograms, last[..., None], -1)
     step = (histograms.sum(-1, keepdims=True) - top) // 255
@@ -112,19 +111,19 @@ def equalize(histograms: Histograms) -> Tables:
 
 
 def histogram(images: Images, inside: Inside) -> Histograms:
-    """How often each value occurs in each channel."""
+    """Returns the number of pixels inside with each value, per channel."""
     channels = images.shape[-1]
 
     def count(image: jax.Array, weights: jax.Array) -> jax.Array:
-        places = image.astype(jnp.int32) + 256 * jnp.arange(channels)
+        indices = image.astype(jnp.int32) + 256 * jnp.arange(channels)
         weights = jnp.broadcast_to(weights[..., None], image.shape).astype(jnp.int32)
-        return jnp.zeros(256 * channels, jnp.int32).at[places].add(weights, mode="promise_in_bounds")
+        return jnp.zeros(256 * channels, jnp.int32).at[indices].add(weights, mode="promise_in_bounds")
 
     return no_fuse(jax.vmap(count))(images, inside).reshape(-1, channels, 256)
 
 
 def grey(images: Images) -> Grey:
-    """Pillow's conversion to 'L' (ITU-R 601-2), in whole numbers; one channel stays as it is."""
+    """Returns Pillow's conversion to mode 'L' (ITU-R 601-2), in integers; images of one channel are unchanged."""
     if images.shape[-1] == 1:
         return images.astype(jnp.int32)
     red, green, blue = (images[..., k : k + 1].astype(jnp.int32) for k in range(3))
@@ -132,29 +131,29 @@ def grey(images: Images) -> Grey:
 
 
 def mean_grey(images: Images, inside: Inside) -> Int[Array, " batch"]:
-    """The mean of `grey`, to the nearest whole number, halves up."""
+    """Returns the mean of `grey` over the pixels inside, rounded to the nearest integer, halves up."""
     count = jnp.maximum(inside.sum((1, 2)), 1)
     total = jnp.where(inside[..., None], grey(images), 0).sum((1, 2, 3))
     return (2 * total + count) // (2 * count)
 
 
-# --- operations that are no tables ----------------------------------------------------------------------------------
+# --- operations that are not tables ---------------------------------------------------------------------------------
 
 
 def blend(
     degenerate: Int[Array, "..."] | np.ndarray, values: Int[Array, "..."] | np.ndarray, factor: Float[Array, "..."]
 ) -> Int[Array, "..."]:
-    """Image.blend: degenerate + factor * (values - degenerate), in float32, cut to 0 .. 255 and rounded down."""
+    """Returns Image.blend: degenerate + factor * (values - degenerate) in float32, clipped to 0..255, rounded down."""
     difference = values - degenerate
-    # The maximum changes no value, as no factor is negative: it keeps the compiler from fusing the product and the sum
-    # into one operation with one rounding, where Pillow rounds twice.
+    # No factor is negative, so the maximum changes no value: it keeps the compiler from contracting the multiplication
+    # and the addition into one operation that rounds once, where Pillow rounds twice.
     part = jnp.maximum(factor * jnp.abs(difference).astype(jnp.float32), 0.0)
     start = jnp.asarray(degenerate, jnp.float32)
     return jnp.clip(jnp.where(difference < 0, start - part, start + part), 0, 255).astype(jnp.int32)
 
 
 def smooth(images: Images) -> Int[Array, "batch height width channels"]:
-    """ImageFilter.SMOOTH: 3x3, the centre weighs 5 and each neighbour 1; pixels at the edge stay as they are."""
+    """Returns ImageFilter.SMOOTH: a 3x3 kernel, weight 5 at the centre and 1 elsewhere; edge pixels are unchanged."""
     values = images.astype(jnp.int32)
     if min(images.shape[1:3]) < 3:
         return values
@@ -164,10 +163,14 @@ def smooth(images: Images) -> Int[Array, "batch height width channels"]:
 
 
 def blur(images: Images, radius: Argument) -> Images:
-    """ImageFilter.GaussianBlur: three box blurs along each axis, `radius` (the standard deviation) of up to 2 pixels.
+    """Returns ImageFilter.GaussianBlur: three box blurs along each axis.
 
     The boxes are those of Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering"
-    (2011), with Pillow's weights of 24 bits; the pixels at the edge are repeated beyond it.
+    (2011), with Pillow's 24-bit weights; edge pixels are repeated beyond the edge.
+
+    Args:
+        images: batch of images.
+        radius: standard deviation, at most 2 pixels.
     """
     variance = radius**2 / 3
     whole = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)
@@ -189,32 +192,32 @@ def blur(images: Images, radius: Argument) -> Images:
     return values.astype(jnp.uint8)
 
 
-def turn_hue(images: Images, turn: Argument) -> Images:
-    """The hue turned by `turn`, -0.5 to 0.5 of the circle, in Pillow's 8-bit HSV (torchvision's adjust_hue)."""
+def shift_hue(images: Images, shift: Argument) -> Images:
+    """Returns images with the hue shifted by -0.5 to 0.5 of the circle, in 8-bit HSV (torchvision's adjust_hue)."""
     if images.shape[-1] == 1:
         return images
     hue, saturation, value = _to_hsv(images.astype(jnp.int32))
-    # As a cast to 8 bits of the product has it: towards zero, and around the circle.
-    steps = jnp.trunc(turn * 255).astype(jnp.int32)[:, None, None]
+    # Like torchvision's cast to 8 bits: rounded towards zero, and modulo 256.
+    steps = jnp.trunc(shift * 255).astype(jnp.int32)[:, None, None]
     return _from_hsv((hue + steps) & 255, saturation, value).astype(jnp.uint8)
 
 
-def _to_hsv(colours: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    most, least = colours.max(-1), colours.min(-1)
-    range_ = most - least
-    largest = jnp.where(colours[..., 0] == most, 0, jnp.where(colours[..., 1] == most, 1, 2))
-    # The two behind the largest, in turn: one is the least, and the hue follows from how far down the other is.
-    second, third = (most - jnp.take_along_axis(colours, ((largest + k) % 3)[..., None], -1)[..., 0] for k in (1, 2))
+def _to_hsv(colors: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    maximum, minimum = colors.max(-1), colors.min(-1)
+    range_ = maximum - minimum
+    largest = jnp.where(colors[..., 0] == maximum, 0, jnp.where(colors[..., 1] == maximum, 1, 2))
+    # Distances of the two other channels from the largest: one of them is the range, the other determines the hue.
+    second, third = (maximum - jnp.take_along_axis(colors, ((largest + k) % 3)[..., None], -1)[..., 0] for k in (1, 2))
     is_third = (third != range_).astype(jnp.int32)
     hue = jnp.asarray(_hues())[largest, is_third, jnp.where(is_third, third, second), range_].astype(jnp.int32)
-    return hue, range_ * 255 // jnp.maximum(most, 1), most
+    return hue, range_ * 255 // jnp.maximum(maximum, 1), maximum
 
 
 @functools.cache
 def _hues() -> UInt8[np.ndarray, "3 2 256 256"]:
-    """Pillow's hue, for the largest channel, which of the two behind it is not the least, its distance, the range.
+    """Returns Pillow's hue by largest channel, which other channel is not the smallest, its distance, and the range.
 
-    A table, as Pillow rounds to float32 on its way, by which the hue of some colours is one less.
+    A table, because Pillow's intermediate float32 rounding makes the hue of some colors one less.
     """
     distance, range_ = _VALUES[:, None].astype(np.float32), np.maximum(_VALUES, 1).astype(np.float32)[None]
     share = distance / range_
@@ -223,16 +226,19 @@ def _hues() -> UInt8[np.ndarray, "3 2 256 256"]:
         for is_third in (0, 1):
             second, third = (np.float32(1), share) if is_third else (share, np.float32(1))
             sixths = (2.0 * largest + np.float64(third) - np.float64(second)).astype(np.float32)
-            turned = np.fmod(np.float64(sixths) / 6 + 1, 1).astype(np.float32)
-            hues[largest, is_third] = np.where(distance <= range_, np.float64(turned) * 255, 0)
+            fraction = np.fmod(np.float64(sixths) / 6 + 1, 1).astype(np.float32)
+            hues[largest, is_third] = np.where(distance <= range_, np.float64(fraction) * 255, 0)
     hues[..., 0] = 0
     return hues
 
 
 def _from_hsv(hue: jax.Array, saturation: jax.Array, value: jax.Array) -> jax.Array:
     sector, rest = hue * 6 // 255, hue * 6 % 255
-    share = lambda parts: (2 * value * (255 * 255 - saturation * parts) + 255 * 255) // (2 * 255 * 255)  # noqa: E731
-    low, falling, rising = share(jnp.full_like(rest, 255)), share(rest), share(255 - rest)
+
+    def scaled(parts: jax.Array) -> jax.Array:
+        return (2 * value * (255 * 255 - saturation * parts) + 255 * 255) // (2 * 255 * 255)
+
+    low, falling, rising = scaled(jnp.full_like(rest, 255)), scaled(rest), scaled(255 - rest)
     table = [
         (value, rising, low),
         (falling, value, low),

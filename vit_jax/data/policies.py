@@ -1,7 +1,10 @@
-"""Policies: which operations are drawn for each image, and how strong they are.
+"""Policies: which operations are drawn for each image, and with which arguments.
 
-Each draws a `Chain` from a key; `operations.py` applies it. Where a policy of a published library takes a whole number
-(bits, thresholds, pixels), so does ours, rounded as there.
+Each policy draws a `Chain` from a key; `operations.py` applies it. Integer arguments (bits, thresholds, pixels) are
+rounded as in the library that the policy follows.
+
+A policy draws an index into its own list of names, so the order of that list is part of the random stream: reordering
+or inserting names changes what is drawn for a key.
 """
 
 import dataclasses
@@ -13,11 +16,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vit_jax.data.operations import CODES, Chain
 
-MAGNITUDES = 10  # of RandAugment: the strongest
-WIDE_STEPS = 31  # of TrivialAugment: strengths from 0 on
-TRANSLATION = 150 / 331  # of AutoAugment: largest shift, as a share of the image
+MAX_MAGNITUDE = 10  # of RandAugment
+WIDE_STEPS = 31  # number of magnitudes of TrivialAugment
+MAX_TRANSLATION = 150 / 331  # of AutoAugment, as a fraction of the image
 
-Strength = Float[Array, "..."]
+Arguments = Float[Array, "..."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +28,8 @@ class Policy:
     """A way to draw operations.
 
     Attributes:
-        draw: of (key, batch, height, width, settings) the batch's chain.
-        names: the operations that may be drawn.
+        draw: draw(key, batch, height, width, settings) returns the chain of a batch.
+        names: the operations that can be drawn.
     """
 
     draw: Callable[[PRNGKeyArray, int, int, int, "Settings"], Chain]
@@ -35,13 +38,13 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What RandAugment leaves open; the other policies have no settings.
+    """Settings of RandAugment; the other policies have none.
 
     Attributes:
-        layers: operations an image, the n of RandAugment.
-        magnitude: 0 to 10, its m.
-        std: standard deviation of a normal magnitude; the result is cut to 0 .. 10.
-        probability: with which each of the operations is done.
+        layers: operations per image, N in the paper.
+        magnitude: mean magnitude, 0 to 10, M in the paper.
+        std: standard deviation of the magnitude, which is normally distributed and clipped to 0..10.
+        probability: probability that each of the operations is applied.
     """
 
     layers: int = 2
@@ -53,20 +56,18 @@ class Settings:
 # --- RandAugment ----------------------------------------------------------------------------------------------------
 
 
-def _increasing(level: Strength, sign: Strength, height: int, width: int) -> dict[str, Strength]:
-    """The argument of each operation at a level of 0 to 10, of timm's set whose effects all grow with it."""
-    share = level / MAGNITUDES
-    # Whole numbers are rounded down after a hair: 0.9 * 10 is 9 whatever float32 makes of it.
-    down = lambda value: jnp.floor(value + 1e-4)  # noqa: E731
+def _increasing(magnitude: Arguments, sign: Arguments, height: int, width: int) -> dict[str, Arguments]:
+    """Returns the argument of each operation at a magnitude of 0 to 10, as in timm's increasing set."""
+    share = magnitude / MAX_MAGNITUDE
     factor = jnp.maximum(1 + 0.9 * share * sign, 0.1)
     return {
         "auto_contrast": share,
         "equalize": share,
         "invert": share,
         "rotate": 30 * share * sign,
-        "posterize": 4 - down(4 * share),
-        "solarize": 256 - down(256 * share),
-        "solarize_add": down(110 * share),
+        "posterize": 4 - _floor(4 * share),
+        "solarize": 256 - _floor(256 * share),
+        "solarize_add": _floor(110 * share),
         "color": factor,
         "contrast": factor,
         "brightness": factor,
@@ -78,33 +79,38 @@ def _increasing(level: Strength, sign: Strength, height: int, width: int) -> dic
     }
 
 
-def _names(arguments: Callable[[Strength, Strength], dict[str, Strength]]) -> tuple[str, ...]:
-    """The operations of a set, in its order; found without a device, which at import must not be touched yet."""
+def _floor(value: Arguments) -> Arguments:
+    # A float32 product slightly below an integer counts as that integer: 0.9 * 10 is 9.
+    return jnp.floor(value + 1e-4)
+
+
+def _names(arguments: Callable[[Arguments, Arguments], dict[str, Arguments]]) -> tuple[str, ...]:
+    """Returns the operations of a set in order, without computing anything: a device must not be used at import."""
     names: list[str] = []
-    number = jax.ShapeDtypeStruct((), jnp.float32)
-    jax.eval_shape(lambda *numbers: names.extend(arguments(*numbers)), number, number)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    jax.eval_shape(lambda *scalars: names.extend(arguments(*scalars)), scalar, scalar)
     return tuple(names)
 
 
-INCREASING = _names(lambda level, sign: _increasing(level, sign, 1, 1))
+INCREASING = _names(lambda magnitude, sign: _increasing(magnitude, sign, 1, 1))
 
 
 def rand_augment(key: PRNGKeyArray, batch: int, height: int, width: int, settings: Settings) -> Chain:
-    """`layers` operations, each any of the set with equal odds, done or left out (arXiv 1909.13719; timm's `inc1`)."""
+    """Draws `layers` operations with equal probability, each applied or skipped (arXiv 1909.13719; timm's `inc1`)."""
     shape = (settings.layers, batch)
-    name_key, done_key, level_key, sign_key = jax.random.split(key, 4)
+    name_key, applied_key, magnitude_key, sign_key = jax.random.split(key, 4)
     chosen = jax.random.randint(name_key, shape, 0, len(INCREASING))
-    done = jax.random.bernoulli(done_key, settings.probability, shape)
-    level = settings.magnitude + settings.std * jax.random.normal(level_key, shape)
-    arguments = _increasing(jnp.clip(level, 0, MAGNITUDES), _sign(sign_key, shape), height, width)
-    return _pick(INCREASING, arguments, jnp.where(done, chosen, -1))
+    applied = jax.random.bernoulli(applied_key, settings.probability, shape)
+    magnitude = settings.magnitude + settings.std * jax.random.normal(magnitude_key, shape)
+    arguments = _increasing(jnp.clip(magnitude, 0, MAX_MAGNITUDE), _sign(sign_key, shape), height, width)
+    return _pick(INCREASING, arguments, jnp.where(applied, chosen, -1))
 
 
 # --- TrivialAugment -------------------------------------------------------------------------------------------------
 
 
-def _wide(step: Strength, sign: Strength) -> dict[str, Strength]:
-    """The argument of each operation at a step of 0 to 30 (arXiv 2103.10158, the wide space; torchvision's numbers)."""
+def _wide(step: Arguments, sign: Arguments) -> dict[str, Arguments]:
+    """Returns the argument of each operation at a step of 0 to 30 (arXiv 2103.10158, wide space; as torchvision)."""
     share = step / (WIDE_STEPS - 1)
     factor, shift = 1 + 0.99 * share * sign, jnp.trunc(32 * share * sign)
     return {
@@ -129,7 +135,7 @@ WIDE = _names(_wide)
 
 
 def trivial_augment(key: PRNGKeyArray, batch: int, height: int, width: int, settings: Settings) -> Chain:
-    """One operation of equal odds, as strong as chance has it: TrivialAugment, the wide space (arXiv 2103.10158)."""
+    """Draws one operation and its magnitude uniformly: TrivialAugment, wide space (arXiv 2103.10158)."""
     name_key, step_key, sign_key = jax.random.split(key, 3)
     step = jax.random.randint(step_key, (1, batch), 0, WIDE_STEPS)
     chosen = jax.random.randint(name_key, (1, batch), 0, len(WIDE))
@@ -138,7 +144,7 @@ def trivial_augment(key: PRNGKeyArray, batch: int, height: int, width: int, sett
 
 # --- AutoAugment ----------------------------------------------------------------------------------------------------
 
-# Table 7 of arXiv 1805.09501: two operations a policy, each with its probability and its magnitude of 0 to 9.
+# Table 7 of arXiv 1805.09501: two operations per sub-policy, each with its probability and a magnitude of 0 to 9.
 CIFAR10 = (
     (("invert", 0.1, 7), ("contrast", 0.2, 6)),
     (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
@@ -168,8 +174,8 @@ CIFAR10 = (
 )
 
 
-def _searched(magnitude: Strength, sign: Strength, height: int, width: int) -> dict[str, Strength]:
-    """The argument of each operation at a magnitude of 0 to 9, as torchvision has AutoAugment's ranges."""
+def _searched(magnitude: Arguments, sign: Arguments, height: int, width: int) -> dict[str, Arguments]:
+    """Returns the argument of each operation at a magnitude of 0 to 9, with torchvision's ranges of AutoAugment."""
     share = magnitude / 9
     factor = 1 + 0.9 * share * sign
     return {
@@ -184,24 +190,24 @@ def _searched(magnitude: Strength, sign: Strength, height: int, width: int) -> d
         "brightness": factor,
         "sharpness": factor,
         "shear_y": 0.3 * share * sign,
-        "translate_x": jnp.trunc(TRANSLATION * width * share * sign),
-        "translate_y": jnp.trunc(TRANSLATION * height * share * sign),
+        "translate_x": jnp.trunc(MAX_TRANSLATION * width * share * sign),
+        "translate_y": jnp.trunc(MAX_TRANSLATION * height * share * sign),
     }
 
 
-SEARCHED = _names(lambda level, sign: _searched(level, sign, 1, 1))
+SEARCHED = _names(lambda magnitude, sign: _searched(magnitude, sign, 1, 1))
 
 
 def auto_augment(key: PRNGKeyArray, batch: int, height: int, width: int, settings: Settings) -> Chain:
-    """One of the 25 policies found on CIFAR-10 (arXiv 1805.09501): two operations with their own odds."""
-    policy_key, done_key, sign_key = jax.random.split(key, 3)
+    """Draws one of the 25 sub-policies found on CIFAR-10 (arXiv 1805.09501), of two operations each."""
+    policy_key, applied_key, sign_key = jax.random.split(key, 3)
     policy = jax.random.randint(policy_key, (batch,), 0, len(CIFAR10))
-    table = [[(SEARCHED.index(name), odds, magnitude) for name, odds, magnitude in pair] for pair in CIFAR10]
-    chosen, odds, magnitudes = jnp.asarray(table, jnp.float32)[policy].T
-    done = jax.random.uniform(done_key, (2, batch)) < odds
+    table = [[(SEARCHED.index(name), *values) for name, *values in pair] for pair in CIFAR10]
+    chosen, probability, magnitudes = jnp.asarray(table, jnp.float32)[policy].T
+    applied = jax.random.uniform(applied_key, (2, batch)) < probability
     sign = _sign(sign_key, (2, batch))
     arguments = _searched(magnitudes, sign, height, width)
-    return _pick(SEARCHED, arguments, jnp.where(done, chosen.astype(jnp.int32), -1))
+    return _pick(SEARCHED, arguments, jnp.where(applied, chosen.astype(jnp.int32), -1))
 
 
 # --- 3-Augment ------------------------------------------------------------------------------------------------------
@@ -210,19 +216,19 @@ THREE = ("grayscale", "solarize", "blur")
 
 
 def three_augment(key: PRNGKeyArray, batch: int, height: int, width: int, settings: Settings) -> Chain:
-    """Grey, solarised from 128 on, or blurred by 0.1 to 2 pixels, with equal odds (arXiv 2204.07118, section 3.2)."""
+    """Draws grayscale, solarize at 128, or blur with a radius of 0.1 to 2 pixels (arXiv 2204.07118, section 3.2)."""
     name_key, radius_key = jax.random.split(key)
     radius = jax.random.uniform(radius_key, (1, batch), minval=0.1, maxval=2.0)
     arguments = {"grayscale": radius, "solarize": jnp.full_like(radius, 128), "blur": radius}
     return _pick(THREE, arguments, jax.random.randint(name_key, (1, batch), 0, len(THREE)))
 
 
-def _sign(key: PRNGKeyArray, shape: tuple[int, ...]) -> Strength:
+def _sign(key: PRNGKeyArray, shape: tuple[int, ...]) -> Arguments:
     return jnp.where(jax.random.bernoulli(key, 0.5, shape), 1.0, -1.0)
 
 
-def _pick(names: tuple[str, ...], arguments: dict[str, Strength], chosen: jax.Array) -> Chain:
-    """The chain of the operations at the places `chosen` in `names`; -1 is none."""
+def _pick(names: tuple[str, ...], arguments: dict[str, Arguments], chosen: jax.Array) -> Chain:
+    """Returns the chain of the operations at the indices `chosen` into `names`; -1 is the identity."""
     codes = jnp.asarray([CODES[name] for name in names], jnp.int32)
     picked = jnp.select([chosen == k for k in range(len(names))], [arguments[name] for name in names], 0.0)
     return Chain(jnp.where(chosen < 0, CODES["identity"], codes[chosen]), picked.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""Prepares CIFAR-10 and CIFAR-100 for TensorFlow Datasets (TFDS) without TensorFlow: python -m vit_jax.data.prepare."""
+"""The command python -m vit_jax.data.prepare: prepares CIFAR-10 and CIFAR-100 for TFDS without TensorFlow."""
 
 import argparse
 import contextlib
@@ -15,46 +15,45 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax.data.archives import ARCHIVES, SHAPE, Archive, download, read_files, what_is_wanted
+from vit_jax.data.archives import ARCHIVES, SHAPE, Archive, download, expected_files, read_files
 from vit_jax.errors import UserError
 
 
 def default_data_dir() -> Path:
-    """$TFDS_DATA_DIR, or ~/tensorflow_datasets, as TFDS has it."""
+    """Returns $TFDS_DATA_DIR, or ~/tensorflow_datasets, as TFDS does."""
     return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def prepare(archive: Archive, *, data_dir: Path, source: Path | None = None) -> Path:
-    """Writes the set as TFDS writes it, in array_record files; does nothing where that has been done.
+    """Writes the set in TFDS's layout and in array_record files; does nothing if it is prepared already.
 
-    The files are verified first, then written to a temporary folder that is renamed once it is complete, so that an
-    interrupted run leaves nothing that looks finished, and a second run starts again. Several processes may call this
-    at once: one works, the others wait for it.
+    The files are verified first, then written to a temporary directory that is renamed once it is complete, so an
+    interrupted run never looks finished. Several processes may call this at once: one works, the others wait for it.
 
     Args:
         archive: one of `ARCHIVES`.
-        data_dir: TFDS's folder of prepared sets.
-        source: the archive, the folder extracted from it, or a folder that holds either. None downloads the archive
-            to data_dir/downloads, where it stays.
+        data_dir: TFDS's directory of prepared sets.
+        source: the archive, the directory extracted from it, or a directory that contains either. None downloads the
+            archive to data_dir/downloads and keeps it there.
 
     Returns:
-        The folder that was written, data_dir/name/version.
+        The directory of the prepared set, data_dir/name/version.
 
     Raises:
         UserError: a file is missing, damaged or of the wrong kind; the download failed; `data_dir` cannot be written.
     """
     try:
-        with _lock(data_dir / "downloads" / f"{archive.name}.lock"):
-            return _prepare_alone(archive, data_dir, source)
+        with _locked(data_dir / "downloads" / f"{archive.name}.lock"):
+            return _prepare_locked(archive, data_dir, source)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         raise UserError(
-            f"{archive.name}: cannot be prepared in {data_dir}: {error.strerror or error}{where}.\n"
-            "Free or unlock it, or give another folder with --data_dir (config.data.dir)."
+            f"{archive.name}: cannot be prepared in {data_dir}: {error.strerror or error}{where}\n"
+            "  free disk space or change its permissions, or set another directory with --data_dir (config.data.dir)"
         ) from error
 
 
-def _prepare_alone(archive: Archive, data_dir: Path, source: Path | None) -> Path:
+def _prepare_locked(archive: Archive, data_dir: Path, source: Path | None) -> Path:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(archive.name, data_dir=data_dir, try_gcs=False)
@@ -64,19 +63,19 @@ def _prepare_alone(archive: Archive, data_dir: Path, source: Path | None) -> Pat
         return folder
     files = read_files(archive, download(archive, data_dir / "downloads") if source is None else source)
     names = [_class_names(files[file]) for file in archive.label_files]
-    for stale in folder.parent.glob("incomplete.*"):  # of a run that was killed
+    for stale in folder.parent.glob("incomplete.*"):  # left by a killed process
         if time.time() - stale.stat().st_mtime > 3600:
             shutil.rmtree(stale, ignore_errors=True)
-    print(f"preparing {archive.name} in {folder}, about 15 s", file=sys.stderr, flush=True)
+    print(f"preparing {archive.name} in {folder} (about 15 s)", file=sys.stderr, flush=True)
     _write(builder, archive, files, names)
     return folder
 
 
 def _write(builder, archive: Archive, files: Mapping[str, bytes], names: Sequence[list[str]]) -> None:
-    """Lets TFDS's own builder write, with a reader of plain Python in place of its own, which needs TensorFlow.
+    """Lets TFDS's builder write the set, with a Python reader instead of its own, which needs TensorFlow.
 
-    Name, version, features, keys (so also the order on disk) and ids stay those of TFDS. Its PNG encoder is
-    TensorFlow's too, and is by-passed by handing it Pillow images.
+    Name, version, features, keys (and thus the order on disk) and ids are those of TFDS. Its PNG encoder also needs
+    TensorFlow; it is bypassed by passing Pillow images.
     """
     import tensorflow_datasets as tfds
 
@@ -85,20 +84,20 @@ def _write(builder, archive: Archive, files: Mapping[str, bytes], names: Sequenc
         if len(set(class_names)) != feature.num_classes:
             raise UserError(
                 f"{archive.name}: {file} is damaged: it has {len(set(class_names))} class names, not "
-                f"{feature.num_classes}.\n{what_is_wanted(archive)}"
+                f"{feature.num_classes}\n{expected_files(archive)}"
             )
         feature.names = class_names
     builder._split_generators = lambda dl_manager: {s: _examples(archive, files, s) for s in archive.splits}
     builder._make_download_manager = lambda **_: types.SimpleNamespace(downloaded_size=archive.size)
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(None):  # TFDS announces a download of unknown size
+    with contextlib.redirect_stdout(None):  # TFDS would announce a download of unknown size
         builder.download_and_prepare(
             file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
 
 
 def _examples(archive: Archive, files: Mapping[str, bytes], split: str) -> Iterator[tuple[int, dict]]:
-    """The examples of a split as TFDS keys and names them, images as Pillow's."""
+    """Yields the examples of a split with TFDS's keys and names, and Pillow images."""
     from PIL import Image
 
     index = 0
@@ -118,8 +117,8 @@ def _check_format(archive: Archive, folder: Path) -> None:
         found = "unreadable"
     if found != "array_record":
         raise UserError(
-            f"{archive.name}: {folder} exists, and holds {found} files where array_record is needed.\n"
-            "Move it away, or give another folder with --data_dir (config.data.dir)."
+            f"{archive.name}: {folder} contains {found} files; array_record is required\n"
+            "  move it away, or set another directory with --data_dir (config.data.dir)"
         )
 
 
@@ -128,51 +127,52 @@ def _class_names(text: bytes) -> list[str]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # given up when the file is closed, also by a process that is killed
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also if the process is killed
         yield
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 _HELP = """
-Prepares CIFAR-10 or CIFAR-100 once, so that TensorFlow Datasets (TFDS) and vit_jax can read it; TensorFlow is not
-needed. Training on data.name=cifar10 or cifar100 does this by itself where there is internet.
+Prepares CIFAR-10 or CIFAR-100 for TensorFlow Datasets (TFDS) and vit_jax, without TensorFlow. Training on
+data.name=cifar10 or cifar100 does this automatically if the machine has internet access.
 
 examples:
-  with internet (downloads 170 MB, then takes about 15 s):
+  with internet access (downloads 170 MB, then takes about 15 s):
     python -m vit_jax.data.prepare cifar10
 
-  without internet, from the archive or from the folder that was extracted from it:
+  without internet access, from the archive or from the directory extracted from it:
     python -m vit_jax.data.prepare cifar10 --from ~/Downloads/cifar-10-binary.tar.gz
     python -m vit_jax.data.prepare cifar100 --from /data/cifar-100-binary
 
-  somewhere else than ~/tensorflow_datasets (give the same folder as --config.data.dir, or set TFDS_DATA_DIR):
+  to another directory than ~/tensorflow_datasets (then train with --config.data.dir, or set TFDS_DATA_DIR):
     python -m vit_jax.data.prepare cifar10 --data_dir /data/tfds
 
-The archives are the binary versions at https://www.cs.toronto.edu/~kriz/cifar.html; the Python versions are not read.
+The archives are the binary versions at https://www.cs.toronto.edu/~kriz/cifar.html. The Python versions are not
+supported.
 """
 
 
 def main(arguments: Sequence[str] | None = None, archives: Mapping[str, Archive] = ARCHIVES) -> int:
-    """Runs the command; returns its exit status, 2 for a user's mistake."""
+    """Runs the command; returns its exit status, 2 for a user error."""
     parser = argparse.ArgumentParser(
         prog="python -m vit_jax.data.prepare",
         usage="python -m vit_jax.data.prepare {cifar10,cifar100} [--from PATH] [--data_dir DIR]",
         description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=sorted(archives), metavar="{cifar10,cifar100}", help="the set to prepare")
+    parser.add_argument("name", choices=sorted(archives), metavar="{cifar10,cifar100}", help="dataset to prepare")
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="PATH", help="the archive, or the folder extracted from it"
+        "--from", dest="source", type=Path, metavar="PATH", help="archive, or the directory extracted from it"
     )
     parser.add_argument(
         "--data_dir",
         type=Path,
         metavar="DIR",
-        help="where to write (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)",
+        help="output directory (default: $TFDS_DATA_DIR, or ~/tensorflow_datasets)",
     )
     options = parser.parse_args(arguments)
     try:
@@ -182,9 +182,9 @@ def main(arguments: Sequence[str] | None = None, archives: Mapping[str, Archive]
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing is left half-done, and the same command starts again", file=sys.stderr)
+        print("interrupted; run the same command to start again", file=sys.stderr)
         return 130
-    print(f"{options.name} is ready in {folder}")
+    print(f"{options.name} is prepared in {folder}")
     return 0
 
 

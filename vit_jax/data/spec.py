@@ -1,4 +1,4 @@
-"""What a kind of data set tells of itself, so that it can be loaded as any other."""
+"""What each kind of dataset provides so that it can be loaded like any other."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,31 +7,30 @@ import numpy as np
 
 from vit_jax.data import lazy_images
 
-LABEL = "label"  # what TFDS calls the label of a set that has one
+LABEL = "label"  # TFDS's name of the label
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
-    """What is known of a set before anything of it is decoded.
+class DatasetSpec:
+    """Description of a dataset, known before any image is decoded.
 
     Attributes:
-        name: the set.
-        sizes: the examples of each stored split.
-        labels: the class names of each kind of label.
-        shape: height, width and channels; height and width are None where images differ in size.
-        key: the folder in the cache, which changes when the stored set does; None for a set that needs no cache.
-        decode: decode(split, images, labels) fills arrays of a whole stored split with its images, at their size, and
-            the labels of the kind `label`.
-        records: records(split) are its examples as they are stored; None for a set that is always kept decoded.
-        read_labels: read_labels(split, kind, labels) fills an array with the labels of another kind; None where there
-            is none.
+        name: name of the set.
+        sizes: number of examples of each stored split.
+        class_names: the class names of each kind of label.
+        shape: height, width and channels; height and width are None if images differ in size.
+        cache_key: subdirectory of the cache, which changes with the stored set; None for a set that needs no cache.
+        decode: decode(split, images, labels) fills arrays with the images of a stored split, at the height and width
+            of the array, and with the labels of the kind `label`.
+        records: records(split) returns the encoded examples; None for a set that is always decoded as a whole.
+        read_labels: read_labels(split, kind, labels) fills an array with labels of another kind; None if there is none.
     """
 
     name: str
     sizes: Mapping[str, int]
-    labels: Mapping[str, tuple[str, ...]]
+    class_names: Mapping[str, tuple[str, ...]]
     shape: tuple[int | None, int | None, int]
-    key: str | None
+    cache_key: str | None
     decode: Callable[[str, np.ndarray, np.ndarray], None]
     records: Callable[[str], lazy_images.Records] | None = None
     read_labels: Callable[[str, str, np.ndarray], None] | None = None

@@ -1,4 +1,4 @@
-"""Split expressions in TFDS's own syntax, such as `train[:98%]+test`, read without TFDS."""
+"""Split expressions in TFDS's syntax, such as `train[:98%]+test`, parsed without TFDS."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ _BOUND = re.compile(r"^((?P<value>-?[\d_.]+)(?P<unit>%|shard)?)?$")
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The examples `start` (included) to `stop` (excluded) of one stored split."""
+    """The examples from `start` to `stop` (exclusive) of one stored split."""
 
     split: str
     start: int
@@ -20,18 +20,18 @@ class Piece:
 
 
 def parse(expression: str, sizes: Mapping[str, int]) -> tuple[Piece, ...]:
-    """Resolves a split expression to the non-empty pieces that it joins, in its order.
+    """Returns the non-empty pieces that a split expression selects, in order.
 
-    The syntax and the rounding are those of https://www.tensorflow.org/datasets/splits: a percentage stands for the
-    closest example (`round(percent * examples / 100)`), a negative bound counts from the end, `all` is every split.
-    Pieces that adjoin are merged, so that `train[:50%]+train[50%:]` is one piece.
+    Syntax and rounding are those of https://www.tensorflow.org/datasets/splits: a percentage is rounded to the closest
+    example (`round(percent * examples / 100)`), negative bounds count from the end, and `all` selects every split.
+    Adjacent pieces are merged: `train[:50%]+train[50%:]` is one piece.
 
     Args:
         expression: for example `train`, `train[:98%]`, `train[500:]`, `train[:-500]`, `train[10%:20%]+test`.
-        sizes: the examples of each stored split.
+        sizes: number of examples of each stored split.
 
     Raises:
-        UserError: the expression is malformed, names an unknown split, reaches beyond a split, or holds no example.
+        UserError: the expression is malformed, names an unknown split, exceeds a split, or selects no example.
     """
     pieces: list[Piece] = []
     for part in re.split(r"\s*\+\s*", expression):
@@ -43,14 +43,14 @@ def parse(expression: str, sizes: Mapping[str, int]) -> tuple[Piece, ...]:
             else:
                 pieces.append(piece)
     if not pieces:
-        raise _error(expression, "it holds no example", sizes)
+        raise _error(expression, "it selects no example", sizes)
     return tuple(pieces)
 
 
 def _parse_part(part: str, expression: str, sizes: Mapping[str, int]) -> list[Piece]:
     match = _PART.match(part)
     if not match:
-        raise _error(expression, f"{part!r} is not of the form train, train[:98%] or train[500:]", sizes)
+        raise _error(expression, f"{part!r} does not have the form train, train[:98%] or train[500:]", sizes)
     split, bounds = match["split"], match["slice"]
     if split == "all" and bounds is None:
         return [Piece(name, 0, size) for name, size in sizes.items()]
@@ -61,8 +61,8 @@ def _parse_part(part: str, expression: str, sizes: Mapping[str, int]) -> list[Pi
         return [Piece(split, 0, size)]
     matches = [_BOUND.match(bound) for bound in bounds.split(":")]
     if len(matches) != 2 or not all(matches) or bounds == ":":
-        raise _error(expression, f"[{bounds}] is not of the form [from:to], in examples or in %", sizes)
-    unit = matches[0]["unit"] or matches[1]["unit"]  # as in TFDS, one % makes both bounds percentages
+        raise _error(expression, f"[{bounds}] does not have the form [start:stop], in examples or in %", sizes)
+    unit = matches[0]["unit"] or matches[1]["unit"]  # as in TFDS, one % applies to both bounds
     try:
         start, stop = (_bound(match["value"], unit, size) for match in matches)
     except ValueError as error:
@@ -71,9 +71,9 @@ def _parse_part(part: str, expression: str, sizes: Mapping[str, int]) -> list[Pi
 
 
 def _bound(text: str | None, unit: str | None, size: int) -> int | None:
-    """One bound as an index from the start; None where none is given. Raises ValueError with the reason."""
+    """Returns a bound as an index from the start, or None if it is empty; raises ValueError with the reason."""
     if unit == "shard":
-        raise ValueError("slices by shard are not supported: use examples or %")
+        raise ValueError("slices by shard are not supported; use examples or %")
     if text is None:
         return None
     try:
@@ -82,15 +82,15 @@ def _bound(text: str | None, unit: str | None, size: int) -> int | None:
         raise ValueError(f"{text!r} is not a number") from None
     if unit == "%":
         if abs(value) > 100:
-            raise ValueError(f"{text}% lies outside -100% to 100%")
+            raise ValueError(f"{text}% is not between -100% and 100%")
         value = round(value * size / 100.0)
     if abs(value) > size:
-        raise ValueError(f"{text} reaches beyond the {size:,} examples")
+        raise ValueError(f"{text} exceeds the {size:,} examples")
     return value + size if value < 0 else value
 
 
 def _error(expression: str, reason: str, sizes: Mapping[str, int]) -> UserError:
     known = ", ".join(f"{name} ({size:,} examples)" for name, size in sizes.items())
     return UserError(
-        f"split {expression!r}: {reason}.\nKnown splits: {known}; slices such as train[:98%], train[500:]."
+        f"split {expression!r}: {reason}\n  allowed: {known}, and slices such as train[:98%] or train[500:]"
     )

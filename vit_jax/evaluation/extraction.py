@@ -1,8 +1,9 @@
-"""A frozen backbone of any origin, and what it makes of every image of a split, computed once."""
+"""Features of a frozen backbone: loading the backbone, computing the features of every example, storing them once."""
 
 import dataclasses
 import hashlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
-from vit_jax import weights
+from vit_jax import sharding, weights
 from vit_jax.data import feature_store, normalization, pipeline
 from vit_jax.data.augment import Augment
-from vit_jax.data.feature_store import Stored
+from vit_jax.data.feature_store import StoredFeatures
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.evaluation import exact
@@ -23,7 +25,7 @@ from vit_jax.models.vit import VisionTransformer, token_grid
 from vit_jax.optim import trainable
 from vit_jax.runtime import attention_choice, hardware
 
-TIMED_BATCH = 64  # examples with which attention backends are timed
+TIMED_BATCH = 64  # batch size at which attention backends are timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,35 +33,20 @@ class Backbone:
     """A model without a head.
 
     Attributes:
-        model: it; its `classes` is None.
-        parameters: its own.
-        pre_logits: kernel and bias of the Dense + tanh layer before its head's logits, where they are asked for.
-        image_size: height and width that its positions are for; None where any will do.
-        channels: of its images.
-        normalization: of the images it was trained on, as `config.data.normalization` names it.
-        about: where it comes from, in words.
+        model: its `classes` is None.
+        parameters: of the model.
+        pre_logits: kernel and bias of the Dense + tanh layer before the head's logits, if requested; else None.
+        image_size: height and width that the position embeddings are for; None if any size works.
+        normalization: of the images in training, a value of `config.data.normalization`.
+        description: one line about the origin of the parameters.
     """
 
     model: VisionTransformer
     parameters: dict[str, Any]
     pre_logits: tuple[np.ndarray, np.ndarray] | None
     image_size: tuple[int, int] | None
-    channels: int
     normalization: str
-    about: str
-
-    def shape_of(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """The shape of one image's features.
-
-        Raises:
-            UserError: the patch does not divide such images.
-        """
-        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        try:
-            token_grid(self.model, image_shape[:2])
-        except ValueError as error:
-            raise UserError(f"--image_size: {error}\n  give one that suits the patch") from None
-        return jax.eval_shape(self.model.apply, {"params": self.parameters}, images).shape[1:]
+    description: str
 
 
 def load(
@@ -68,63 +55,66 @@ def load(
     step: int | str | None = None,
     pooling: str | None = None,
     pre_logits: str | None = None,
-    **fitted: Any,
+    image_size: int | None = None,
+    channels: int | None = None,
 ) -> Backbone:
-    """The backbone of a run of our own or of any file that `weights.load` reads.
+    """Returns the backbone of one of our runs, or of any file that `weights.load` reads.
 
     Args:
-        init: a workdir, file, folder, URL or name.
-        step: of a workdir: a step, or 'best'; None for the newest.
-        pooling: 'token' or 'mean' in place of the model's own.
-        pre_logits: also the layer before the logits of a head; of several heads, the one for this kind of label.
-        **fitted: `image_size` and `channels` that it shall be made for, where they are other than its own.
+        init: a run directory, file, directory, URL or name.
+        step: for a run directory: a step, or 'best'; None for the newest.
+        pooling: 'token' or 'mean' to replace the model's own pooling.
+        pre_logits: also load the layer before the head's logits; with several heads, that of the head of this name.
+        image_size: side in pixels; None for the size that the position embeddings are for.
+        channels: of the images; None for those of the file.
 
     Raises:
-        UserError: as `weights.load`; or it cannot be pooled so, or has no such layer.
+        UserError: as `weights.load`; or the model does not allow this pooling, or has no layer before the logits.
     """
-    overrides = {name: value for name, value in {"step": step, **fitted}.items() if value is not None}
+    overrides = {"step": step, "image_size": image_size, "channels": channels}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     if pre_logits is None:
         overrides["classes"] = None
     model, parameters, report = weights.load(init, **overrides)
-    model = computing(model, "auto", report.image_size, report.channels)
+    model = prepare_for_device(model, "auto", report.image_size, report.channels)
     layer = None
     if pre_logits is not None:
         head = parameters.get("head", {})
-        found = head.get(pre_logits, head).get("pre_logits")
-        if found is None:
-            raise UserError(f"--pre_logits: the model of {init} has no such layer\n  leave it out")
-        layer = found["kernel"], found["bias"]
-    bare = model.clone(classes=None)
+        dense = head.get(pre_logits, head).get("pre_logits")
+        if dense is None:
+            raise UserError(f"--pre_logits: the head of {init} has no layer before its logits\n  omit --pre_logits")
+        layer = dense["kernel"], dense["bias"]
+    model = model.clone(classes=None)
     if pooling is not None and pooling != model.pooling:
         if model.pooling == "map" or model.norm_after_pooling or (pooling == "token" and not model.class_token):
             raise UserError(
-                f"--pooling={pooling}: the model of {init} has pooling {model.pooling!r}, and cannot have another\n"
-                "  leave it out"
+                f"--pooling={pooling}: the model of {init} was trained with pooling {model.pooling!r}, which cannot be"
+                " replaced\n  omit --pooling"
             )
-        bare = bare.clone(pooling=pooling)
-    if bare.pooling == "none":
-        raise UserError(f"the model of {init} does not pool its tokens\n  give --pooling=mean (or token)")
+        model = model.clone(pooling=pooling)
+    if model.pooling == "none":
+        raise UserError(f"the model of {init} does not pool its tokens\n  add --pooling=mean (or token)")
     parameters = {name: part for name, part in parameters.items() if name != "head"}
-    note = "; ".join(report.notes)
-    about = f"{report.label}{f' ({note})' if note else ''}"
-    return Backbone(bare, parameters, layer, report.image_size, report.channels, report.normalization, about)
+    notes = "; ".join(report.notes)
+    description = f"{report.label} ({notes})" if notes else report.label
+    return Backbone(model, parameters, layer, report.image_size, report.normalization, description)
 
 
-def computing(
+def prepare_for_device(
     model: VisionTransformer,
     dtype: str,
     image_size: tuple[int, int] | None = None,
     channels: int = 3,
     attention: str = attention_choice.AUTO,
 ) -> VisionTransformer:
-    """The model with the compute dtype and the attention backend for this device.
+    """Returns the model with the compute dtype and the attention backend for inference on the default device.
 
     Args:
         model: with any compute dtype and backend.
-        dtype: `config.model.dtype`: 'auto', 'float32' or 'bfloat16'.
-        image_size: height and width of the images; None where they are not known, and no backend can be timed.
+        dtype: a value of `config.model.dtype`: 'auto', 'float32' or 'bfloat16'.
+        image_size: height and width of the images; None if unknown: the backend is then the default of the platform.
         channels: of the images.
-        attention: `config.model.attention_kernel`.
+        attention: a value of `config.model.attention_kernel`.
     """
     dtype, matmul_dtype = hardware.compute_dtypes(dtype)
     kernel = attention_backends.default(jax.default_backend())
@@ -135,29 +125,59 @@ def computing(
     return model.clone(attention_kernel=choice.backend)
 
 
-def store(
-    path: Path,
-    backbone: Backbone,
-    source: Source,
-    mesh: Mesh,
-    *,
-    normalize: str | None = None,
-    batch_size: int = 256,
-    reading: pipeline.Reading | None = None,
-) -> Stored:
-    """The features of every example of a source, from a file if it holds those very ones, else computed into it.
-
-    Args:
-        path: a file ending in .npz, or a folder.
-        backbone: what computes them.
-        source: whose they are; no augmentation is applied.
-        mesh: the devices.
-        normalize: one of `normalization.NAMES`; None for what the backbone was trained with.
-        batch_size: images at a time, rounded up so that the devices divide it.
-        reading: how images are read that are not resident.
+def features_shape(model: VisionTransformer, parameters: Any, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """Returns the shape of the features of one image.
 
     Raises:
-        UserError: the file cannot be written, or something else lies there.
+        UserError: the patch size does not divide the image.
+    """
+    try:
+        token_grid(model, image_shape[:2])
+    except ValueError as error:
+        raise UserError(f"--image_size: {error}\n  allowed: a size that the patch size divides") from None
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(model.apply, {"params": parameters}, images).shape[1:]
+
+
+def extract(
+    model: VisionTransformer, augment: Augment, parameters: Any, batches: pipeline.Pipeline, batch_size: int
+) -> Iterator[Float[np.ndarray, "examples *features"]]:
+    """Yields the model's outputs for every example, in order, some batches at a time.
+
+    Images are normalized, not augmented, and dropout is off. With a model whose `classes` is None, these are features.
+    """
+    indices, is_real = exact.dispatch_tables(batches, batch_size)
+    rows = indices.shape[1]
+
+    def run(parameters: Any, feed: pipeline.Feed) -> jax.Array:
+        def apply(position: jax.Array) -> jax.Array:
+            inputs, _ = pipeline.get_batch(feed, position, sharding.data_sharding(batches.mesh))
+            return model.apply({"params": parameters}, augment.normalize(inputs))
+
+        return jax.lax.map(apply, jnp.arange(rows))
+
+    options = hardware.compiler_options(batches.mesh.devices.flat[0].platform)
+    compiled = jax.jit(run, out_shardings=sharding.replicated(batches.mesh), compiler_options=options)
+    for feed, real in zip(batches.feeds((table, rows) for table in indices), is_real, strict=True):
+        features = np.asarray(compiled(parameters, feed))
+        yield features.reshape(-1, *features.shape[2:])[real.ravel()]
+
+
+def load_or_compute(
+    path: Path, backbone: Backbone, source: Source, mesh: Mesh, *, normalize: str | None = None, batch_size: int = 256
+) -> StoredFeatures:
+    """Returns the features of every example of a source: read from `path` if it holds them, else computed and written.
+
+    Args:
+        path: a file ending in .npz, or a directory.
+        backbone: what computes the features.
+        source: of the images; they are not augmented.
+        mesh: the devices.
+        normalize: one of `normalization.NAMES`; None for the normalization of the backbone's training.
+        batch_size: images per batch, rounded up to a multiple of the number of devices.
+
+    Raises:
+        UserError: the file cannot be written, or `path` is something other than features.
     """
     mean, std = normalization.of_source(normalize or backbone.normalization, source, "--normalize")
     image_shape = tuple(source.images.shape[1:])
@@ -168,43 +188,41 @@ def store(
         "normalized_by": [list(mean), list(std)],
         "fingerprint": _fingerprint(source),
     }
-    known = _known(path, source, about)
+    known = _read_if_same(path, {**about, "name": source.name, "split": source.split})
     if known is not None:
-        print(f"features of {source.name} {source.split}: those in {path}", file=sys.stderr, flush=True)
+        print(f"features of {source.name} {source.split}: reading {path}", file=sys.stderr, flush=True)
         return known
-    print(f"features of {source.name} {source.split}: {len(source):,} images ...", file=sys.stderr, flush=True)
-    feature_store.check_place(path)
-    shape = (len(source), *backbone.shape_of(image_shape))
+    print(f"features of {source.name} {source.split}: computing {len(source):,} ...", file=sys.stderr, flush=True)
+    feature_store.check_path(path)
+    shape = (len(source), *features_shape(backbone.model, backbone.parameters, image_shape))
     augment = Augment(mean, std, dtype=backbone.model.dtype)
-    size = -(-batch_size // mesh.size) * mesh.size
-    feed = pipeline.make(source, mesh, reading=reading)
-    blocks = exact.extract(backbone.model, augment, backbone.parameters, feed, size)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    blocks = extract(backbone.model, augment, backbone.parameters, pipeline.make(source, mesh), batch_size)
     feature_store.write(path, shape, blocks, source, about)
     return feature_store.read(path)
 
 
 def _fingerprint(source: Source) -> str:
-    """What tells two sets of one name apart without reading every image: labels, statistics, pieces."""
+    """Returns a digest of labels, statistics and split, which distinguishes datasets of one name; reads no image."""
     digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
     digest.update(repr((source.pieces, source.mean, source.std, source.class_names)).encode())
     return digest.hexdigest()
 
 
-def _known(path: Path, source: Source, about: dict[str, Any]) -> Stored | None:
-    """What lies there, where it is what would be computed."""
+def _read_if_same(path: Path, about: dict[str, Any]) -> StoredFeatures | None:
+    """Returns the features stored at `path` if their description has all of `about`; else None."""
     if not path.exists():
         return None
     try:
-        found = feature_store.read(path)
+        stored = feature_store.read(path)
     except UserError:
         return None
-    wanted = {**about, "name": source.name, "split": source.split}
-    same = all(found.about.get(name) == value for name, value in wanted.items())
-    return found if same and len(found.labels) else None
+    is_same = all(stored.about.get(name) == value for name, value in about.items())
+    return stored if is_same and len(stored.labels) else None
 
 
 def after_pre_logits(backbone: Backbone, features: np.ndarray) -> np.ndarray:
-    """Features behind the Dense + tanh layer, where the backbone has been asked for it; else as they are."""
+    """Returns tanh(features @ kernel + bias) of the layer before the logits if it was loaded, else the features."""
     if backbone.pre_logits is None:
         return features
     kernel, bias = backbone.pre_logits

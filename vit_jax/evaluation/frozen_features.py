@@ -1,4 +1,4 @@
-"""How well frozen features carry over: few-shot regression, nearest neighbours, a linear probe."""
+"""Quality of frozen features: few-shot regression, nearest neighbours and a linear probe, on one pair of splits."""
 
 import dataclasses
 import statistics
@@ -16,18 +16,18 @@ METHODS = ("fewshot", "knn", "probe")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured, and how.
+    """Which methods to run, and their options.
 
     Attributes:
         methods: of `METHODS`.
-        shots: examples a class that few-shot regression learns from.
-        draws: of such examples, each its own.
-        fewshot_l2: the constant of its regularisation; None for 4/3 of the width.
-        neighbours: how many vote.
-        temperature: of their votes.
-        probe_l2: constants that the probe chooses from.
-        held_out: share of each class of train that it chooses on.
-        seed: of draws and held-out examples.
+        shots: examples per class for few-shot regression; one result for each value.
+        draws: number of random draws of these examples.
+        fewshot_l2: L2 constant of few-shot regression; None for 4/3 of the width.
+        neighbours: number of neighbours that vote; one result for each value.
+        temperature: of the neighbours' votes.
+        probe_l2: L2 constants that the linear probe chooses from.
+        held_out: fraction of each class of the training split on which the probe chooses.
+        seed: of the draws and of the held-out examples.
     """
 
     methods: tuple[str, ...] = METHODS
@@ -49,18 +49,19 @@ class Examples:
     labels: Int[np.ndarray, " examples"]
 
 
-def check(settings: Settings, labels: np.ndarray, class_names: Sequence[str]) -> None:
-    """Sees that a training split has examples enough; before its features are computed.
+def check(settings: Settings, labels: Int[np.ndarray, " examples"], class_names: Sequence[str]) -> None:
+    """Checks, before any features are computed, that a training split has enough examples for the settings.
 
     Raises:
-        UserError: a class has fewer examples than there are shots, or the split fewer than neighbours or held-out ones.
+        UserError: a class has fewer examples than shots, or the split has fewer examples than neighbours, or the
+            held-out fraction of every class is less than one example.
     """
     counts = np.bincount(labels, minlength=len(class_names))
     if "fewshot" in settings.methods and max(settings.shots) > counts.min():
-        few = int(counts.argmin())
+        rarest = int(counts.argmin())
         raise UserError(
-            f"--shots={max(settings.shots)}: class {class_names[few]!r} has {counts[few]} training examples\n"
-            f"  allowed: at most {counts.min()}, more data to train on, or --methods=knn,probe"
+            f"--shots={max(settings.shots)}: class {class_names[rarest]!r} has {counts[rarest]} training examples\n"
+            f"  allowed: at most {counts.min()}, more training data, or --methods=knn,probe"
         )
     if "knn" in settings.methods and max(settings.neighbours) > len(labels):
         raise UserError(
@@ -69,66 +70,67 @@ def check(settings: Settings, labels: np.ndarray, class_names: Sequence[str]) ->
         )
     if "probe" in settings.methods and not linear_probe.hold_out(labels, settings.held_out, settings.seed).any():
         raise UserError(
-            f"--held_out={settings.held_out} of each class leaves no example to choose the probe's L2 constant on\n"
-            "  give a larger share, more data to train on, or --methods=fewshot,knn"
+            f"--held_out={settings.held_out} of each class is less than one example: L2 cannot be chosen\n"
+            "  allowed: a larger fraction, more training data, or --methods=fewshot,knn"
         )
 
 
 def evaluate(train: Examples, test: Examples, classes: int, settings: Settings) -> dict[str, object]:
-    """All that is measured, by name: 'fewshot/5/accuracy', 'knn/20/accuracy', 'probe/accuracy', 'test/examples', ...
+    """Returns all results by name: 'fewshot/5/accuracy', 'knn/20/accuracy', 'probe/accuracy', 'test/examples', ...
 
-    Every test example is scored once by each method; nothing is chosen by them.
+    Every method scores every test example once; no choice depends on the test split.
     """
-    measured: dict[str, object] = {
+    results: dict[str, object] = {
         "train/examples": len(train.labels),
         "test/examples": len(test.labels),
         "classes": classes,
         "width": train.features.shape[1],
     }
     if "fewshot" in settings.methods:
-        measured |= _few_shots(train, test, classes, settings)
+        results |= _evaluate_fewshot(train, test, classes, settings)
     if "knn" in settings.methods:
-        measured |= _neighbours(train, test, classes, settings)
+        results |= _evaluate_knn(train, test, classes, settings)
     if "probe" in settings.methods:
-        measured |= _probe(train, test, classes, settings)
-    return measured
+        results |= _evaluate_probe(train, test, classes, settings)
+    return results
 
 
-def _few_shots(train: Examples, test: Examples, classes: int, settings: Settings) -> dict[str, object]:
-    l2 = settings.fewshot_l2 or fewshot.L2_A_FEATURE * train.features.shape[1]
-    measured: dict[str, object] = {"fewshot/l2": l2}
+def _evaluate_fewshot(train: Examples, test: Examples, classes: int, settings: Settings) -> dict[str, object]:
+    l2 = settings.fewshot_l2 or fewshot.L2_PER_FEATURE * train.features.shape[1]
+    results: dict[str, object] = {"fewshot/l2": l2}
     for shots in settings.shots:
         accuracies = []
-        for number in range(settings.draws):
-            places = fewshot.draw(train.labels, classes, shots, settings.seed, number)
-            drawn = np.asarray(train.features[places], np.float32), train.labels[places]
-            classifier = fewshot.fit(*drawn, classes, l2)
+        for draw_index in range(settings.draws):
+            indices = fewshot.draw(train.labels, classes, shots, settings.seed, draw_index)
+            features = np.asarray(train.features[indices], np.float32)
+            classifier = fewshot.fit(features, train.labels[indices], classes, l2)
             accuracies.append(_accuracy(classifier.predict(test.features), test.labels))
-        measured |= {
+        results |= {
             f"fewshot/{shots}/accuracy": statistics.fmean(accuracies),
             f"fewshot/{shots}/std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
             f"fewshot/{shots}/draws": accuracies,
         }
-    return measured
+    return results
 
 
-def _neighbours(train: Examples, test: Examples, classes: int, settings: Settings) -> dict[str, object]:
-    similarities, places = knn.nearest(train.features, test.features, max(settings.neighbours))
-    labels = train.labels[places]
-    measured: dict[str, object] = {"knn/temperature": settings.temperature}
+def _evaluate_knn(train: Examples, test: Examples, classes: int, settings: Settings) -> dict[str, object]:
+    similarities, indices = knn.nearest(train.features, test.features, max(settings.neighbours))
+    labels = train.labels[indices]
+    results: dict[str, object] = {"knn/temperature": settings.temperature}
     for count in settings.neighbours:
         for name, temperature in (("accuracy", settings.temperature), ("majority_accuracy", None)):
             votes = knn.votes(similarities[:, :count], labels[:, :count], classes, temperature)
-            measured[f"knn/{count}/{name}"] = _accuracy(votes.argmax(axis=1), test.labels)
-    return measured
+            results[f"knn/{count}/{name}"] = _accuracy(votes.argmax(axis=1), test.labels)
+    return results
 
 
-def _probe(train: Examples, test: Examples, classes: int, settings: Settings) -> dict[str, object]:
-    fits = linear_probe.Probe(train.features, train.labels, classes)
-    choice = fits.choose(settings.probe_l2, settings.seed, settings.held_out)
+def _evaluate_probe(train: Examples, test: Examples, classes: int, settings: Settings) -> dict[str, object]:
+    probe = linear_probe.Probe(train.features, train.labels, classes)
+    choice = probe.choose(settings.probe_l2, settings.seed, settings.held_out)
     if len(settings.probe_l2) > 2 and choice.l2 in (min(settings.probe_l2), max(settings.probe_l2)):
-        print(f"the probe's L2 constant, {choice.l2:g}, is at the end of its grid: see --probe_l2", file=sys.stderr)
-    fit = fits.fit(choice.l2)
+        message = f"linear probe: the chosen L2 constant, {choice.l2:g}, is at the end of the grid; see --probe_l2"
+        print(message, file=sys.stderr)
+    fit = probe.fit(choice.l2)
     return {
         "probe/accuracy": _accuracy(fit.classifier.predict(test.features), test.labels),
         "probe/l2": choice.l2,
@@ -139,5 +141,5 @@ def _probe(train: Examples, test: Examples, classes: int, settings: Settings) ->
     }
 
 
-def _accuracy(found: np.ndarray, labels: np.ndarray) -> float:
-    return float((found == labels).mean())
+def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    return float((predictions == labels).mean())

@@ -1,4 +1,4 @@
-"""k nearest neighbours among frozen features, by cosine, as DINO judges them (arXiv 2104.14294, section 4.1)."""
+"""k-nearest-neighbour classification of frozen features by cosine similarity (DINO, arXiv 2104.14294, section 4.1)."""
 
 import functools
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
-TEMPERATURE = 0.07  # DINO's
-# What is in memory at a time: similarities of so many queries with so many examples of the bank.
+TEMPERATURE = 0.07  # as in DINO
+# Sizes of the blocks of queries and bank examples whose similarities are in memory at a time.
 _QUERIES = 512
 _BANK = 16384
 
@@ -19,57 +19,58 @@ def nearest(
     count: int,
     block: int = _BANK,
 ) -> tuple[Float[np.ndarray, "queries count"], Int[np.ndarray, "queries count"]]:
-    """The most similar examples of the bank for each query: cosines, largest first, and places in the bank.
+    """Returns the `count` most similar bank examples of each query: cosine similarities, largest first, and indices.
 
-    Every pair is compared, in float32; of equal cosines the first example counts as the nearer. The bank is sent to the
-    device a block at a time, once; the queries stay there.
+    Every pair is compared, in float32; of equal similarities the lower index comes first. The queries stay on the
+    device, and the bank is sent once, one block at a time.
 
     Args:
-        bank: features to look among; may be memory-mapped.
-        queries: features to look for.
-        count: how many of the nearest, at most as many as the bank has.
-        block: examples of the bank at a time; changes no result.
+        bank: features of the candidates; may be memory-mapped.
+        queries: features to find neighbours for.
+        count: number of neighbours, at most the size of the bank.
+        block: bank examples per block; does not change the result.
     """
     rows = min(_QUERIES, len(queries))
     padded = np.pad(np.asarray(queries, np.float32), ((0, -len(queries) % rows), (0, 0)))
-    asked = _unit(jnp.asarray(padded)).reshape(-1, rows, queries.shape[1])
-    best = (jnp.full((*asked.shape[:2], count), -jnp.inf), jnp.zeros((*asked.shape[:2], count), jnp.int32))
+    query_blocks = _normalize(jnp.asarray(padded)).reshape(-1, rows, queries.shape[1])
+    shape = (*query_blocks.shape[:2], count)
+    best = (jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32))
     block = min(block, len(bank))
     for start in range(0, len(bank), block):
         part = np.asarray(bank[start : start + block], np.float32)
         padded = np.pad(part, ((0, block - len(part)), (0, 0)))
-        best = _look_among(best, asked, padded, np.int32(start), np.int32(len(part)))
-    similarities, places = (np.asarray(one).reshape(-1, count)[: len(queries)] for one in best)
-    return similarities, places
+        best = _merge_block(best, query_blocks, padded, np.int32(start), np.int32(len(part)))
+    similarities, indices = (np.asarray(array).reshape(-1, count)[: len(queries)] for array in best)
+    return similarities, indices
 
 
-def _unit(features: Float[Array, "*leading width"]) -> Float[Array, "*leading width"]:
+def _normalize(features: Float[Array, "*leading width"]) -> Float[Array, "*leading width"]:
     norm = jnp.linalg.norm(features, axis=-1, keepdims=True)
     return features / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _look_among(
+def _merge_block(
     best: tuple[Float[Array, "blocks rows count"], Int[Array, "blocks rows count"]],
     queries: Float[Array, "blocks rows width"],
     bank: Float[Array | np.ndarray, "block width"],
     start: Int[Array | np.ndarray, ""],
-    real: Int[Array | np.ndarray, ""],
+    num_real: Int[Array | np.ndarray, ""],
 ) -> tuple[Float[Array, "blocks rows count"], Int[Array, "blocks rows count"]]:
-    """The best so far and those of one block of the bank, of which the first `real` are examples, merged."""
-    bank, present = _unit(jnp.asarray(bank)), jnp.arange(len(bank)) < real
+    """Merges one block of the bank into the nearest neighbours so far; its first `num_real` rows are not padding."""
+    bank, is_real = _normalize(jnp.asarray(bank)), jnp.arange(len(bank)) < num_real
 
-    def one(rows: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        similarities, places, asked = rows
-        found = jnp.matmul(asked, bank.T, precision=jax.lax.Precision.HIGHEST)
-        found, at = jax.lax.top_k(jnp.where(present, found, -jnp.inf), min(similarities.shape[1], len(bank)))
-        # What came first stands first, so that it wins a tie here too.
+    def merge(block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        similarities, indices, queries = block
+        found = jnp.matmul(queries, bank.T, precision=jax.lax.Precision.HIGHEST)
+        found, rows = jax.lax.top_k(jnp.where(is_real, found, -jnp.inf), min(similarities.shape[1], len(bank)))
+        # top_k prefers the first of equal values: earlier blocks come first.
         found = jnp.concatenate([similarities, found], axis=1)
-        at = jnp.concatenate([places, start + at], axis=1)
+        candidates = jnp.concatenate([indices, start + rows], axis=1)
         found, chosen = jax.lax.top_k(found, similarities.shape[1])
-        return found, jnp.take_along_axis(at, chosen, axis=1)
+        return found, jnp.take_along_axis(candidates, chosen, axis=1)
 
-    return jax.lax.map(one, (*best, queries))
+    return jax.lax.map(merge, (*best, queries))
 
 
 def votes(
@@ -78,18 +79,18 @@ def votes(
     classes: int,
     temperature: float | None = TEMPERATURE,
 ) -> Float[np.ndarray, "queries classes"]:
-    """What the neighbours of each query give each class; a query is of the class that has most, of equals the first.
+    """Returns the sum of the neighbours' votes for each class; the prediction is its argmax.
 
     Args:
         similarities: of the neighbours, largest first.
         labels: of the neighbours.
-        classes: how many there are.
-        temperature: each gives exp(similarity / temperature), here divided by what the nearest gives, which changes no
-            order; None: each gives 1 (the majority).
+        classes: number of classes.
+        temperature: the weight of a vote is exp(similarity / temperature), divided here by that of the nearest
+            neighbour, which does not change the argmax and cannot overflow; None for equal weights (majority vote).
     """
     weights = np.ones(labels.shape)
     if temperature is not None:
         weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
-    given = np.zeros((len(labels), classes))
-    np.add.at(given, (np.arange(len(labels))[:, None], labels), weights)
-    return given
+    sums = np.zeros((len(labels), classes))
+    np.add.at(sums, (np.arange(len(labels))[:, None], labels), weights)
+    return sums

@@ -1,4 +1,4 @@
-"""A linear classifier of features: what few-shot regression and the linear probe both end in."""
+"""A linear classifier of features: the result of few-shot regression and of the linear probe."""
 
 import dataclasses
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-LEAST_STD = 1e-5  # added, so that a feature that never changes is none, and not infinite
-_BLOCK = 8192  # examples at a time on the device
+MIN_STD = 1e-5  # added to every standard deviation, so that a constant feature becomes 0 and not infinite
+_BLOCK = 8192  # examples per device call
 
 
 @jax.tree_util.register_dataclass
@@ -17,8 +17,8 @@ class LinearClassifier:
     """Logits ((features - mean) / std) @ kernel + bias.
 
     Attributes:
-        mean, std: of each feature, over the examples that it was fitted to.
-        kernel: [width, classes], on standardised features.
+        mean, std: of each feature, over the training examples.
+        kernel: [width, classes], for standardized features.
         bias: [classes].
     """
 
@@ -28,25 +28,25 @@ class LinearClassifier:
     bias: Float[Array | np.ndarray, " classes"]
 
     def predict(self, features: Float[np.ndarray, "examples width"]) -> Int[np.ndarray, " examples"]:
-        """The class with the largest logit, of equal ones the first; in blocks, so that memory stays small."""
-        parts = [features[start : start + _BLOCK] for start in range(0, len(features), _BLOCK)]
-        return np.concatenate([np.asarray(_predict(self, np.asarray(part, np.float32))) for part in parts])
+        """Returns the class with the largest logit, the first one among equals; in blocks, to limit memory."""
+        blocks = [features[start : start + _BLOCK] for start in range(0, len(features), _BLOCK)]
+        return np.concatenate([np.asarray(_predict(self, np.asarray(block, np.float32))) for block in blocks])
 
 
-def standardisation(
+def standardization(
     features: Float[np.ndarray, "examples width"],
 ) -> tuple[Float32[np.ndarray, " width"], Float32[np.ndarray, " width"]]:
-    """Mean and standard deviation of each feature, `LEAST_STD` added to the latter."""
+    """Returns the mean and the standard deviation of each feature, with `MIN_STD` added to the latter."""
     mean, std = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
-    return mean.astype(np.float32), (std + LEAST_STD).astype(np.float32)
+    return mean.astype(np.float32), (std + MIN_STD).astype(np.float32)
 
 
 def logits(
     classifier: LinearClassifier, features: Float[Array | np.ndarray, "examples width"]
 ) -> Float[Array, "examples classes"]:
-    """The logits, in float32 throughout, also where the device would rather multiply in less."""
-    standardised = (features - classifier.mean) / classifier.std
-    return jnp.matmul(standardised, classifier.kernel, precision=jax.lax.Precision.HIGHEST) + classifier.bias
+    """Returns the logits, computed in float32 even where matmuls default to a lower precision."""
+    standardized = (features - classifier.mean) / classifier.std
+    return jnp.matmul(standardized, classifier.kernel, precision=jax.lax.Precision.HIGHEST) + classifier.bias
 
 
 @jax.jit

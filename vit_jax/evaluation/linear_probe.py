@@ -1,4 +1,4 @@
-"""The linear probe: multinomial logistic regression on frozen features, its L2 constant chosen on held-out examples."""
+"""Linear probe: multinomial logistic regression on frozen features; L2 is chosen on held-out training examples."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from vit_jax.evaluation import linear_classifier
 from vit_jax.evaluation.linear_classifier import LinearClassifier
 
-L2 = tuple(10.0**power for power in range(-6, 2))  # the grid
-HELD_OUT = 0.1  # share of the training examples that it is chosen on
+L2 = tuple(10.0**power for power in range(-6, 2))  # the default grid
+HELD_OUT = 0.1  # fraction of the training examples on which L2 is chosen
 _BLOCK = 8192  # examples whose logits are in memory at a time
-_TOLERANCE = 1e-6  # largest component of the gradient at which a fit is done
-_PATIENCE = 5  # steps in a row without a decrease that float32 can see, after which it is done too
-_ITERATIONS = 1000  # at most
+_TOLERANCE = 1e-6  # a fit has converged when no component of the gradient is larger
+_PATIENCE = 5  # a fit also ends after this many steps in a row that do not lower the loss in float32
+_MAX_ITERATIONS = 1000
 
 Weights = tuple[Float[Array, "width classes"], Float[Array, " classes"]]
 
@@ -27,10 +27,10 @@ class Fit:
     """A fitted classifier.
 
     Attributes:
-        classifier: it.
-        loss: what was minimised, at its end.
+        classifier: the result.
+        loss: the final value of the minimized loss.
         iterations: of L-BFGS.
-        gradient: largest component of the loss's gradient at its end.
+        gradient: largest absolute component of the final gradient.
     """
 
     classifier: LinearClassifier
@@ -41,11 +41,11 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An L2 constant, chosen.
+    """The L2 constant that was chosen from a grid.
 
     Attributes:
-        l2: it.
-        accuracies: on the held-out examples, of each of the grid.
+        l2: the constant.
+        accuracies: accuracy on the held-out examples for each constant of the grid.
     """
 
     l2: float
@@ -53,116 +53,125 @@ class Choice:
 
 
 class Probe:
-    """Logistic regressions on one set of features: standardised, on the device once, for many fits."""
+    """Logistic regressions on one set of features, which is standardized and sent to the device once."""
 
     def __init__(
         self, features: Float[np.ndarray, "examples width"], labels: Integer[np.ndarray, " examples"], classes: int
     ):
-        """Standardises the features by their own mean and deviation, and puts them on the device."""
-        self.mean, self.std = linear_classifier.standardisation(features)
+        """Standardizes the features by their own mean and standard deviation, and sends them to the device."""
+        self.mean, self.std = linear_classifier.standardization(features)
         self._features, self._labels, self._classes = features, labels, classes
-        block = min(_BLOCK, len(labels))
-        standardised = (np.asarray(features, np.float32) - self.mean) / self.std
-        self._inputs = jnp.asarray(_blocks(standardised, block))
-        self._targets = jnp.asarray(_blocks(labels.astype(np.int32), block))
-        self._block = block
+        self._block = min(_BLOCK, len(labels))
+        standardized = (np.asarray(features, np.float32) - self.mean) / self.std
+        self._inputs = jnp.asarray(_to_blocks(standardized, self._block))
+        self._targets = jnp.asarray(_to_blocks(labels.astype(np.int32), self._block))
 
-    def fit(self, l2: float, start: LinearClassifier | None = None, counted: np.ndarray | None = None) -> Fit:
-        """Minimises mean cross-entropy + l2 / 2 * |kernel|^2 by L-BFGS; the bias is free.
+    def fit(
+        self,
+        l2: float,
+        start: LinearClassifier | None = None,
+        included: Bool[np.ndarray, " examples"] | None = None,
+    ) -> Fit:
+        """Minimizes mean cross-entropy + l2 / 2 * |kernel|^2 by L-BFGS; the bias is not regularized.
 
-        In the terms of scikit-learn, C = 1 / (l2 * examples) on standardised features.
+        This is scikit-learn's LogisticRegression with C = 1 / (l2 * examples), on standardized features.
 
         Args:
             l2: at least 0.
-            start: where to start from, such as the solution for a neighbouring constant; None for zero.
-            counted: [examples], True for those that are learned from; None for all.
+            start: initial value, such as the solution for a similar constant; None for zeros.
+            included: True for the examples to train on; None for all.
         """
         width = self._inputs.shape[2]
-        weights = np.ones(len(self._labels), np.float32) if counted is None else counted.astype(np.float32)
-        shares = jnp.asarray(_blocks(weights / weights.sum(), self._block))
-        first = (np.zeros((width, self._classes), np.float32), np.zeros(self._classes, np.float32))
+        weights = np.ones(len(self._labels), np.float32) if included is None else included.astype(np.float32)
+        weights = jnp.asarray(_to_blocks(weights / weights.sum(), self._block))
+        initial = (np.zeros((width, self._classes), np.float32), np.zeros(self._classes, np.float32))
         if start is not None:
-            first = (start.kernel, start.bias)
-        found = _minimise(first, self._inputs, self._targets, shares, np.float32(l2))
-        (kernel, bias), loss, gradient, iterations = found
+            initial = (start.kernel, start.bias)
+        result = _minimize(initial, self._inputs, self._targets, weights, np.float32(l2))
+        (kernel, bias), loss, gradient, iterations = result
         classifier = LinearClassifier(self.mean, self.std, np.asarray(kernel), np.asarray(bias))
         return Fit(classifier, float(loss), int(iterations), float(gradient))
 
     def choose(self, grid: Sequence[float], seed: int, held_out: float = HELD_OUT) -> Choice:
-        """The constant whose fit to a part of the examples is most accurate on the rest; of equals the largest.
+        """Returns the constant with the highest accuracy on held-out examples; among equals, the largest.
 
         Args:
             grid: constants.
-            seed: of the examples that are held out.
-            held_out: share of each class that is, rounded down.
+            seed: of the choice of the held-out examples.
+            held_out: fraction of each class that is held out, rounded down.
         """
-        out = hold_out(self._labels, held_out, seed)
+        is_held_out = hold_out(self._labels, held_out, seed)
         accuracies: dict[float, float] = {}
         start = None
-        # From the strongest on: each solution is close to the next one.
+        # From strong to weak regularization: each solution is a good initial value for the next fit.
         for l2 in sorted(grid, reverse=True):
-            start = self.fit(l2, start, counted=~out).classifier
-            accuracies[l2] = float((start.predict(self._features[out]) == self._labels[out]).mean())
+            start = self.fit(l2, start, included=~is_held_out).classifier
+            correct = start.predict(self._features[is_held_out]) == self._labels[is_held_out]
+            accuracies[l2] = float(correct.mean())
         return Choice(max(accuracies, key=lambda l2: (accuracies[l2], l2)), accuracies)
 
 
-def hold_out(labels: Integer[np.ndarray, " examples"], share: float, seed: int) -> np.ndarray:
-    """True for a share of the examples of each class, rounded down; which ones follows from the seed."""
-    numbers = np.random.Philox(key=[seed, 0]).random_raw(len(labels))
-    out = np.zeros(len(labels), bool)
+def hold_out(labels: Integer[np.ndarray, " examples"], fraction: float, seed: int) -> Bool[np.ndarray, " examples"]:
+    """Returns True for a fraction of the examples of each class, rounded down; they are determined by the seed."""
+    random = np.random.Philox(key=[seed, 0]).random_raw(len(labels))
+    is_held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
-        places = np.flatnonzero(labels == label)
-        out[places[np.argsort(numbers[places], kind="stable")[: int(share * len(places))]]] = True
-    return out
+        indices = np.flatnonzero(labels == label)
+        shuffled = indices[np.argsort(random[indices], kind="stable")]
+        is_held_out[shuffled[: int(fraction * len(indices))]] = True
+    return is_held_out
 
 
-def _blocks(array: np.ndarray, block: int) -> np.ndarray:
-    """[blocks, block, ...], zeros behind the last example."""
+def _to_blocks(array: np.ndarray, block: int) -> np.ndarray:
+    """Returns [blocks, block, ...], padded with zeros after the last example."""
     padded = np.pad(array, ((0, -len(array) % block), *[(0, 0)] * (array.ndim - 1)))
     return padded.reshape(-1, block, *array.shape[1:])
 
 
+def _largest(gradient: Weights) -> Float[Array, ""]:
+    return jnp.maximum(jnp.abs(gradient[0]).max(), jnp.abs(gradient[1]).max())
+
+
 @jax.jit
-def _minimise(
+def _minimize(
     start: Weights,
     inputs: Float[Array, "blocks block width"],
     labels: Int[Array, "blocks block"],
-    shares: Float[Array, "blocks block"],
+    example_weights: Float[Array, "blocks block"],
     l2: Float[Array, ""],
 ) -> tuple[Weights, Float[Array, ""], Float[Array, ""], Int[Array, ""]]:
-    """Weights, loss, the gradient's largest component, and iterations; `shares` are what each example weighs."""
+    """Returns the weights, the loss, the gradient's largest absolute component, and the number of iterations."""
 
-    # Logits are computed again for the gradient: no more of them than a block's are ever kept.
+    # Rematerialized in the backward pass, so that the logits of only one block are in memory at a time.
     @jax.checkpoint
-    def block_loss(weights: Weights, inputs: jax.Array, labels: jax.Array, shares: jax.Array) -> jax.Array:
+    def block_loss(weights: Weights, inputs: jax.Array, labels: jax.Array, example_weights: jax.Array) -> jax.Array:
         logits = jnp.matmul(inputs, weights[0], precision=jax.lax.Precision.HIGHEST) + weights[1]
-        return (optax.softmax_cross_entropy_with_integer_labels(logits, labels) * shares).sum()
+        return (optax.softmax_cross_entropy_with_integer_labels(logits, labels) * example_weights).sum()
 
     def loss(weights: Weights) -> jax.Array:
-        add = lambda total, part: (total + block_loss(weights, *part), None)  # noqa: E731
-        total, _ = jax.lax.scan(add, jnp.float32(0), (inputs, labels, shares))
+        def add_block(total: jax.Array, block: tuple) -> tuple[jax.Array, None]:
+            return total + block_loss(weights, *block), None
+
+        total, _ = jax.lax.scan(add_block, jnp.float32(0), (inputs, labels, example_weights))
         return total + l2 / 2 * jnp.square(weights[0]).sum()
 
     solver, value_and_grad = optax.lbfgs(), optax.value_and_grad_from_state(loss)
 
-    def largest(gradient: Weights) -> jax.Array:
-        return jnp.maximum(jnp.abs(gradient[0]).max(), jnp.abs(gradient[1]).max())
-
-    def go_on(carry: tuple) -> jax.Array:
-        _, _, _, size, iteration, stuck = carry
-        return (size > _TOLERANCE) & (iteration < _ITERATIONS) & (stuck < _PATIENCE)
+    def is_unfinished(carry: tuple) -> jax.Array:
+        _, _, _, gradient_size, iteration, stuck = carry
+        return (gradient_size > _TOLERANCE) & (iteration < _MAX_ITERATIONS) & (stuck < _PATIENCE)
 
     def step(carry: tuple) -> tuple:
         weights, state, value, _, iteration, stuck = carry
         _, gradient = value_and_grad(weights, state=state)
         updates, state = solver.update(gradient, state, weights, value=value, grad=gradient, value_fn=loss)
         weights = optax.apply_updates(weights, updates)
-        after, gradient = value_and_grad(weights, state=state)
-        stuck = jnp.where(after < value, 0, stuck + 1)
-        return weights, state, after, largest(gradient), iteration + 1, stuck
+        new_value, gradient = value_and_grad(weights, state=state)
+        stuck = jnp.where(new_value < value, 0, stuck + 1)
+        return weights, state, new_value, _largest(gradient), iteration + 1, stuck
 
     weights = jax.tree.map(jnp.asarray, start)
     value, gradient = jax.value_and_grad(loss)(weights)
-    carry = (weights, solver.init(weights), value, largest(gradient), jnp.int32(0), jnp.int32(0))
-    weights, _, value, size, iterations, _ = jax.lax.while_loop(go_on, step, carry)
-    return weights, value, size, iterations
+    carry = (weights, solver.init(weights), value, _largest(gradient), jnp.int32(0), jnp.int32(0))
+    weights, _, value, gradient_size, iterations, _ = jax.lax.while_loop(is_unfinished, step, carry)
+    return weights, value, gradient_size, iterations

@@ -1,4 +1,4 @@
-"""GELU with a backward pass that keeps one array."""
+"""GELU whose backward pass keeps only the inputs."""
 
 import functools
 import math
@@ -12,17 +12,17 @@ FORMS = ("tanh", "exact")
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gelu(inputs: Float[Array, "*shape"], form: str = "tanh") -> Float[Array, "*shape"]:
-    """The inputs times the normal distribution's cumulative probability of them (arXiv 1606.08415).
+    """The inputs times the standard normal distribution function of the inputs (arXiv 1606.08415).
 
-    The backward pass keeps the inputs alone and recomputes the rest, in float32. On NVIDIA GPUs XLA recognizes the
-    forward pass, in the form 'tanh' and the inputs' dtype, as the epilogue of the matmul before it.
+    The backward pass keeps only the inputs and recomputes the rest in float32. On NVIDIA GPUs XLA recognises the
+    forward pass, with form 'tanh' and in the inputs' dtype, as an epilogue of the preceding matmul.
 
     Args:
-        inputs: of any shape.
-        form: 'tanh', the approximation that the published code uses, or 'exact', by the error function.
+        inputs: array of any shape.
+        form: 'tanh', the approximation in the published code, or 'exact', with the error function.
 
     Raises:
-        ValueError: there is no such form.
+        ValueError: `form` is unknown.
     """
     if form not in FORMS:
         raise ValueError(f"form is {form!r}: one of {', '.join(FORMS)}")
@@ -34,7 +34,7 @@ def _gelu(inputs: jax.Array, form: str) -> tuple[jax.Array, jax.Array]:
 
 
 def _gelu_backward(form: str, inputs: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    # Without the barrier XLA merges this with the forward pass, and keeps float32 copies for both.
+    # Without the barrier XLA merges this with the forward pass and keeps float32 copies for both.
     inputs = jax.lax.optimization_barrier(inputs)
     values = inputs.astype(jnp.float32)
     if form == "tanh":

@@ -3,18 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_jax.models.attention_backends import (
-    BACKENDS,
-    FALLBACK,
-    Backend,
-    Shape,
-    attention_weights,
-    key_mask,
-    split,
-)
+from vit_jax.models.attention_backends import BACKENDS, FALLBACK, Backend, Shape, plain, split
+from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.dense import Dense, stacked
 from vit_jax.models.dropout import Dropout
 from vit_jax.models.norm import LayerNorm
@@ -26,28 +18,15 @@ Mask = Bool[Array, "#batch #heads #queries tokens"] | Int[Array, " batch"]
 class Attention(nn.Module):
     """Multi-head self-attention over tokens.
 
-    Queries, keys and values are one projection `qkv` [width, 3 * width]; for a backend that reads them apart it is
-    computed as three matmuls, so that nothing is copied.
+    Queries, keys and values are one projection `qkv` [width, 3 * width]. For a backend that reads them as three arrays
+    it is computed as three matmuls, so that nothing is copied. Where the backend `config.attention_kernel` lacks what a
+    call needs, 'plain' is used instead.
 
     Attributes:
-        heads: number of heads; they share the width evenly.
-        dropout: rate at which attention weights are dropped in training.
-        dtype: compute dtype; softmax is in float32.
-        qkv_bias: whether queries, keys and values have a bias.
-        qk_norm: whether queries and keys pass a LayerNorm over each head's channels (arXiv 2302.05442, section 2).
-        layer_norm_epsilon: of that LayerNorm.
-        kernel: the backend, of `attention_backends.BACKENDS`; where it does not have what a call needs, 'plain'.
-        matmul_dtype: of the operands of the dense layers' matmuls, where it is not `dtype` (see `Dense`).
+        config: options of the block.
     """
 
-    heads: int
-    dropout: float = 0.0
-    dtype: Dtype = jnp.float32
-    qkv_bias: bool = True
-    qk_norm: bool = False
-    layer_norm_epsilon: float = 1e-6
-    kernel: str = "plain"
-    matmul_dtype: Dtype | None = None
+    config: BlockConfig
 
     @nn.compact
     def __call__(
@@ -57,36 +36,57 @@ class Attention(nn.Module):
         train: bool = False,
         positions: Terms = Terms(),  # noqa: B008 (it is immutable)
     ) -> Float[Array, "batch tokens width"]:
-        """Mixes tokens.
+        """Returns tokens that are each a weighted mean of all values, projected.
+
+        The weights are sown into the collection 'intermediates' as 'weights'.
 
         Args:
-            tokens: of the residual stream, normalised.
-            mask: boolean, True where a query (third axis) may attend to a key (fourth); or integers, the number of
-                valid tokens of each example, which come first. None for all.
-            train: whether attention dropout is on.
-            positions: their bias and rotation act here.
-
-        The weights are sown as 'weights' among the intermediates.
+            tokens: the normalized residual stream.
+            mask: booleans, True where a query (third axis) may attend to a key (fourth axis); or the number of valid
+                tokens of each example, which come first. None: every query attends to every key.
+            train: whether attention dropout is applied.
+            positions: bias and rotation of a position embedding.
 
         Raises:
-            ValueError: the heads do not divide the width.
+            ValueError: the number of heads does not divide the width.
         """
-        batch, count, width = tokens.shape
-        if width % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide a width of {width}")
+        config, (batch, count, width) = self.config, tokens.shape
+        if width % config.heads:
+            raise ValueError(f"{config.heads} heads do not divide a width of {width}")
         lengths = mask if mask is not None and mask.ndim == 1 else None
-        watched = self.is_mutable_collection("intermediates")
-        dropped = train and self.dropout > 0
-        if watched or dropped or (mask is not None and lengths is None):
-            queries, keys, values = self._project(tokens, BACKENDS[FALLBACK], positions)
-            mask = key_mask(lengths, count) if lengths is not None else mask
-            weights = attention_weights(queries, keys, mask, positions.bias)
-            self.sow("intermediates", "weights", weights)
-            weights = Dropout(self.dropout)(weights, train).astype(self.dtype)
-            mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values).reshape(batch, count, width)
+        mask = None if lengths is not None else mask
+        sown = self.is_mutable_collection("intermediates")
+        if sown or mask is not None or (train and config.attention_dropout > 0):
+
+            def sow_and_drop(weights: jax.Array) -> jax.Array:
+                self.sow("intermediates", "weights", weights)
+                return Dropout(config.attention_dropout)(weights, train)
+
+            parts = self._project(tokens, BACKENDS[FALLBACK], positions)
+            mixed = plain(*parts, positions.bias, lengths, mask, sow_and_drop).reshape(batch, count, width)
         else:
             mixed = self._attend(tokens, lengths, positions)
-        return Dense(width, dtype=self.dtype, matmul_dtype=self.matmul_dtype, name="out")(mixed)[:, :count]
+        out = Dense(width, dtype=config.dtype, matmul_dtype=config.matmul_dtype, name="out")
+        return out(mixed)[:, :count]
+
+    @nn.nowrap
+    def matmul_flops(self, shape: tuple[int, ...]) -> int:
+        """FLOPs of scores and weighted means, for tokens of this shape; the projections are `Dense` layers."""
+        batch, tokens, width = shape
+        return 2 * 2 * batch * tokens * tokens * width
+
+    @nn.nowrap
+    def activation_bytes(self, tokens: int, width: int) -> int:
+        """Bytes of one image that the backward pass reads: input, queries, keys, values, mixed values, weights."""
+        item = jnp.dtype(self.config.dtype).itemsize
+        return 5 * tokens * width * item + 2 * 4 * self.config.heads * tokens**2
+
+    @nn.nowrap
+    def matmul_bytes(self, tokens: int, width: int, batched: bool) -> int:
+        """Bytes of the outputs of the projections for one image; with `batched`, of the attention matmuls too."""
+        item = jnp.dtype(self.config.dtype).itemsize
+        attention = 4 * self.config.heads * tokens**2 + tokens * width * item  # scores are float32
+        return 4 * tokens * width * item + (attention if batched else 0)
 
     def shape(
         self,
@@ -95,51 +95,52 @@ class Attention(nn.Module):
         train: bool = False,
         positions: Terms = Terms(),  # noqa: B008 (it is immutable)
     ) -> Shape:
-        """What a call with these arguments asks of a backend."""
+        """What a call with these arguments requires of a backend."""
+        config = self.config
         return Shape(
             batch=tokens.shape[0],
             tokens=tokens.shape[1],
-            heads=self.heads,
-            size=tokens.shape[2] // self.heads,
-            dtype=jnp.dtype(self.dtype).name,
+            heads=config.heads,
+            size=tokens.shape[2] // config.heads,
+            dtype=jnp.dtype(config.dtype).name,
             bias=positions.bias is not None,
             lengths=mask is not None and mask.ndim == 1,
-            transformed=self.qk_norm or positions.rotation is not None,
-            dropout=self.dropout > 0,
+            transformed=config.qk_norm or positions.rotation is not None,
+            dropout=config.attention_dropout > 0,
         )
 
     def _attend(self, tokens: jax.Array, lengths: jax.Array | None, positions: Terms) -> jax.Array:
-        """By the backend; with the padded tokens, where it has any."""
-        backend, bias = BACKENDS[self.kernel], positions.bias
+        """Attention by the configured backend, before the output projection; includes padding tokens, if any."""
+        backend, bias = BACKENDS[self.config.attention_kernel], positions.bias
         if (bias is not None and not backend.takes_bias) or (lengths is not None and not backend.takes_lengths):
             backend = BACKENDS[FALLBACK]
-        plain = bias is None and lengths is None and positions.rotation is None and not self.qk_norm
-        if backend.attend_fused is not None and plain:
-            return backend.attend_fused(self._dense(3 * tokens.shape[-1])(tokens), self.heads)
+        untransformed = positions.rotation is None and not self.config.qk_norm
+        if backend.attend_fused is not None and bias is None and lengths is None and untransformed:
+            return backend.attend_fused(self._dense(3 * tokens.shape[-1])(tokens), self.config.heads)
         count = tokens.shape[1]
         padding = -count % backend.multiple
         if padding:
-            # Padded keys are hidden, padded queries dropped: nothing of them reaches a result or a gradient.
+            # Padded keys are masked and padded queries dropped: they affect no result and no gradient.
             tokens = jnp.pad(tokens, ((0, 0), (0, padding), (0, 0)))
             if bias is not None:
-                hidden = ((0, 0), (0, 0), (0, padding), (0, padding))
-                bias = jnp.pad(bias, hidden, constant_values=float(jnp.finfo(self.dtype).min) / 2)
+                masked = ((0, 0), (0, 0), (0, padding), (0, padding))
+                bias = jnp.pad(bias, masked, constant_values=float(jnp.finfo(self.config.dtype).min) / 2)
             elif lengths is None:
                 lengths = jnp.full(len(tokens), count, jnp.int32)
         mixed = backend.attend(*self._project(tokens, backend, positions), bias, lengths)
         return mixed.reshape(tokens.shape)
 
     def _project(self, tokens: jax.Array, backend: Backend, positions: Terms) -> tuple[jax.Array, ...]:
-        """Queries, keys and values [batch, tokens, heads, size]: normalised and rotated."""
-        batch, count, width = tokens.shape
+        """Queries, keys and values [batch, tokens, heads, size], normalized and rotated."""
+        config, (batch, count, width) = self.config, tokens.shape
         if backend.attend_fused is None:
             parts = self._dense(3 * width, parts=3)(tokens)
-            queries, keys, values = (part.reshape(batch, count, self.heads, -1) for part in parts)
+            queries, keys, values = (part.reshape(batch, count, config.heads, -1) for part in parts)
         else:
-            queries, keys, values = split(self._dense(3 * width)(tokens), self.heads)
-        if self.qk_norm:
-            queries = LayerNorm(self.dtype, self.layer_norm_epsilon, name="norm_queries")(queries)
-            keys = LayerNorm(self.dtype, self.layer_norm_epsilon, name="norm_keys")(keys)
+            queries, keys, values = split(self._dense(3 * width)(tokens), config.heads)
+        if config.qk_norm:
+            queries = LayerNorm(config.dtype, config.layer_norm_epsilon, name="norm_queries")(queries)
+            keys = LayerNorm(config.dtype, config.layer_norm_epsilon, name="norm_keys")(keys)
         if positions.rotation is not None:
             padding = ((0, count - positions.rotation[0].shape[0]), (0, 0))
             rotation = [jnp.pad(part, padding) for part in positions.rotation]
@@ -147,6 +148,12 @@ class Attention(nn.Module):
         return queries, keys, values
 
     def _dense(self, features: int, parts: int = 1) -> Dense:
-        kernel_init = stacked(nn.initializers.xavier_uniform(), 3)
-        about = {"dtype": self.dtype, "matmul_dtype": self.matmul_dtype, "parts": parts}
-        return Dense(features, self.qkv_bias, **about, kernel_init=kernel_init, name="qkv")
+        return Dense(
+            features,
+            self.config.qkv_bias,
+            dtype=self.config.dtype,
+            matmul_dtype=self.config.matmul_dtype,
+            parts=parts,
+            kernel_init=stacked(nn.initializers.xavier_uniform(), 3),
+            name="qkv",
+        )

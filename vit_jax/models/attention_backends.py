@@ -1,7 +1,7 @@
-"""The backends of attention: from queries, keys and values to their weighted means.
+"""The attention backends: functions from queries, keys and values to weighted means of the values.
 
-All compute the same function. `plain` is the one to read; the others are there for their speed, and tests compare them
-with it. Attention dropout, arbitrary masks and the sowing of attention weights are in `attention`, step by step.
+All compute the same function. `plain` is the reference; the others are faster, and tests compare them with it. Only
+`plain` supports arbitrary masks and access to the weights, for attention dropout and for looking at them.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Heads = Float[Array, "batch tokens heads size"]
 Fused = Float[Array, "batch tokens fused"]
@@ -24,11 +24,11 @@ MAX_CUDNN_HEAD_SIZE = {(8, 0): 128, (9, 0): 256}  # by the compute capability fr
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What decides which backends a device has.
+    """The properties of a device that decide which backends it supports.
 
     Attributes:
-        platform: as JAX names it: 'cpu', 'gpu' or 'tpu'.
-        capability: CUDA compute capability, as (9, 0); None for everything but NVIDIA GPUs.
+        platform: JAX's name of it: 'cpu', 'gpu' or 'tpu'.
+        capability: CUDA compute capability, such as (9, 0); None for everything but NVIDIA GPUs.
     """
 
     platform: str
@@ -36,27 +36,26 @@ class Device:
 
     @classmethod
     def of(cls, device: Any) -> "Device":
-        """That of a `jax.Device`."""
+        """The properties of a `jax.Device`."""
         major, dot, minor = str(getattr(device, "compute_capability", "")).partition(".")
-        known = dot and major.isdigit() and minor.isdigit()  # AMD's are names, as 'gfx942'
+        known = dot and major.isdigit() and minor.isdigit()  # AMD's are names such as 'gfx942'
         return cls(device.platform, (int(major), int(minor)) if known else None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The shape of one call of attention, and what it needs of a backend.
+    """The shape of one attention call, and what it requires of a backend.
 
     Attributes:
-        batch: examples, on one device.
-        tokens: of an example.
+        batch: examples per device.
+        tokens: tokens per example.
         heads: number of heads.
         size: channels per head.
-        dtype: compute dtype, by name.
-        bias: whether there is an additive bias on the scores.
-        lengths: whether examples have numbers of tokens of their own.
-        transformed: whether queries and keys are normalised or rotated between projection and attention.
-        dropout: whether weights are dropped in training, which is then step by step.
-        vectorized: whether the call is vectorized by `jax.vmap`.
+        dtype: name of the compute dtype.
+        bias: whether a bias is added to the scores.
+        lengths: whether the number of valid tokens differs between examples.
+        transformed: whether queries and keys are normalized or rotated between projection and attention.
+        dropout: whether training applies attention dropout, which only 'plain' supports.
     """
 
     batch: int
@@ -68,7 +67,6 @@ class Shape:
     lengths: bool = False
     transformed: bool = False
     dropout: bool = False
-    vectorized: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +77,9 @@ class Backend:
         attend: (queries, keys, values, bias, lengths) -> the weighted means of the values. `bias` is added to the
             scaled scores; keys from an example's length on have no weight. Either may be None.
         attend_fused: (fused, heads) -> the same, of queries, keys and values side by side in the last axis, heads
-            within each, as one projection leaves them; None where they are to come from three projections.
-        takes_bias: whether `bias` may be given.
-        takes_lengths: whether `lengths` may be given.
+            within each, as one projection leaves them; None if the backend reads the outputs of three projections.
+        takes_bias: whether `bias` is supported.
+        takes_lengths: whether `lengths` is supported.
         multiple: token counts are padded to a multiple of it (see `attention.Attention`).
     """
 
@@ -99,16 +97,35 @@ def split(fused: Fused, heads: int) -> tuple[Heads, Heads, Heads]:
 
 
 def plain(
-    queries: Heads, keys: Heads, values: Heads, bias: Bias | None = None, lengths: Lengths | None = None
-) -> Heads:
-    """softmax(q k^T / sqrt(size) + bias) v of each head (arXiv 2010.11929, appendix A), softmax in float32."""
-    mask = None if lengths is None else key_mask(lengths, keys.shape[1])
-    weights = attention_weights(queries, keys, mask, bias).astype(queries.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+    queries: Float[Array, "batch queries heads size"],
+    keys: Heads,
+    values: Heads,
+    bias: Bias | None = None,
+    lengths: Lengths | None = None,
+    mask: Bool[Array, "#batch #heads #queries tokens"] | None = None,
+    on_weights: Callable[[jax.Array], jax.Array] | None = None,
+) -> Float[Array, "batch queries heads size"]:
+    """softmax(q k^T / sqrt(size) + bias) v of each head (arXiv 2010.11929, appendix A), with the softmax in float32.
+
+    Args:
+        queries: may be fewer or more than keys and values.
+        keys: see `Backend.attend`, as for the arguments after it.
+        values: one for each key.
+        bias: added to the scaled scores.
+        lengths: number of valid keys of each example.
+        mask: True where a query may attend to a key; at most one of `lengths` and `mask` is given.
+        on_weights: is called with the weights [batch, heads, queries, keys] and returns those to use.
+    """
+    if lengths is not None:
+        mask = key_mask(lengths, keys.shape[1])
+    weights = attention_weights(queries, keys, mask, bias)
+    if on_weights is not None:
+        weights = on_weights(weights)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(queries.dtype), values)
 
 
 def plain_fused(fused: Fused, heads: int) -> Mixed:
-    """`plain` of a fused projection."""
+    """`plain`, of a fused projection."""
     return plain(*split(fused, heads)).reshape(*fused.shape[:2], -1)
 
 
@@ -123,10 +140,10 @@ def attention_weights(
     mask: jax.Array | None = None,
     bias: Float[Array, "#batch heads queries keys"] | None = None,
 ) -> Float[Array, "batch heads queries keys"]:
-    """Softmax of the scaled scores, in float32 whatever the arguments are.
+    """Softmax of the scaled scores, always in float32.
 
-    Scores are divided by the square root of the *head* size; `bias` is added after that. A key whose `mask` (boolean,
-    [#batch, #heads, #queries, keys]) is False has a weight of exactly 0; a query that sees no key has only zeros.
+    Scores are divided by the square root of the *head* size; then `bias` is added. A key whose `mask` (boolean,
+    [#batch, #heads, #queries, keys]) is False has a weight of exactly 0; a query without any key has only zeros.
     """
     scores = jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32)
     scores = scores * queries.shape[-1] ** -0.5
@@ -146,10 +163,10 @@ def _heads_first_attend(
 
 @jax.custom_vjp
 def _heads_first(queries: Heads, keys: Heads, values: Heads, bias: Bias | None) -> Heads:
-    """Heads before tokens throughout, so that each matmul has a form in which a CPU is fast.
+    """Attention with heads before tokens in all arrays, so that each matmul has a form in which CPUs are fast.
 
-    The backward pass is written out: it keeps queries, keys, values and weights, and the term that all weights of a
-    query share comes from the output (arXiv 2205.14135, appendix B.4), not from another pass over the weights.
+    The backward pass is written by hand: it keeps queries, keys, values and weights, and computes the term that all
+    weights of a query share from the output (arXiv 2205.14135, appendix B.4), not by another pass over the weights.
     """
     return _heads_first_forward(queries, keys, values, bias)[0]
 
@@ -159,7 +176,7 @@ def _heads_first_forward(queries: Heads, keys: Heads, values: Heads, bias: Bias 
     parts = tuple(_size_last(part.reshape(*part.shape[:2], -1), heads) for part in (queries, keys, values))
     mixed, weights = _weigh(*parts, bias)
     mixed = _heads_last(mixed, heads).astype(queries.dtype).reshape(queries.shape)
-    # Of no bias, None is kept: its gradient is None as well.
+    # Without a bias None is kept, as its gradient is None too.
     return mixed, (*parts, weights, mixed, None if bias is None else jnp.zeros((), bias.dtype))
 
 
@@ -180,7 +197,7 @@ _heads_first.defvjp(_heads_first_forward, _heads_first_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def heads_first_fused(fused: Fused, heads: int) -> Mixed:
-    """`heads_first` of a fused projection: one transpose for queries, keys and values."""
+    """`heads_first`, of a fused projection: one transpose for queries, keys and values."""
     return _heads_first_fused(fused, heads)[0]
 
 
@@ -257,7 +274,7 @@ def cudnn(
 
 
 def _pallas(config: str | None = None) -> Backend:
-    """Our own kernels, in one of their configurations; None for the usual one."""
+    """Our own kernels with one of the configurations of `pallas_attention`; None for the default."""
 
     def layout() -> Any:
         from vit_jax.models import pallas_attention
@@ -286,11 +303,11 @@ BACKENDS: dict[str, Backend] = {
     "pallas_two_pass_64": _pallas("two_pass_64"),
     "pallas_two_pass_32": _pallas("two_pass_32"),
 }
-FALLBACK = "plain"  # runs everywhere, with all options
+FALLBACK = "plain"  # supports every device and every option
 
 
 def obstacle(name: str, device: Device, shape: Shape) -> str | None:
-    """Why a backend cannot compute attention of a shape, forward and backward, on a device; None where it can."""
+    """Why a backend cannot compute attention of this shape, forward and backward, on a device; None if it can."""
     backend, half = BACKENDS[name], jnp.dtype(shape.dtype).itemsize == 2
     pallas = name.startswith("pallas")
     if (pallas or name == "cudnn") and device.capability is None:
@@ -300,8 +317,6 @@ def obstacle(name: str, device: Device, shape: Shape) -> str | None:
         return f"it needs compute capability 8.0 or newer, and this GPU has {'.'.join(map(str, device.capability))}"
     if name == "cudnn":
         largest = max(size for since, size in MAX_CUDNN_HEAD_SIZE.items() if since <= device.capability)
-        if shape.vectorized and jax.__version_info__ < (0, 11):
-            return f"jax {jax.__version__} cannot vectorize it over seeds"
         if not half:
             return f"it computes in bfloat16 or float16, and the compute dtype is {shape.dtype}"
         if shape.size % 8 or shape.size > largest:
@@ -312,22 +327,22 @@ def obstacle(name: str, device: Device, shape: Shape) -> str | None:
         if reason := pallas_attention.obstacle(shape.tokens, shape.size, shape.dtype):
             return reason
     if shape.bias and not backend.takes_bias:
-        return "it has no bias on the scores, which relative positions are"
+        return "it does not support a bias on the scores, which relative positions are"
     if shape.lengths and not backend.takes_lengths:
-        return "it has no examples of different numbers of tokens"
+        return "it does not support examples of different numbers of tokens"
     return None
 
 
 def default(platform: str) -> str:
-    """A backend that computes any shape on a platform with all options but bias and lengths, and is not slow there."""
+    """A backend that supports all shapes on a platform, with all options but bias and lengths, and is not slow."""
     return "heads_first" if platform == "cpu" else FALLBACK
 
 
 def candidates(device: Device, shapes: Iterable[Shape]) -> list[str]:
-    """The backends that may be fastest on a device and can compute attention of all these shapes; never empty.
+    """The backends that may be the fastest on a device and support all of these shapes; never empty.
 
-    On a CPU 'heads_first' is the fastest wherever it was measured (docs/performance.md). On a GPU the fused kernels
-    are, and which of them depends on the shape; the others are candidates where there is none.
+    On a CPU 'heads_first' is the fastest in all measurements (docs/performance.md). On a GPU one of the fused kernels
+    is, which one depends on the shape; the other backends are candidates if no fused kernel supports the shape.
     """
     fused = [name for name in BACKENDS if name not in (FALLBACK, "heads_first")]
     for names in {"cpu": [["heads_first"]], "gpu": [fused, ["heads_first", FALLBACK]]}.get(device.platform, []):

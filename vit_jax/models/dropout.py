@@ -1,4 +1,4 @@
-"""Dropout and stochastic depth by a cheap counter-based generator."""
+"""Dropout and stochastic depth with a cheap counter-based random number generator."""
 
 import flax.linen as nn
 import jax
@@ -7,19 +7,19 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 
 def keep_mask(key: PRNGKeyArray, rate: float | Float[Array, ""], shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """True with probability 1 - rate, independently at each place.
+    """True with probability 1 - rate, independently for each element.
 
-    A place's bits are MurmurHash3's finaliser (Appleby 2011) of its number, between two words of the key: a third of
-    the work of Threefry, and good enough for masks. They depend on the key and the place alone, so that they are the
-    same however the array is spread over devices.
+    An element's bits are MurmurHash3's finaliser (Appleby 2011) of its index, mixed with two words of the key: a third
+    of the operations of Threefry, and good enough for masks. They depend only on the key and the index, and so not on
+    how the array is sharded over devices.
     """
     words = jax.random.bits(key, (2,), jnp.uint32)
-    places = jnp.zeros(shape, jnp.uint32)
+    indices = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
-        places += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        indices += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
-    bits = (places + words[0]) * jnp.uint32(0x9E3779B9)  # neighbours far apart, before they are mixed
+    bits = (indices + words[0]) * jnp.uint32(0x9E3779B9)  # moves neighbours far apart before they are mixed
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     bits = (bits ^ (bits >> 16) ^ words[1]) * jnp.uint32(0x9E3779B1)
@@ -31,12 +31,12 @@ def keep_mask(key: PRNGKeyArray, rate: float | Float[Array, ""], shape: tuple[in
 
 
 class Dropout(nn.Module):
-    """Sets a share of the values to zero in training and scales up the others (draws from the generator 'dropout').
+    """In training, sets a fraction of the values to zero and scales the others; uses the random stream 'dropout'.
 
     Attributes:
-        rate: the share. An array where layers that differ in it share one program (`Encoder.scan`).
-        shared_axes: axes along which a draw is shared; all but the first make it stochastic depth: a residual branch
-            is dropped for whole examples (arXiv 1603.09382).
+        rate: the fraction. An array if layers with different rates share one compiled block (`Encoder.scan`).
+        shared_axes: axes along which values are dropped together. With all axes but the first this is stochastic depth:
+            a residual branch is dropped for whole examples (arXiv 1603.09382).
     """
 
     rate: float | Float[Array, ""]

@@ -1,22 +1,20 @@
 """The Transformer encoder (arXiv 2010.11929, eq. 2 and 3): pre-LN blocks of attention and MLP."""
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from vit_jax.models.attention import Attention, Mask
+from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.dropout import Dropout
-from vit_jax.models.mlp import MLPS, MlpBlock, SwigluBlock
+from vit_jax.models.mlp import MLPS, Mlp
 from vit_jax.models.norm import LayerNorm, LayerScale
-from vit_jax.models.positions import POSITIONS, Place, Terms
+from vit_jax.models.positions import POSITIONS, Terms, TokenLayout
 
 SCHEDULES = ("linear", "constant")
-# What a block that is computed again keeps besides its inputs: nothing; the results of all its products; or of those
-# with parameters, which leaves out the attention's, whose size grows with the square of the tokens.
+# What a rematerialised block keeps besides its inputs: nothing; the outputs of all matmuls; or the outputs of the dense
+# layers, without those of attention, whose size grows with the square of the number of tokens.
 POLICIES = {
     True: None,
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -24,58 +22,21 @@ POLICIES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockOptions:
-    """What all blocks of an encoder have in common.
-
-    Attributes:
-        heads: attention heads.
-        mlp_width: hidden width of the MLP.
-        dropout: rate after attention and inside the MLP.
-        attention_dropout: rate on the attention weights.
-        mlp: 'gelu' or 'swiglu' (see `mlp`).
-        gelu: its form, 'tanh' or 'exact'.
-        qkv_bias: whether queries, keys and values have a bias.
-        qk_norm: whether queries and keys are normalised, each head by itself.
-        layer_scale: what the learned factors on the branches' channels start at; None for no such factors.
-        parallel: attention and MLP side by side, after one LayerNorm, instead of one after the other.
-        layer_norm_epsilon: added to the variance.
-        dtype: compute dtype.
-        attention_kernel: of `attention_backends.BACKENDS`.
-        matmul_dtype: of the operands of the dense layers' matmuls, where it is not `dtype` (see `Dense`).
-    """
-
-    heads: int
-    mlp_width: int
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    mlp: str = "gelu"
-    gelu: str = "tanh"
-    qkv_bias: bool = True
-    qk_norm: bool = False
-    layer_scale: float | None = None
-    parallel: bool = False
-    layer_norm_epsilon: float = 1e-6
-    dtype: Dtype = jnp.float32
-    attention_kernel: str = "plain"
-    matmul_dtype: Dtype | None = None
-
-
 class EncoderBlock(nn.Module):
-    """x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)); or in parallel, both of one LayerNorm.
+    """x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)); or in parallel, both reading one LayerNorm's output.
 
-    The parallel form is that of ViT-22B (arXiv 2302.05442, section 2), as one residual branch: it is scaled and
+    The parallel form is that of ViT-22B (arXiv 2302.05442, section 2). It is one residual branch, which is scaled and
     dropped as a whole.
 
     Attributes:
-        options: see there.
-        position: a kind of `positions.POSITIONS` of which this block has its own; None for none.
-        place: the tokens that position embedding is for.
+        config: options of the block.
+        position: key of `positions.POSITIONS`: a position embedding of this block's own; None for none.
+        layout: the tokens for that position embedding.
     """
 
-    options: BlockOptions
+    config: BlockConfig
     position: str | None = None
-    place: Place | None = None
+    layout: TokenLayout | None = None
 
     @nn.compact
     def __call__(
@@ -86,52 +47,53 @@ class EncoderBlock(nn.Module):
         rate: float | Float[Array, ""] = 0.0,
         positions: Terms = Terms(),  # noqa: B008 (it is immutable)
     ) -> Float[Array, "batch tokens width"]:
-        """One layer; `rate` is that of stochastic depth, `positions` what all layers share of a position embedding."""
-        options = self.options
+        """The output tokens; `rate` is of stochastic depth, `positions` a position embedding that all blocks share."""
         if self.position is not None:
-            positions = POSITIONS[self.position](self.place, name="positions")()
+            positions = POSITIONS[self.position](self.layout, name="positions")()
         if positions.table is not None:
             tokens = tokens + positions.table.astype(tokens.dtype)
-        # The residual stream is two-dimensional: of three axes, XLA on a GPU would make that of the examples the
-        # contiguous one, and every layer would transpose.
+        # The residual stream is two-dimensional: with three axes, XLA on GPU would make the batch axis the contiguous
+        # one, and every layer would transpose.
         shape, rows = tokens.shape, tokens.reshape(-1, tokens.shape[-1])
-        if options.parallel:
+        attention, mlp = self.parts()
+        dropout = self.config.dropout
+
+        def attend(normed: jax.Array) -> jax.Array:
+            return Dropout(dropout)(attention(normed, mask, train, positions), train)
+
+        if self.config.parallel:
             normed = self._norm("norm")(rows).reshape(shape)
-            branch = self._attention(normed, mask, train, positions) + self._mlp()(normed, train)
+            branch = attend(normed) + mlp(normed, train)
             rows = rows + self._finish(branch, "scale", rate, train)
         else:
             normed = self._norm("norm_attention")(rows).reshape(shape)
-            rows = rows + self._finish(self._attention(normed, mask, train, positions), "scale_attention", rate, train)
+            rows = rows + self._finish(attend(normed), "scale_attention", rate, train)
             normed = self._norm("norm_mlp")(rows).reshape(shape)
-            rows = rows + self._finish(self._mlp()(normed, train), "scale_mlp", rate, train)
+            rows = rows + self._finish(mlp(normed, train), "scale_mlp", rate, train)
         tokens = rows.reshape(shape)
         self.sow("intermediates", "output", tokens)
         return tokens
 
     def _norm(self, name: str) -> LayerNorm:
-        return LayerNorm(self.options.dtype, self.options.layer_norm_epsilon, name=name)
+        return LayerNorm(self.config.dtype, self.config.layer_norm_epsilon, name=name)
 
-    def _attention(
-        self, tokens: jax.Array, mask: jax.Array | None, train: bool, positions: Terms
-    ) -> Float[Array, "batch tokens width"]:
-        fields = ("heads", "dtype", "qkv_bias", "qk_norm", "layer_norm_epsilon", "matmul_dtype")
-        given = {name: getattr(self.options, name) for name in fields}
-        given |= {"dropout": self.options.attention_dropout, "kernel": self.options.attention_kernel}
-        attention = Attention(**given, name="attention")
-        return Dropout(self.options.dropout)(attention(tokens, mask, train, positions), train)
+    @nn.nowrap
+    def parts(self) -> tuple[Attention, Mlp]:
+        """The attention layer and the MLP."""
+        return Attention(self.config, name="attention"), MLPS[self.config.mlp](self.config, name="mlp")
 
-    def _mlp(self) -> MlpBlock | SwigluBlock:
-        form = {"gelu": self.options.gelu} if self.options.mlp == "gelu" else {}
-        options = self.options
-        form["matmul_dtype"] = options.matmul_dtype
-        return MLPS[options.mlp](options.mlp_width, options.dropout, options.dtype, **form, name="mlp")
+    @nn.nowrap
+    def activation_bytes(self, tokens: int, width: int) -> int:
+        """Bytes of one image that the block's backward pass reads, its input not included."""
+        middle = tokens * width * jnp.dtype(self.config.dtype).itemsize  # the residual stream between the two parts
+        return middle + sum(part.activation_bytes(tokens, width) for part in self.parts())
 
     def _finish(
         self, branch: Float[Array, "batch tokens width"], scale: str, rate: float | jax.Array, train: bool
     ) -> Float[Array, "rows width"]:
-        """The residual branch as it is added: scaled, and dropped for some examples."""
-        if self.options.layer_scale is not None:
-            branch = LayerScale(self.options.layer_scale, name=scale)(branch)
+        """The residual branch as it is added: scaled, and zero for the examples that stochastic depth drops."""
+        if self.config.layer_scale is not None:
+            branch = LayerScale(self.config.layer_scale, name=scale)(branch)
         return Dropout(rate, shared_axes=(1, 2))(branch, train).reshape(-1, branch.shape[-1])
 
 
@@ -140,24 +102,24 @@ class Encoder(nn.Module):
 
     Attributes:
         depth: number of blocks.
-        options: what they have in common.
+        config: options of the blocks.
         stochastic_depth: rate of the last block.
-        stochastic_depth_schedule: 'linear' from 0 at the first block, or 'constant'.
-        position: a kind of position embedding of which every block has its own; None for none.
-        place: the tokens it is for.
-        remat: True: keep the blocks' inputs alone for the backward pass, and compute the rest again; 'dots' or
-            'dots_no_batch': keep the results of products, or of those with parameters, too (see `POLICIES`).
-        scan: one program for all blocks, run `depth` times, instead of `depth` copies of it. Their parameters are then
-            one tree `blocks` with a leading axis of layers (see `stacking`).
-        norm: whether there is a LayerNorm after the last block.
+        stochastic_depth_schedule: 'linear' (from 0 at the first block to the rate at the last) or 'constant'.
+        position: key of `positions.POSITIONS`: every block has its own position embedding of this kind; None for none.
+        layout: the tokens for those position embeddings.
+        remat: True: keep only the blocks' inputs for the backward pass and recompute the rest. 'dots' or
+            'dots_no_batch': also keep the outputs of all matmuls, or of the dense layers (see `POLICIES`).
+        scan: whether one compiled block runs `depth` times, instead of `depth` compiled copies. The blocks' parameters
+            are then one tree `blocks` with a leading axis of layers (see `stacking`).
+        norm: whether a LayerNorm follows the last block.
     """
 
     depth: int
-    options: BlockOptions
+    config: BlockConfig
     stochastic_depth: float = 0.0
     stochastic_depth_schedule: str = "linear"
     position: str | None = None
-    place: Place | None = None
+    layout: TokenLayout | None = None
     remat: bool | str = False
     scan: bool = False
     norm: bool = True
@@ -170,7 +132,7 @@ class Encoder(nn.Module):
         train: bool = False,
         positions: Terms = Terms(),  # noqa: B008 (it is immutable)
     ) -> Float[Array, "batch tokens width"]:
-        """The tokens after all blocks and the last LayerNorm, if any; `positions` is what all blocks share."""
+        """The tokens after all blocks and the final LayerNorm; `positions` is a position embedding that all share."""
         rates = depth_rates(self.depth, self.stochastic_depth, self.stochastic_depth_schedule)
 
         def run(block: EncoderBlock, tokens: jax.Array, rate: float | jax.Array) -> jax.Array:
@@ -179,29 +141,45 @@ class Encoder(nn.Module):
 
             if not self.remat:
                 return layer(block, tokens)
-            # Inside a scan, nothing could merge the second computation with the first.
+            # Inside a scan, XLA cannot merge the recomputation with the forward pass.
             return nn.remat(layer, prevent_cse=not self.scan, policy=POLICIES[self.remat])(block, tokens)
 
-        block = lambda name: EncoderBlock(self.options, self.position, self.place, name=name)  # noqa: E731
         if self.scan:
-            tokens = _scan(run, block("blocks"), tokens, rates)
+            tokens = _scan(run, self._block("blocks"), tokens, rates)
         else:
             for index, rate in enumerate(rates):
-                tokens = run(block(f"block_{index}"), tokens, rate)
+                tokens = run(self._block(f"block_{index}"), tokens, rate)
         if not self.norm:
             return tokens
-        return LayerNorm(self.options.dtype, self.options.layer_norm_epsilon, name="norm")(tokens)
+        return LayerNorm(self.config.dtype, self.config.layer_norm_epsilon, name="norm")(tokens)
+
+    @nn.nowrap
+    def _block(self, name: str) -> EncoderBlock:
+        return EncoderBlock(self.config, self.position, self.layout, name=name)
+
+    @nn.nowrap
+    def activation_bytes(self, tokens: int, width: int) -> int:
+        """Bytes of one image that the backward pass reads, with `remat` taken into account."""
+        block = EncoderBlock(self.config)
+        inputs = self.depth * tokens * width * jnp.dtype(self.config.dtype).itemsize
+        if not self.remat:
+            return inputs + self.depth * block.activation_bytes(tokens, width)
+        kept = 0
+        if self.remat is not True:
+            attention, mlp = block.parts()
+            kept = attention.matmul_bytes(tokens, width, batched=self.remat == "dots") + mlp.matmul_bytes(tokens, width)
+        return inputs + self.depth * kept + block.activation_bytes(tokens, width)  # one block at a time is recomputed
 
 
 def depth_rates(depth: int, rate: float, schedule: str) -> list[float]:
-    """The stochastic depth of each block: from 0 to `rate` in even steps, or `rate` for all."""
+    """The stochastic depth rate of each block: evenly spaced from 0 to `rate`, or `rate` for all."""
     return [rate if schedule == "constant" else rate * index / max(depth - 1, 1) for index in range(depth)]
 
 
 def _scan(run, block: EncoderBlock, tokens: jax.Array, rates: list[float]) -> jax.Array:
-    """`run` with each layer's parameters in turn."""
+    """Applies `run` with each layer's parameters in turn."""
     step = nn.scan(
-        # A rate of zero stays a number, so that nothing is drawn for it.
+        # A rate of zero stays a Python number, so that no random numbers are drawn for it.
         lambda block, tokens, rate: (run(block, tokens, rate if any(rates) else 0.0), None),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},

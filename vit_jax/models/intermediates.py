@@ -1,4 +1,4 @@
-"""What happens inside: the embedded patches, every block's output, every head's attention weights."""
+"""Intermediate arrays of a forward pass: embedded patches, outputs of blocks, attention weights."""
 
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ from vit_jax.models.vit import VisionTransformer
 
 
 class Intermediates(NamedTuple):
-    """Arrays from inside one forward pass. Tokens are [class token] [registers] patches, row by row.
+    """Intermediate arrays of one forward pass. Tokens are [class token] [registers] patches, in row-major order.
 
     Attributes:
-        embedded: the encoder's input: patches embedded, with the position where it is added at the input.
-        blocks: every block's output, before the last LayerNorm.
-        weights: what each query (fourth axis) takes from each key (fifth), layer by layer, head by head.
-        pooling: of attention pooling, what its query takes from each token; None with another pooling.
+        embedded: input of the encoder: embedded patches, plus the position embedding if it is applied at the input.
+        blocks: output of every block, before the final LayerNorm.
+        weights: attention weights of each query (fourth axis) on each key (fifth axis), for every layer and head.
+        pooling: weights of the query of attention pooling on each token; None with another pooling.
     """
 
     embedded: Float[Array, "batch tokens width"]
@@ -32,10 +32,10 @@ def apply_with_intermediates(
     mask: Bool[Array, "#batch #heads #queries tokens"] | None = None,
     grid: tuple[int, int] | None = None,
 ) -> tuple[Any, Intermediates]:
-    """`model.apply(variables, inputs, mask, grid=grid)`, and what happened on the way; dropout is off.
+    """Returns `model.apply(variables, inputs, mask, grid=grid)` and the intermediate arrays, without dropout.
 
-    The logits are those of the plain call, to the last bit, also within a compiled function: they come from a pass of
-    their own, which the compiler is kept from merging with the one that is looked into. That makes two passes.
+    The logits equal those of the plain call to the last bit, also in a compiled function: they come from a forward pass
+    of their own, which the compiler cannot merge with the one that returns the intermediates.
     """
     logits = model.apply(variables, inputs, mask, grid=grid)
     variables, inputs = jax.lax.optimization_barrier((variables, inputs))

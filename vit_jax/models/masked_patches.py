@@ -1,4 +1,4 @@
-"""Masked patch prediction: the mean colour of corrupted patches (arXiv 2010.11929, appendix B.1.2)."""
+"""Masked patch prediction: predicts the mean colour of corrupted patches (arXiv 2010.11929, appendix B.1.2)."""
 
 from typing import NamedTuple
 
@@ -12,17 +12,17 @@ from vit_jax.models.checks import check_encoder
 from vit_jax.models.dense import Dense
 from vit_jax.models.vit import VisionTransformer, input_grid
 
-LEVELS = 8  # of a channel: three bits
-MASKED, SWAPPED = 0.8, 0.1  # shares of the corrupted patches; the rest is kept as it is
+LEVELS = 8  # per channel: three bits
+MASKED, SWAPPED = 0.8, 0.1  # fractions of the corrupted patches; the others keep their embedding
 
 
 class Corruption(NamedTuple):
-    """What is done to the patches of a batch.
+    """How the patches of a batch are corrupted.
 
     Attributes:
-        corrupted: True where a patch is to be predicted.
-        masked: True where the mask embedding stands in its place.
-        sources: the number of the patch whose embedding stands there: its own, but where it is another's.
+        corrupted: True if the patch is to be predicted.
+        masked: True if its embedding is replaced by the mask embedding.
+        sources: index of the patch whose embedding it gets: its own index unless it is swapped.
     """
 
     corrupted: Bool[Array, "batch patches"]
@@ -31,10 +31,10 @@ class Corruption(NamedTuple):
 
 
 def draw_corruption(keys: Key[Array, " batch"], patches: int, count: int) -> Corruption:
-    """Corrupts `count` patches of every image: by 80 % masked, by 10 % swapped, by 10 % only to be predicted.
+    """Corrupts `count` patches of every image: 80 % are masked, 10 % swapped, 10 % keep their embedding.
 
-    Which of the three is drawn for each patch by itself. A swapped one gets the embedding of any other patch of the
-    same image, so that nothing has to be fetched from another device.
+    This is drawn for each patch independently. A swapped patch gets the embedding of another patch of the same image,
+    so that no communication between devices is needed.
     """
     which, kinds, others = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
     corrupted = masking.draw_hidden(which, patches, count)
@@ -48,7 +48,7 @@ def draw_corruption(keys: Key[Array, " batch"], patches: int, count: int) -> Cor
 def corrupt(
     embeddings: Float[Array, "batch patches width"], mask_embedding: Float[Array, "1 1 width"], corruption: Corruption
 ) -> Float[Array, "batch patches width"]:
-    """The embeddings with the corrupted ones replaced."""
+    """The embeddings after masking and swapping."""
     swapped = masking.take(embeddings, corruption.sources)
     return jnp.where(corruption.masked[..., None], mask_embedding.astype(embeddings.dtype), swapped)
 
@@ -56,34 +56,34 @@ def corrupt(
 def mean_colours(
     patches: Num[Array, "batch patches pixels"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Int[Array, "batch patches"]:
-    """The mean colour of every patch in three bits a channel, as one number, first channel first: 512 for RGB.
+    """The mean colour of every patch with three bits per channel, as one integer: one of 512 for RGB.
 
     Args:
-        patches: normalised, that is (x / 255 - mean) / std of each channel.
-        mean: of each channel, in [0, 1].
-        std: likewise.
+        patches: normalized pixels, (x / 255 - mean) / std for each channel.
+        mean: one value per channel, in [0, 1].
+        std: one value per channel.
     """
     pixels = patches.astype(jnp.float32).reshape(*patches.shape[:2], -1, len(mean))
     means = 255 * (pixels.mean(axis=2) * jnp.asarray(std) + jnp.asarray(mean))
-    # A mean that was exactly a bound between two levels must not fall below it by the last bit of normalising.
+    # Rounding: a mean exactly at a boundary between two levels must not fall below it by the normalization's last bit.
     levels = jnp.clip(jnp.floor(jnp.round(1024 * means) / (1024 * 256 // LEVELS)), 0, LEVELS - 1).astype(jnp.int32)
     return (levels * jnp.asarray([LEVELS**power for power in reversed(range(len(mean)))])).sum(axis=-1)
 
 
 class MaskedPatchPrediction(nn.Module):
-    """A Vision Transformer that tells the mean colours of patches from the others.
+    """A Vision Transformer that predicts the mean colours of corrupted patches.
 
-    Its parameters are `backbone/...`, those of the Vision Transformer; `mask_embedding`; and `colours/...`, one linear
-    layer on every patch's output.
+    Its parameters are `backbone/...`, those of the Vision Transformer; `mask_embedding`; and `colours/...`, a linear
+    layer on the output of every patch.
 
     Attributes:
-        backbone: a Vision Transformer without a head whose pooling is 'none'.
-        mean: of each channel, by which images were normalised; in [0, 1].
-        std: likewise.
-        masked: share of the patches that are corrupted.
+        backbone: a Vision Transformer without a head or stem, with pooling 'none'.
+        mean: mean of each channel with which images were normalized, in [0, 1].
+        std: standard deviation of each channel with which images were normalized.
+        masked: fraction of the patches that are corrupted.
 
     Raises:
-        ValueError: at construction, for a backbone of which not every token comes out, or that has a stem.
+        ValueError: at construction, if the backbone does not return all tokens or has a stem.
     """
 
     backbone: VisionTransformer
@@ -102,12 +102,12 @@ class MaskedPatchPrediction(nn.Module):
         keys: Key[Array, " batch"] | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "batch patches colours"], Bool[Array, "batch patches"]]:
-        """Logits of every patch's colour, in float32, and True where the patch was corrupted.
+        """Returns logits of the colour of every patch in float32, and a mask that is True for corrupted patches.
 
         Args:
-            inputs: images, or patches as `patches.patchify` makes them.
-            keys: by which an image's corruption is drawn; None for some.
-            train: as of the backbone.
+            inputs: images, or patches as `patches.patchify` returns them.
+            keys: one per image, from which its corruption is drawn; None for a fixed one.
+            train: as in `VisionTransformer`.
         """
         rows, columns = input_grid(self.backbone, inputs)
         count = masking.hidden_count(self.masked, rows * columns)

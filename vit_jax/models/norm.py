@@ -1,4 +1,4 @@
-"""Layer normalisation, and the learned scale of a residual branch."""
+"""LayerNorm and LayerScale."""
 
 import functools
 
@@ -10,17 +10,19 @@ from flax.typing import Dtype
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+EPSILON = 1e-6  # as in the published code; some checkpoints of other projects were trained with 1e-12
+
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last axis; statistics are float32, the result is `dtype`.
+    """Layer normalization over the last axis, with statistics in float32.
 
     Attributes:
-        dtype: of the result.
-        epsilon: added to the variance; 1e-6 in the published code, 1e-12 in some files of other projects.
+        dtype: dtype of the result.
+        epsilon: added to the variance.
     """
 
     dtype: Dtype = jnp.float32
-    epsilon: float = 1e-6
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "*leading width"]) -> Float[Array, "*leading width"]:
@@ -38,10 +40,10 @@ def layer_norm(
     epsilon: float,
     dtype: Dtype,
 ) -> Float[Array, "*leading width"]:
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, computed in float32, in `dtype`.
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, computed in float32, cast to `dtype`.
 
-    The backward pass keeps the inputs, as they are, and two float32 numbers per row, and recomputes the rest: the
-    derivative that JAX would make by itself writes float32 arrays of the inputs' shape to memory.
+    The backward pass keeps the inputs in their own dtype and two float32 numbers per row, and recomputes the rest.
+    JAX's automatic derivative would write float32 arrays of the inputs' shape to memory.
     """
     return _layer_norm(inputs, scale, bias, epsilon, dtype)[0]
 
@@ -79,10 +81,10 @@ layer_norm.defvjp(_layer_norm, _layer_norm_backward)
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each channel of a residual branch, small at the start (arXiv 2103.17239, section 3).
+    """A learned factor per channel of a residual branch (arXiv 2103.17239, section 3).
 
     Attributes:
-        initial: its value at the start.
+        initial: initial value of all factors; usually small.
     """
 
     initial: float

@@ -1,4 +1,4 @@
-"""From images to patches and back, and the linear projection of patches to tokens (arXiv 2010.11929, eq. 1)."""
+"""Images to patches and back, and the linear projection of patches to tokens (arXiv 2010.11929, eq. 1)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,13 +9,14 @@ from vit_jax.models.dense import Dense
 
 
 def patchify(images: Num[Array, "batch height width channels"], patch_size: int) -> Num[Array, "batch patches pixels"]:
-    """Cuts images into square patches, row by row, each flattened in the order row, column, channel.
+    """Splits images into non-overlapping square patches and flattens each one.
 
-    A Dense layer on the result is the linear projection E of arXiv 2010.11929 (eq. 1), and a convolution kernel
-    [P, P, C, D] of that stride reshapes to its kernel: the two are the same product.
+    Patches are in row-major order; pixels within a patch are ordered (row, column, channel). A Dense layer on the
+    result is the linear projection E of arXiv 2010.11929 (eq. 1), equal to a convolution whose stride is the patch
+    size and whose kernel [P, P, C, D] is reshaped to [P*P*C, D].
 
     Raises:
-        ValueError: height or width is not a multiple of `patch_size`.
+        ValueError: `patch_size` does not divide the height or the width.
     """
     batch, height, width, channels = images.shape
     rows, columns = grid_of((height, width), patch_size)
@@ -44,10 +45,10 @@ def unpatchify(
 
 
 def grid_of(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches in an image of (height, width) `image_size`.
+    """The number of rows and columns of patches in images of (height, width) `image_size`.
 
     Raises:
-        ValueError: height or width is not a multiple of `patch_size`.
+        ValueError: `patch_size` does not divide the height or the width.
     """
     height, width = image_size
     if height % patch_size or width % patch_size:
@@ -61,7 +62,7 @@ class PatchEmbedding(nn.Module):
     Attributes:
         width: size D of a token.
         patch_size: height and width P of a patch, in pixels.
-        dtype: arithmetic of the projection.
+        dtype: compute dtype of the projection.
     """
 
     width: int
@@ -72,9 +73,8 @@ class PatchEmbedding(nn.Module):
     def __call__(
         self, inputs: Num[Array, "batch height width channels"] | Num[Array, "batch patches pixels"]
     ) -> Num[Array, "batch patches embedding"]:
-        """Embeds images, or patches that were cut before (three axes, as `patchify` makes them)."""
+        """Embeds images, or patches as `patchify` returns them."""
         patches = inputs if inputs.ndim == 3 else patchify(inputs, self.patch_size)
-        # LeCun's initialiser is what a convolution of that stride would have: its fan-in is the patch's pixels.
-        return Dense(self.width, dtype=self.dtype, kernel_init=nn.initializers.lecun_normal(), name="projection")(
-            patches
-        )
+        # LeCun's initializer, as for the equivalent convolution: the fan-in is the number of values per patch.
+        kernel_init = nn.initializers.lecun_normal()
+        return Dense(self.width, dtype=self.dtype, kernel_init=kernel_init, name="projection")(patches)

@@ -1,29 +1,31 @@
-"""From tokens to one vector an image, and from there to logits."""
+"""Pooling of tokens into one feature vector per image, and the classifier head."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from vit_jax.models.attention_backends import attention_weights
+from vit_jax.models.attention_backends import plain
+from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.dense import Dense, stacked
-from vit_jax.models.encoder import BlockOptions
 from vit_jax.models.mlp import MlpBlock
 from vit_jax.models.norm import LayerNorm
 
 
 class Pooling(nn.Module):
-    """A way from tokens to features.
+    """Base class of the poolings: tokens to features.
 
     Attributes:
-        extra: tokens that stand before the patches: class token, registers.
-        options: of the encoder's blocks, which attention pooling is built like.
+        extra: number of tokens before the patches: class token and registers.
+        config: options of the encoder's blocks, which attention pooling shares.
     """
 
     extra: int
-    options: BlockOptions
+    config: BlockConfig
 
 
 class TokenPooling(Pooling):
@@ -34,38 +36,48 @@ class TokenPooling(Pooling):
 
 
 class MeanPooling(Pooling):
-    """The mean of the patches' outputs: with no class token, the published code's 'gap' (appendix D.3)."""
+    """The mean over the patches; without a class token, 'gap' of the published code (appendix D.3)."""
 
     def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
         return tokens[:, self.extra :].mean(axis=1)
 
 
 class AttentionPooling(Pooling):
-    """A learned query attends to all tokens, then an MLP with its residual (arXiv 2106.04560, appendix; 'MAP').
+    """A learned query attends to all tokens; an MLP with a residual follows ('MAP' of arXiv 2106.04560, appendix).
 
-    The form is big_vision's: heads and MLP as wide as the encoder's, LayerNorm before the MLP alone.
+    As in big_vision: as many heads and as wide an MLP as in the encoder, and a LayerNorm before the MLP only.
     """
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
-        options, (batch, count, width) = self.options, tokens.shape
-        dtype: Dtype = options.dtype
-        size = width // options.heads
+        config, (batch, count, width) = self.config, tokens.shape
+        dtype, heads, size = config.dtype, config.heads, width // config.heads
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width), jnp.float32)
-        queries = Dense(width, dtype=dtype, name="query")(jnp.asarray(probe)).reshape(1, 1, options.heads, size)
+        queries = Dense(width, dtype=dtype, name="query")(jnp.asarray(probe)).reshape(1, 1, heads, size)
         kernel_init = stacked(nn.initializers.xavier_uniform(), 2)
         fused = Dense(2 * width, dtype=dtype, kernel_init=kernel_init, name="key_value")(tokens)
-        keys, values = jnp.moveaxis(fused.reshape(batch, count, 2, options.heads, size), 2, 0)
-        weights = attention_weights(jnp.broadcast_to(queries, (batch, *queries.shape[1:])), keys)
-        self.sow("intermediates", "weights", weights)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(dtype), values).reshape(batch, 1, width)
+        keys, values = jnp.moveaxis(fused.reshape(batch, count, 2, heads, size), 2, 0)
+        queries = jnp.broadcast_to(queries, (batch, *queries.shape[1:]))
+
+        def sow(weights: jax.Array) -> jax.Array:
+            self.sow("intermediates", "weights", weights)
+            return weights
+
+        mixed = plain(queries, keys, values, on_weights=sow).reshape(batch, 1, width)
         pooled = Dense(width, dtype=dtype, name="out")(mixed)
-        normed = LayerNorm(dtype, options.layer_norm_epsilon, name="norm")(pooled)
-        return (pooled + MlpBlock(options.mlp_width, dtype=dtype, gelu=options.gelu, name="mlp")(normed))[:, 0]
+        normed = LayerNorm(dtype, config.layer_norm_epsilon, name="norm")(pooled)
+        # Always the GELU MLP, without dropout, and in the compute dtype: one token per image takes hardly any time.
+        mlp = MlpBlock(dataclasses.replace(config, dropout=0.0, matmul_dtype=None), name="mlp")
+        return (pooled + mlp(normed))[:, 0]
+
+    @nn.nowrap
+    def matmul_flops(self, shape: tuple[int, ...]) -> int:
+        """FLOPs of scores and weighted means of one query, for tokens of this shape."""
+        return 2 * 2 * math.prod(shape)
 
 
 class NoPooling(Pooling):
-    """All tokens, extra ones first."""
+    """No pooling: all tokens, class token and registers first."""
 
     def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         return tokens
@@ -80,12 +92,12 @@ POOLINGS: dict[str, type[Pooling]] = {
 
 
 class Head(nn.Module):
-    """The linear classifier, zero at the start (arXiv 2010.11929, section 3.2), in float32.
+    """The linear classifier, in float32, with zero kernels initially (arXiv 2010.11929, section 3.2).
 
     Attributes:
         classes: number of logits.
-        pre_logits: width of a Dense + tanh layer before it, as in pre-training; None for none.
-        bias: what its biases start at.
+        pre_logits: width of a Dense + tanh layer before the logits, as in pre-training; None for no such layer.
+        bias: initial value of the biases.
     """
 
     classes: int
@@ -104,11 +116,11 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """Several classifiers of the same features, each by its name.
+    """Several classifiers on the same features.
 
     Attributes:
-        classes: number of logits of each.
-        pre_logits: as in `Head`; each has its own.
+        classes: number of logits of each classifier, by its name.
+        pre_logits: as in `Head`; each classifier has its own layer.
         bias: as in `Head`.
     """
 
@@ -120,22 +132,3 @@ class Heads(nn.Module):
     def __call__(self, features: Float[Array, "*leading width"]) -> dict[str, Float[Array, "*leading _"]]:
         heads = {name: Head(count, self.pre_logits, self.bias, name=name) for name, count in self.classes.items()}
         return {name: head(features) for name, head in heads.items()}
-
-
-class HeadAlone(nn.Module):
-    """The head of a model without the model: logits of stored features, by the same parameters `head/...`.
-
-    Attributes:
-        classes: as of `VisionTransformer`, but not None.
-        pre_logits: likewise.
-    """
-
-    classes: int | Mapping[str, int]
-    pre_logits: int | None = None
-
-    @nn.compact
-    def __call__(
-        self, features: Float[Array, "*leading width"], train: bool = False
-    ) -> Float[Array, "*leading classes"] | dict[str, Float[Array, "*leading _"]]:
-        head = Heads if isinstance(self.classes, Mapping) else Head
-        return head(self.classes, self.pre_logits, name="head")(features)

@@ -1,7 +1,7 @@
-"""The hybrids' stem: a ResNet whose feature map is cut into patches (arXiv 2010.11929, section 3.1 and B.2).
+"""The stem of hybrids: a ResNet whose feature map is split into patches (arXiv 2010.11929, section 3.1 and B.2).
 
-It is ResNet v2 of BiT (arXiv 1912.11370): weight-standardised convolutions and GroupNorm, in bottleneck units. Padding
-is SAME throughout, which at stride 2 pads more behind than before.
+It is the ResNet v2 of BiT (arXiv 1912.11370): weight-standardized convolutions and GroupNorm in bottleneck units. All
+padding is SAME, which at stride 2 pads more at the end than at the start.
 """
 
 import flax.linen as nn
@@ -10,20 +10,22 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Num
 
-EXPANSION = 4  # a unit's output channels for each of its inner ones
+from vit_jax.models.norm import EPSILON
+
+EXPANSION = 4  # output channels of a unit per inner channel
 GROUPS = 32
 
 
 class StandardizedConvolution(nn.Module):
-    """A convolution without bias whose kernel is standardised over height, width and input (arXiv 1903.10520).
+    """A convolution without bias whose kernel is standardized over height, width and inputs (arXiv 1903.10520).
 
-    1e-5 is added to the standard deviation itself, as the published code does, not to the variance.
+    As in the published code, 1e-5 is added to the standard deviation, not to the variance.
 
     Attributes:
-        features: output channels.
+        features: number of output channels.
         size: height and width of the kernel.
-        stride: of the output on the input.
-        dtype: arithmetic of the product; the kernel is float32 and is standardised so.
+        stride: stride in both directions.
+        dtype: compute dtype of the convolution; the kernel is float32 and is standardized in float32.
     """
 
     features: int
@@ -47,13 +49,20 @@ class StandardizedConvolution(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
+    @nn.nowrap
+    def matmul_flops(self, shape: tuple[int, ...]) -> int:
+        """FLOPs of the convolution for images of this shape."""
+        batch, height, width, channels = shape
+        outputs = batch * -(-height // self.stride) * -(-width // self.stride) * self.features
+        return 2 * outputs * self.size**2 * channels
+
 
 class GroupNorm(nn.Module):
-    """Group normalisation in 32 groups, epsilon 1e-6, statistics in float32, result in `dtype`.
+    """GroupNorm with 32 groups and statistics in float32.
 
     Attributes:
-        dtype: of the result.
-        scale_init: initialiser of the scale.
+        dtype: dtype of the result.
+        scale_init: initializer of the scale.
     """
 
     dtype: Dtype = jnp.float32
@@ -61,18 +70,18 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        norm = nn.GroupNorm(GROUPS, epsilon=1e-6, dtype=jnp.float32, scale_init=self.scale_init, name="norm")
+        norm = nn.GroupNorm(GROUPS, epsilon=EPSILON, dtype=jnp.float32, scale_init=self.scale_init, name="norm")
         nn.share_scope(self, norm)
         return norm(images).astype(self.dtype)
 
 
 class BottleneckUnit(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a residual, which is projected where the shape changes.
+    """1x1, 3x3 and 1x1 convolutions with a residual connection, which is projected if the shape changes.
 
     Attributes:
-        features: inner channels; the output has four times as many.
-        stride: of the 3x3 convolution and the projection.
-        dtype: arithmetic.
+        features: number of inner channels; the output has four times as many.
+        stride: stride of the 3x3 convolution and the projection.
+        dtype: compute dtype.
     """
 
     features: int
@@ -92,18 +101,18 @@ class BottleneckUnit(nn.Module):
             residual = step(images, "projection", wide, 1, self.stride)
         images = nn.relu(step(images, 1, self.features, 1))
         images = nn.relu(step(images, 2, self.features, 3, self.stride))
-        # A unit starts as its residual alone.
+        # With zero scales a unit is initially the identity (or the projection).
         images = step(images, 3, wide, 1, scale_init=nn.initializers.zeros)
         return nn.relu(residual + images)
 
 
 class ResNetStem(nn.Module):
-    """7x7/2 convolution, 3x3/2 max-pool, then stages of bottleneck units; each stage after the first halves the map.
+    """7x7/2 convolution, 3x3/2 max-pool, then stages of bottleneck units; stages after the first halve the feature map.
 
     Attributes:
-        units: bottleneck units of each stage; () is the convolution and the pool alone.
-        width: channels of the first convolution, a multiple of 32; each stage has twice its predecessor's.
-        dtype: arithmetic.
+        units: number of bottleneck units of each stage; () for only the convolution and the pooling.
+        width: channels of the first convolution, a multiple of 32; each stage has twice the channels of the one before.
+        dtype: compute dtype.
     """
 
     units: tuple[int, ...]
@@ -128,26 +137,16 @@ class ResNetStem(nn.Module):
 
 
 def stem_output(units: tuple[int, ...], width: int, image_size: tuple[int, int]) -> tuple[int, int, int]:
-    """Height, width and channels of what `ResNetStem` makes of images of (height, width) `image_size`."""
+    """Height, width and channels of the output of `ResNetStem` for images of (height, width) `image_size`."""
     height, across = image_size
     for _ in range(2 + max(len(units) - 1, 0)):
         height, across = -(-height // 2), -(-across // 2)
     return height, across, EXPANSION * width * 2 ** (len(units) - 1) if units else width
 
 
-def stem_flops(units: tuple[int, ...], width: int, image_size: tuple[int, int], channels: int) -> int:
-    """Floating-point operations of the stem's convolutions for one image, a multiply-add counted as two."""
-    total = 2 * -(-image_size[0] // 2) * -(-image_size[1] // 2) * 7 * 7 * channels * width
-    height, across, inputs = stem_output((), width, image_size)
-    for stage, count in enumerate(units):
-        inner = width * 2**stage
-        wide = EXPANSION * inner
-        for unit in range(count):
-            before = height * across
-            if stage > 0 and unit == 0:
-                height, across = -(-height // 2), -(-across // 2)
-            after = height * across
-            total += 2 * (before * inputs * inner + after * (9 * inner * inner + inner * wide))
-            total += 2 * after * inputs * wide if unit == 0 else 0
-            inputs = wide
-    return total
+def stem_activation_bytes(units: tuple[int, ...], width: int, image_size: tuple[int, int], dtype: Dtype) -> int:
+    """An estimate of the bytes of one image that the stem's backward pass reads."""
+    height, across, _ = stem_output((), width, image_size)
+    # Each unit keeps about seven maps of its inner width, among them the inputs and outputs of its norms.
+    maps = 8 + 14 * sum(count / 2**stage for stage, count in enumerate(units))
+    return int(jnp.dtype(dtype).itemsize * height * across * width * maps)

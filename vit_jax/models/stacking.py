@@ -1,19 +1,21 @@
-"""Between the parameters of a scanned encoder (one tree with an axis of layers) and of an unrolled one."""
+"""Conversion between the parameters of a scanned encoder (one tree with an axis of layers) and of an unrolled one."""
 
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def stack_blocks(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters as a model with `scan=True` has them; what is stacked already is returned as it is.
+    """The parameters of a model with `scan=True`, from those of a model with or without it.
 
-    `encoder/block_0/...`, `encoder/block_1/...` become `encoder/blocks/...`, with a leading axis of layers. It works on
-    any tree that has the structure of the parameters: gradients, Adam's moments, averaged parameters.
+    `encoder/block_0/...`, `encoder/block_1/...` become `encoder/blocks/...`, with a leading axis of layers. The tree
+    may also hold gradients, Adam's moments or averaged parameters.
 
     Raises:
-        ValueError: there is no encoder in the tree, or one without blocks.
+        ValueError: the tree has no encoder or an encoder without blocks.
     """
     encoder = _encoder(parameters)
     if "blocks" in encoder:
@@ -25,10 +27,10 @@ def stack_blocks(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def unstack_blocks(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `stack_blocks`: the parameters as a model with `scan=False` has them.
+    """The parameters of a model with `scan=False`, from those of a model with or without it.
 
     Raises:
-        ValueError: there is no encoder in the tree, or one without blocks.
+        ValueError: the tree has no encoder or an encoder without blocks.
     """
     encoder = _encoder(parameters)
     if "blocks" not in encoder:
@@ -43,7 +45,20 @@ def _encoder(parameters: dict[str, Any]) -> dict[str, Any]:
     encoder = parameters.get("encoder", {})
     if "blocks" not in encoder and "block_0" not in encoder:
         raise ValueError(
-            f"no encoder's parameters: {', '.join(parameters) or 'nothing'} at the top; expected is a tree with "
-            "'encoder/block_0' or 'encoder/blocks', as model.init(...)['params'] is"
+            f"the tree has no encoder blocks, only {', '.join(parameters) or 'nothing'}: it must have "
+            "'encoder/block_0' or 'encoder/blocks', as model.init(...)['params'] does"
         )
     return encoder
+
+
+def stacked_path(path: str) -> str:
+    """The path of a parameter after stacking: 'encoder/block_3/mlp/...' becomes 'encoder/blocks/mlp/...'."""
+    return re.sub(r"^encoder/block_\d+/", "encoder/blocks/", path)
+
+
+def stack_flat(flat: dict[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
+    """`stack_blocks` of NumPy arrays by path, in place: at most one parameter is in memory twice."""
+    first = "encoder/block_0/"
+    for rest in [path[len(first) :] for path in flat if path.startswith(first)]:
+        flat[f"encoder/blocks/{rest}"] = np.stack([flat.pop(f"encoder/block_{i}/{rest}") for i in range(depth)])
+    return flat

@@ -1,9 +1,11 @@
-"""The published sizes by name (arXiv 2010.11929, table 1; Ti and S as in arXiv 2106.10270): 'B/16' -> fields."""
+"""Published model sizes by name (arXiv 2010.11929, table 1; Ti and S as in arXiv 2106.10270): 'B/16' -> options."""
 
 import difflib
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from vit_jax.models.block_config import options_that_affect
 
 if TYPE_CHECKING:
     from vit_jax.models.vit import VisionTransformer
@@ -16,8 +18,8 @@ SIZES = {
     "H": {"width": 1280, "depth": 32, "heads": 16, "mlp_width": 5120},
 }
 
-# A hybrid's second number is the pixels a token stands for: what the stem shrinks, times the patch on its feature map.
-# R50+B/16 has R50's first three stages alone, and so stays at 16.
+# The second number of a hybrid is the pixels per token: the reduction of the stem times the patch on its feature map.
+# R50+B/16 has only the first three stages of R50, whose reduction is 16.
 HYBRIDS = {
     "R+Ti/16": {"stem": (), "patch_size": 8, **SIZES["Ti"]},
     "R26+S/32": {"stem": (2, 2, 2, 2), "patch_size": 1, **SIZES["S"]},
@@ -26,20 +28,22 @@ HYBRIDS = {
     "R50+L/32": {"stem": (3, 4, 6, 3), "patch_size": 1, **SIZES["L"]},
 }
 
-STEM_WIDTH = 64  # of all of them
-# Options of a config that are fields of the model under the same name, and change its parameters or its function.
-PLAIN = (
-    *("registers", "pooling", "position", "position_at", "position_width", "mlp", "gelu", "qkv_bias", "qk_norm"),
-    "position_grid",
-    *("layer_scale", "parallel", "layer_norm_epsilon", "norm_after_pooling"),
-)
+VARIANT_OPTIONS = (
+    "patch_size",
+    "width",
+    "depth",
+    "heads",
+    "mlp_width",
+    "stem",
+    "stem_width",
+)  # set by a variant's name
 
 
 def fields(name: str) -> dict[str, Any]:
-    """The fields of `VisionTransformer` that a name stands for: any size with any patch size, or a published hybrid.
+    """The options of `VisionTransformer` of a named variant: any size with any patch size, or a published hybrid.
 
     Raises:
-        ValueError: there is no such size or hybrid, or the name is not of that form.
+        ValueError: the name is not a variant.
     """
     if name in HYBRIDS:
         return dict(HYBRIDS[name])
@@ -47,38 +51,37 @@ def fields(name: str) -> dict[str, Any]:
     if match is None or match[1] not in SIZES:
         near = difflib.get_close_matches(name.split("/")[0], SIZES, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"{name!r} is no variant: a size ({', '.join(SIZES)}), a slash and a patch size, as '{near}/16', or one of "
-            f"{', '.join(HYBRIDS)}"
+            f"{name!r} is not a variant: a size ({', '.join(SIZES)}), a slash and a patch size, such as '{near}/16', "
+            f"or one of {', '.join(HYBRIDS)}"
         )
     return {**SIZES[match[1]], "patch_size": int(match[2])}
 
 
 def fields_of_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `VisionTransformer`, but for classes and dtype, that the model section of a config stands for.
+    """The options of `VisionTransformer` that the model section of a config describes, without classes and dtype.
 
     Raises:
         ValueError: as in `fields`.
     """
     options = {key: value for key, value in options.items() if value is not None and key != "dtype"}
     sized = fields(options.pop("variant"))
-    # A token that no head reads is a wasted one: there is one where the pooling needs it, unless asked for.
+    # By default there is a class token only if the pooling reads it.
     return {"class_token": options["pooling"] == "token", **sized, **options}
 
 
 def options_of(model: "VisionTransformer") -> dict[str, Any]:
-    """The other way round: what the model section of a config says of a model's parameters and of what they compute.
+    """The inverse of `fields_of_options`: the options of a config that describe a model's parameters and function.
 
-    Rates, arithmetic and what is laid out otherwise only are left out, and so is the layer before the logits, which
-    goes with the head.
+    Options that only affect the head, training or execution are left out.
 
     Raises:
-        ValueError: no variant has its stem.
+        ValueError: no variant has the model's stem.
     """
-    own = {name: getattr(model, name) for name in ("width", "depth", "heads", "mlp_width")}
+    own = {name: getattr(model, name) for name in SIZES["B"]}
     if model.stem is not None:
         alike = [name for name, sized in HYBRIDS.items() if (sized["stem"], sized["patch_size"]) == _stem_of(model)]
         if not alike:
-            raise ValueError(f"no variant has a stem of {model.stem} units, {model.stem_width} wide")
+            raise ValueError(f"no variant has a stem with {model.stem} units and {model.stem_width} channels")
         variant = min(alike, key=lambda name: abs(HYBRIDS[name]["width"] - model.width))
     else:
         size = next((name for name, sized in SIZES.items() if sized == own), "Ti")
@@ -86,8 +89,9 @@ def options_of(model: "VisionTransformer") -> dict[str, Any]:
     usual = fields(variant)
     sizes = {name: None if usual[name] == value else value for name, value in own.items()}
     class_token = None if model.class_token == (model.pooling == "token") else model.class_token
-    return {"variant": variant, **sizes, "class_token": class_token, **{name: getattr(model, name) for name in PLAIN}}
+    others = set(options_that_affect(model, "parameters", "function")) - {*VARIANT_OPTIONS, "class_token"}
+    return {"variant": variant, **sizes, "class_token": class_token, **{name: getattr(model, name) for name in others}}
 
 
 def _stem_of(model: "VisionTransformer") -> tuple[tuple[int, ...] | None, int]:
-    return (model.stem if model.stem_width == STEM_WIDTH else None), model.patch_size
+    return (model.stem if model.stem_width == type(model).stem_width else None), model.patch_size

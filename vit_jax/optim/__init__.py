@@ -1,13 +1,17 @@
-"""Optimizers, learning-rate schedules, weight decay, layer-wise decay, and which parameters are trained."""
+"""Optimizers, learning-rate schedules, gradient clipping, layer-wise decay, trainable masks and parameter averaging."""
 
-from vit_jax.optim.registry import (
-    clip_by_global_norm,
-    global_norm,
-    learning_rate,
-    make,
-    matrices,
-    schedule,
-    update_count,
-)
+from vit_jax.optim.clipping import clip_by_global_norm, global_norm
+from vit_jax.optim.registry import OPTIMIZERS, decay_mask, legacy_update_count, make
+from vit_jax.optim.schedules import SCHEDULES, learning_rate, schedule
 
-__all__ = ["clip_by_global_norm", "global_norm", "learning_rate", "make", "matrices", "schedule", "update_count"]
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "clip_by_global_norm",
+    "decay_mask",
+    "global_norm",
+    "learning_rate",
+    "legacy_update_count",
+    "make",
+    "schedule",
+]

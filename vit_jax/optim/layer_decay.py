@@ -1,4 +1,4 @@
-"""Layer-wise decay of the learning rate: the lower a layer, the smaller its steps."""
+"""Layer-wise learning-rate decay: the lower a block, the smaller its learning rate."""
 
 import re
 from typing import Any
@@ -9,20 +9,22 @@ import optax
 
 from vit_jax.optim.trainable import name_of
 
-BEFORE = ("stem/", "embedding/", "positions/", "class_token", "registers")  # parameters below the blocks
+# Parameters below the first block; the names of all others are those of blocks, or of what follows the last block.
+BELOW_BLOCKS = ("stem/", "embedding/", "positions/", "class_token", "registers")
 
 
 def factors(decay: float, parameters: Any, depth: int) -> Any:
-    """What the learning rate of each parameter is multiplied by, in a tree of the structure of the parameters.
+    """Returns the factor of each parameter's learning rate, in a tree with the structure of the parameters.
 
-    decay^(depth - i) for block i of the encoder, counted from 0; decay^(depth + 1) for all before the blocks (stem,
-    embedding, positions, class token, registers); 1 for all behind them (BEiT, arXiv 2106.08254, appendix; MAE,
-    arXiv 2111.06377, appendix A.1). A leaf is a number, or for stacked blocks float32 [depth, 1, ..., 1].
+    decay^(depth - i) for block i of the encoder, counted from 0; decay^(depth + 1) for everything below the blocks
+    (stem, embedding, positions, class token, registers); 1 for everything after them (BEiT, arXiv 2106.08254,
+    appendix; MAE, arXiv 2111.06377, appendix A.1). A leaf is a number or, for stacked blocks, float32
+    [depth, 1, ..., 1].
 
     Args:
-        decay: from each block to the one below it.
-        parameters: arrays or shapes.
-        depth: blocks of the encoder.
+        decay: ratio of a block's learning rate to that of the next higher one.
+        parameters: arrays or shapes of the backbone and its head.
+        depth: number of encoder blocks.
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> float | np.ndarray:
@@ -31,18 +33,18 @@ def factors(decay: float, parameters: Any, depth: int) -> Any:
         if block:
             return decay ** (depth - int(block[1]))
         if name.startswith("encoder/blocks/"):
-            each = np.array([decay ** (depth - index) for index in range(depth)], np.float32)
-            return each.reshape(depth, *[1] * (len(leaf.shape) - 1))
-        return decay ** (depth + 1) if name.startswith(BEFORE) else 1.0
+            per_block = np.array([decay ** (depth - index) for index in range(depth)], np.float32)
+            return per_block.reshape(depth, *[1] * (len(leaf.shape) - 1))
+        return decay ** (depth + 1) if name.startswith(BELOW_BLOCKS) else 1.0
 
     return jax.tree_util.tree_map_with_path(one, parameters)
 
 
 def scale(factors: Any) -> optax.GradientTransformation:
-    """Multiplies each parameter's update, decoupled weight decay included, by its factor; it keeps no state.
+    """Multiplies each parameter's update, decoupled weight decay included, by its factor; it has no state.
 
     Args:
-        factors: as `factors` makes them, with None for the parameters that are frozen.
+        factors: result of `factors`, with None for frozen parameters.
     """
 
     def update(updates: Any, state: optax.EmptyState, _: Any = None) -> tuple[Any, optax.EmptyState]:

@@ -1,6 +1,10 @@
-"""Learning-rate schedules and optax chains; which parameters decay."""
+"""Optimizers by name, and the whole optax chain of a run.
 
-import contextlib
+To add an optimizer, write a function (in a file of its own if it is long) that reads its options from the config
+section, and add it to `OPTIMIZERS`; its options and its name are declared in the config schema.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,99 +13,69 @@ import optax
 from ml_collections import ConfigDict
 
 from vit_jax.optim import layer_decay
+from vit_jax.optim.clipping import clip_by_global_norm
+from vit_jax.optim.schedules import schedule
 
-JOINED = 16_384  # values of a leaf that `global_norm` joins with others
-
-
-def schedule(section: ConfigDict, steps: int) -> optax.Schedule:
-    """The learning rate at a step: linear warm-up from 0, then cosine, linear or constant until the last step.
-
-    As in the published code, the decay takes the steps after the warm-up, from the peak to `final_learning_rate`, and
-    the learning rate of an update is the schedule at the number of updates before it.
-    """
-    peak, final, warmup = section.learning_rate, section.final_learning_rate, min(section.warmup_steps, steps)
-    rest = max(steps - warmup, 1)
-    decay = {
-        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=final / peak if peak else 0.0),
-        "linear": optax.linear_schedule(peak, final, rest),
-        "constant": optax.constant_schedule(peak),
-    }[section.schedule]
-    if not warmup:
-        return decay
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+# From `config.optimizer` to the transformations between clipping and the learning rate. A builder that treats
+# parameters differently, by shape or by name, gives optax a function of the parameter tree (`optax.partition`,
+# `optax.masked`), as `decay_mask` is one. The result is a sequence because `make` chains it without nesting: each
+# transformation's position in the chain is part of the array names in a checkpoint.
+Builder = Callable[[ConfigDict], Sequence[optax.GradientTransformation]]
 
 
-def learning_rate(schedule: optax.Schedule, count: int) -> float:
-    """The schedule after `count` updates, computed on the host where JAX has a CPU backend.
-
-    On an accelerator it would be queued after the steps that are still running, and the host would wait for them.
-    """
-    try:
-        host = jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:
-        host = contextlib.nullcontext()
-    with host:
-        return float(schedule(count))
-
-
-def update_count(state: Any) -> jax.Array:
-    """How many updates an optimiser's state has seen, which is where its schedule stands; int32."""
-    (count,) = [
-        leaf.count
-        for leaf in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, optax.ScaleByScheduleState))
-        if isinstance(leaf, optax.ScaleByScheduleState)
-    ]
-    return count
-
-
-def matrices(parameters: Any) -> Any:
-    """True where weight decay applies: kernels; not biases, norms, class token or position embeddings."""
+def decay_mask(parameters: Any) -> Any:
+    """Returns a tree of True where weight decay applies: kernels; not biases, norms, tokens or position embeddings."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", parameters)
 
 
-def global_norm(tree: Any) -> jax.Array:
-    """The Euclidean norm of all leaves together, in float32.
-
-    Small leaves, such as biases, are joined before they are summed: on an accelerator each sum is a kernel of its own.
-    """
-    leaves = [leaf.ravel() for leaf in jax.tree.leaves(tree)]
-    small = [leaf for leaf in leaves if leaf.size <= JOINED]
-    large = [leaf for leaf in leaves if leaf.size > JOINED]
-    if small:
-        large.append(jnp.concatenate(small))
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in large))
+def weight_decay(section: ConfigDict) -> optax.GradientTransformation:
+    """Adds `weight_decay` times the parameter to each update where `decay_mask` is True."""
+    return optax.add_decayed_weights(section.weight_decay, mask=decay_mask)
 
 
-def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """Clipping by `global_norm`; its state in a checkpoint is that of optax's."""
+def adamw(section: ConfigDict) -> Sequence[optax.GradientTransformation]:
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+    return optax.scale_by_adam(section.beta1, section.beta2, section.epsilon), weight_decay(section)
 
-    def update(updates: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
-        norm = global_norm(updates)
-        return jax.tree.map(lambda leaf: jnp.where(norm < limit, leaf, leaf / norm * limit), updates), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+def adam(section: ConfigDict) -> Sequence[optax.GradientTransformation]:
+    """Adam (arXiv 1412.6980) with L2 regularization: weight decay is added to the gradient."""
+    return weight_decay(section), optax.scale_by_adam(section.beta1, section.beta2, section.epsilon)
+
+
+def sgd(section: ConfigDict) -> Sequence[optax.GradientTransformation]:
+    """SGD with momentum and L2 regularization."""
+    return weight_decay(section), optax.trace(section.momentum)
+
+
+OPTIMIZERS: dict[str, Builder] = {"adamw": adamw, "adam": adam, "sgd": sgd}
 
 
 def make(section: ConfigDict, steps: int, factors: Any | None = None) -> optax.GradientTransformation:
-    """Clipping, the optimizer, weight decay, the schedule and each parameter's factor of it in one optax chain.
+    """Returns the optax chain: gradient clipping, the optimizer, the learning-rate schedule, layer-wise decay.
 
-    `adamw` decays the parameters themselves, at the learning rate (arXiv 1711.05101); `adam` and `sgd` add the decay
-    to the gradient, as classical L2 regularisation does.
+    Clipping and layer-wise decay have no state, and an identity takes their position when they are off. A run can
+    therefore be resumed with or without them.
 
     Args:
         section: `config.optimizer`.
-        steps: of the whole run.
-        factors: of `layers.factors`, with None where a parameter is frozen; None for all parameters alike.
+        steps: updates of the whole run.
+        factors: result of `layer_decay.factors`, with None for frozen parameters; None if all factors are 1.
     """
-    adam = optax.scale_by_adam(section.beta1, section.beta2, section.epsilon)
-    decay = optax.add_decayed_weights(section.weight_decay, mask=matrices)
-    rules = {
-        "adamw": [adam, decay],
-        "adam": [decay, adam],
-        "sgd": [decay, optax.trace(section.momentum)],
-    }[section.name]
-    # Without clipping there is an identity in its position: a run may resume with or without it.
     clip = optax.identity() if section.gradient_clip is None else clip_by_global_norm(section.gradient_clip)
-    # Last, and without a state: a run resumes with or without it, and with checkpoints from before there was one.
+    optimizer = OPTIMIZERS[section.name](section)
     layerwise = optax.identity() if factors is None else layer_decay.scale(factors)
-    return optax.chain(clip, *rules, optax.scale_by_learning_rate(schedule(section, steps)), layerwise)
+    return optax.chain(clip, *optimizer, optax.scale_by_learning_rate(schedule(section, steps)), layerwise)
+
+
+def legacy_update_count(optimizer_state: Any) -> jax.Array:
+    """Returns the number of updates that an optax state records, int32 []: the count of its learning-rate schedule.
+
+    Only for checkpoints of versions that did not save a counter of their own. With several schedules (as of
+    `optax.partition`) this is the largest count; with none it is 0.
+    """
+    states = jax.tree.leaves(optimizer_state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+    counts = [state.count for state in states if isinstance(state, optax.ScaleByScheduleState)]
+    if len(counts) == 1:
+        return counts[0]
+    return jnp.max(jnp.stack(counts)) if counts else jnp.zeros((), jnp.int32)

@@ -1,4 +1,4 @@
-"""Which parameters are trained: the others are frozen, and not a bit of them changes."""
+"""Which parameters are trained; the others are frozen and do not change by a bit."""
 
 import fnmatch
 import hashlib
@@ -12,59 +12,58 @@ from vit_jax.errors import UserError
 
 
 def name_of(path: tuple[Any, ...]) -> str:
-    """'encoder/block_0/mlp/up/kernel' for the path of a leaf."""
+    """Returns a leaf's name, such as 'encoder/block_0/mlp/up/kernel', from its path in a tree of dictionaries."""
     return "/".join(str(key.key) for key in path)
 
 
-def patterns(text: str | None) -> list[str]:
-    """The patterns in 'head/*,encoder/norm/*'; none where nothing is given."""
-    return [pattern.strip() for pattern in text.split(",")] if text else []
-
-
 def trained(section: ConfigDict, parameters: Any) -> Any | None:
-    """A tree of True where a parameter is trained, or None where all are.
+    """Returns a tree of True for trained and False for frozen parameters, or None if all are trained.
 
-    `config.optimizer.trained` has the patterns of names that are trained, all where it is None, and
-    `config.optimizer.frozen` those that are not; `*` stands for anything, slashes included.
+    `optimizer.trained` holds patterns of the names of trained parameters (None: all), and `optimizer.frozen` patterns
+    of those that are frozen nevertheless. `*` matches any text, slashes included.
+
+    Args:
+        section: `config.optimizer`.
+        parameters: arrays or shapes.
 
     Raises:
-        UserError: a pattern that no parameter's name matches, or nothing is left to train.
+        UserError: a pattern matches no parameter, or no parameter is left to train.
     """
-    only, never = patterns(section.trained), patterns(section.frozen)
-    if not only and not never:
+    included, excluded = section.trained or (), section.frozen or ()
+    if not included and not excluded:
         return None
     names = [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(parameters)]
-    for option, given in (("trained", only), ("frozen", never)):
-        for pattern in given:
+    for option, listed in (("trained", included), ("frozen", excluded)):
+        for pattern in listed:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 tops = sorted({f"{name.split('/')[0]}/*" if "/" in name else name for name in names})
                 raise UserError(
-                    f"config.optimizer.{option}: no parameter is named {pattern!r}\n  there are: {', '.join(tops)}"
+                    f"config.optimizer.{option}: {pattern!r} matches no parameter\n  parameters: {', '.join(tops)}"
                 )
 
-    def one(path: tuple[Any, ...], _: Any) -> bool:
+    def is_trained(path: tuple[Any, ...], _: Any) -> bool:
         name = name_of(path)
-        chosen = not only or any(fnmatch.fnmatchcase(name, pattern) for pattern in only)
-        return chosen and not any(fnmatch.fnmatchcase(name, pattern) for pattern in never)
+        chosen = not included or any(fnmatch.fnmatchcase(name, pattern) for pattern in included)
+        return chosen and not any(fnmatch.fnmatchcase(name, pattern) for pattern in excluded)
 
-    mask = jax.tree_util.tree_map_with_path(one, parameters)
+    mask = jax.tree_util.tree_map_with_path(is_trained, parameters)
     if not any(jax.tree.leaves(mask)):
         raise UserError(
-            f"config.optimizer.frozen is {section.frozen!r}, which leaves nothing to train\n"
-            "  freeze less, or see config.optimizer.trained"
+            f"config.optimizer.frozen is {','.join(excluded)!r}: no parameter is left to train\n"
+            "  freeze fewer parameters, or change config.optimizer.trained"
         )
     return mask
 
 
 def only_head(mask: Any | None) -> bool:
-    """Whether nothing but heads is trained: the backbone then runs as it does in evaluation."""
+    """Returns whether only heads are trained: the backbone then runs as in evaluation, without dropout."""
     if mask is None:
         return False
     return not any(jax.tree.leaves({name: part for name, part in mask.items() if name != "head"}))
 
 
 def backbone_digest(parameters: Any) -> str:
-    """SHA-256 of all parameters below the heads, names included: whose features they make."""
+    """Returns the SHA-256 of the names and values of all parameters but the heads': it identifies a backbone."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         name = name_of(path)
@@ -75,12 +74,12 @@ def backbone_digest(parameters: Any) -> str:
 
 
 def select(parameters: Any, mask: Any | None) -> Any:
-    """The trained parameters: the same tree with None for the frozen ones."""
+    """Returns the trained parameters: the same tree with None for the frozen ones."""
     if mask is None:
         return parameters
     return jax.tree.map(lambda leaf, keep: leaf if keep else None, parameters, mask)
 
 
-def merge(chosen: Any, parameters: Any) -> Any:
-    """`parameters` with those of `chosen` that are not None in their places."""
-    return jax.tree.map(lambda new, old: old if new is None else new, chosen, parameters, is_leaf=lambda x: x is None)
+def merge(trained: Any, parameters: Any) -> Any:
+    """Returns `parameters` with the leaves of `trained` that are not None in place of theirs."""
+    return jax.tree.map(lambda new, old: old if new is None else new, trained, parameters, is_leaf=lambda x: x is None)

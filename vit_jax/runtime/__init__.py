@@ -1,1 +1,1 @@
-"""Facts about the hardware, memory, profiling and compiler options."""
+"""The machine: hardware facts, memory, compilation, profiling, and the choice of an attention backend."""

@@ -1,7 +1,7 @@
-"""Which attention backend a run uses: the fastest of those that are right on its device, at its own shapes.
+"""Chooses the attention backend of a run: the fastest that is correct on its device, for its own shapes.
 
-On a CPU and a TPU there is one candidate. On a GPU each is measured (`attention_timing`); the result is kept in the
-user's cache folder.
+CPUs and TPUs have one candidate. On a GPU each candidate is timed (`attention_timing`), and the result is kept in the
+user's cache directory.
 """
 
 import collections
@@ -13,13 +13,16 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 import vit_jax
-from vit_jax.errors import UserError
+from vit_jax import atomic
+from vit_jax.errors import UserError, one_line
 from vit_jax.models import attention_backends
 from vit_jax.models.attention import Attention
 from vit_jax.models.attention_backends import BACKENDS, FALLBACK, Device, Shape
@@ -27,35 +30,34 @@ from vit_jax.models.encoder import Encoder
 from vit_jax.runtime import compilation_cache
 from vit_jax.runtime.attention_timing import Probe
 from vit_jax.sharding import multihost
-from vit_jax.training import state
 
 AUTO = "auto"
 LIBRARIES = ("jax", "jaxlib", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
-LASTING = ("NotImplementedError", "Wrong")  # failures that another attempt would meet again
-# Why a backend was chosen, and how it is printed.
+PERMANENT = ("NotImplementedError", "IncorrectBackend")  # failures that another attempt would repeat
+# Why a backend was chosen, and the text that is printed for it.
 REASONS = {
     "config": "",
     "device": "",
-    "run": "as the run began",
+    "run": "as when the run started",
     "timed": "timed",
-    "cached": "timed before",
-    "fallback": "no candidate runs",
-    "dropout": "in evaluation; training computes attention dropout step by step",
+    "cached": "timed earlier",
+    "fallback": "no candidate works",
+    "dropout": "in evaluation; in training, attention dropout is computed without a backend",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A backend, and why it was chosen.
+    """A backend and the reason for it.
 
     Attributes:
         backend: of `attention_backends.BACKENDS`.
-        reason: of `REASONS`: 'config' (asked for by name), 'run' (as the run began), 'device' (the only one), 'timed',
-            'cached' (timed by an earlier command), 'fallback' (no candidate runs), or 'dropout' (attention dropout,
-            which no backend has).
-        milliseconds: of all attention layers together, by candidate.
-        failures: why the other candidates were left out.
-        device: kind of the device that it was chosen for.
+        reason: one of `REASONS`: 'config' (named by the config), 'run' (as when the run started), 'device' (the only
+            candidate), 'timed', 'cached' (timed by an earlier command), 'fallback' (no candidate works), or 'dropout'
+            (attention dropout, which no backend supports).
+        milliseconds: time of all attention layers together, by candidate.
+        failures: error of each candidate that failed, by name.
+        device: device kind for which it was chosen.
     """
 
     backend: str
@@ -65,11 +67,11 @@ class Choice:
     device: str | None = None
 
     def describe(self) -> str:
-        """'cudnn (timed: cudnn 1.20 ms, plain 4.57 ms; pallas failed: ...)'; the name alone where nothing was timed."""
+        """Returns text such as 'cudnn (timed: cudnn 1.20 ms, plain 4.57 ms; pallas failed: ...)'."""
         times = ", ".join(f"{name} {value:.2f} ms" for name, value in sorted(self.milliseconds.items(), key=_time))
-        said = ": ".join(filter(None, [REASONS[self.reason], times]))
+        timed = ": ".join(filter(None, [REASONS[self.reason], times]))
         failed = [f"{name} failed: {reason}" for name, reason in self.failures.items()]
-        details = "; ".join(filter(None, [said, *failed]))
+        details = "; ".join(filter(None, [timed, *failed]))
         return f"{self.backend} ({details})" if details else self.backend
 
 
@@ -85,60 +87,65 @@ def resolve(
     training: bool = True,
     recorded: Choice | None = None,
 ) -> Choice:
-    """The backend for calls of attention of these shapes. In a cluster all processes must call this; one decides.
+    """Returns the backend for attention calls of these shapes. All processes of a cluster must call this together.
 
     Args:
         wanted: `config.model.attention_kernel`: a backend's name or 'auto'.
-        shapes: the number of calls of each shape (see `recorded_shapes`), with the batch of one device.
-        device: a `jax.Device`, where they run.
-        training: whether gradients are taken. Where they are not, a backend that is named and cannot run is no error:
-            a model may be evaluated on another machine than it was trained on.
-        recorded: the choice with which the run began. On the same kind of device it is kept, since other backends round
-            differently.
+        shapes: number of calls by shape (see `recorded_shapes`), with the batch size of one device.
+        device: the `jax.Device` of the calls.
+        training: whether gradients are computed. If not, a backend named by the config that does not work here is
+            replaced: a model may be evaluated on another machine than it was trained on.
+        recorded: the choice with which the run started. It is kept on the same kind of device, because backends differ
+            in rounding.
 
     Raises:
-        UserError: a backend was asked for by name, and cannot compute these shapes there.
+        UserError: the config names a backend that cannot compute these shapes on this device.
     """
-    kind, here = Device.of(device), device.device_kind
+    kind, device_kind = Device.of(device), device.device_kind
     if wanted != AUTO:
         reason = next(filter(None, (attention_backends.obstacle(wanted, kind, shape) for shape in shapes)), None)
         if reason is None:
-            return Choice(wanted, "config", device=here)
+            return Choice(wanted, "config", device=device_kind)
         if training:
             usable = [name for name in BACKENDS if not any(attention_backends.obstacle(name, kind, s) for s in shapes)]
             allowed = ", ".join(repr(name) for name in [AUTO, *usable])
             raise UserError(f"config.model.attention_kernel is {wanted!r}: {reason}\n  allowed here: {allowed}")
-    able = attention_backends.candidates(kind, shapes)
-    kept = recorded is not None and recorded.device == here and recorded.reason not in ("config", "fallback")
-    if kept and recorded.backend in able:
+    working = attention_backends.candidates(kind, shapes)
+    keep = recorded is not None and recorded.device == device_kind and recorded.reason not in ("config", "fallback")
+    if keep and recorded.backend in working:
         return dataclasses.replace(recorded, reason="run")
     if training and any(shape.dropout for shape in shapes):
-        return Choice(attention_backends.default(kind.platform), "dropout", device=here)
-    if len(able) == 1 or not shapes:
-        return Choice(able[0], "device", device=here)
-    return Choice(**multihost.on_rank_0(lambda: dataclasses.asdict(_cached(able, shapes, device, training))))
+        return Choice(attention_backends.default(kind.platform), "dropout", device=device_kind)
+    if len(working) == 1 or not shapes:
+        return Choice(working[0], "device", device=device_kind)
+    return Choice(**multihost.on_rank_0(lambda: dataclasses.asdict(_cached(working, shapes, device, training))))
 
 
 def resolve_for(
     module: nn.Module, image_shape: tuple[int, int, int], batch: int, wanted: str = AUTO, training: bool = True
 ) -> Choice:
-    """`resolve` for a module called with `batch` images of (height, width, channels) on this process's first device.
+    """Returns `resolve` for a module that is called with `batch` images on this process's first device.
 
-    The module's own backend must be one that runs anywhere, as `model.build` makes it.
+    Args:
+        module: its own backend must be one that works on any device (`attention_backends.default`).
+        image_shape: height, width and channels.
+        batch: number of images per call.
+        wanted: as for `resolve`.
+        training: as for `resolve`.
     """
     with recorded_shapes() as calls:
-        jax.eval_shape(lambda: state.initialize(module, image_shape, 0))
+        jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape))))
     return resolve(wanted, with_batch(calls, batch), jax.local_devices()[0], training=training)
 
 
-def with_batch(calls: Mapping[Shape, int], batch: int, **changes: Any) -> dict[Shape, int]:
-    """The same calls with another batch, and with other fields of `Shape` where they are given."""
-    return {dataclasses.replace(shape, batch=batch, **changes): count for shape, count in calls.items()}
+def with_batch(calls: Mapping[Shape, int], batch: int) -> dict[Shape, int]:
+    """Returns the same calls with another batch size."""
+    return {dataclasses.replace(shape, batch=batch): count for shape, count in calls.items()}
 
 
 @contextlib.contextmanager
 def recorded_shapes() -> Iterator[Mapping[Shape, int]]:
-    """Counts the calls of attention that are traced inside, by shape; nothing more is computed."""
+    """Counts the attention calls that are traced within the context, by shape."""
     found: collections.Counter[Shape] = collections.Counter()
 
     def note(call: Callable, arguments: tuple, keywords: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
@@ -150,7 +157,7 @@ def recorded_shapes() -> Iterator[Mapping[Shape, int]]:
             return call(*arguments, **keywords)
         before = found.copy()
         results = call(*arguments, **keywords)
-        if module.scan:  # its block is traced a few times, and stands for all of them
+        if module.scan:  # its block is traced a few times in place of `depth` blocks
             found.update({shape: before[shape] + module.depth - found[shape] for shape in found - before})
         return results
 
@@ -159,47 +166,49 @@ def recorded_shapes() -> Iterator[Mapping[Shape, int]]:
 
 
 def choose(names: list[str], shapes: Mapping[Shape, int], seconds: Callable[[str, Shape], float]) -> Choice:
-    """The candidate whose calls take the least time together; one for which `seconds` raises is left out."""
+    """Returns the candidate whose calls take the least time in total; one for which `seconds` raises is left out."""
     milliseconds, failures = {}, {}
     for name in names:
         try:
             times = [1e3 * count * seconds(name, shape) for shape, count in shapes.items()]
             milliseconds[name] = round(sum(times), 4)
         except Exception as error:  # whatever a compiler, library or driver raises: the next candidate may work
-            failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            failures[name] = one_line(f"{type(error).__name__}: {error}")
     if not milliseconds:
         return Choice(FALLBACK, "fallback", {}, failures)
     return Choice(min(milliseconds.items(), key=_time)[0], "timed", milliseconds, failures)
 
 
 def _cached(names: list[str], shapes: Mapping[Shape, int], device: Any, training: bool) -> Choice:
-    """The choice of an earlier command on such a device, or a new one, which is kept for later commands."""
+    """Returns the choice of an earlier command on such a device, or a new one, which is saved for later commands."""
     versions = {name: _version(name) for name in LIBRARIES} | {"vit_jax": vit_jax.__version__}
     versions |= {"runtime": getattr(device.client, "platform_version", None), "flags": os.environ.get("XLA_FLAGS")}
     calls = [[dataclasses.asdict(shape), count] for shape, count in shapes.items()]
-    about = json.dumps([device.device_kind, versions, calls, names, training], sort_keys=True)
-    path = compilation_cache.cache_folder() / "attention" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    key = json.dumps([device.device_kind, versions, calls, names, training], sort_keys=True)
+    path = compilation_cache.cache_dir() / "attention" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     try:
-        known = Choice(**json.loads(path.read_text()))
-        if known.backend in names:
-            return dataclasses.replace(known, reason="cached")
+        saved = Choice(**json.loads(path.read_text()))
+        if saved.backend in names:
+            return dataclasses.replace(saved, reason="cached")
     except (OSError, ValueError, TypeError):
-        pass  # none yet, or not readable: it is timed
-    print(f"timing the attention backends {', '.join(names)} (once; kept in {path.parent}) ...", flush=True)
-    probe = functools.cache(lambda shape: Probe(shape, device, training))
-    found = choose(names, shapes, lambda name, shape: probe(shape).seconds(name))
-    found = dataclasses.replace(found, device=device.device_kind)
-    if found.milliseconds and all(reason.startswith(LASTING) for reason in found.failures.values()):
-        _keep(path, found)
-    return found
+        pass  # missing or damaged: timed again
+    print(f"timing the attention backends {', '.join(names)} (once; saved in {path.parent}) ...", flush=True)
+
+    @functools.cache
+    def probe(shape: Shape) -> Probe:
+        return Probe(shape, device, training)
+
+    choice = choose(names, shapes, lambda name, shape: probe(shape).seconds(name))
+    choice = dataclasses.replace(choice, device=device.device_kind)
+    if choice.milliseconds and all(reason.startswith(PERMANENT) for reason in choice.failures.values()):
+        _save(path, choice)
+    return choice
 
 
-def _keep(path: Any, choice: Choice) -> None:
-    scratch = path.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):  # a cache that cannot be written to costs the next command the timing
+def _save(path: Path, choice: Choice) -> None:
+    with contextlib.suppress(OSError):  # without a cache the next command times again
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(dataclasses.asdict(choice)))
-        os.replace(scratch, path)
+        atomic.write_json(path, dataclasses.asdict(choice))
 
 
 def _version(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Measures attention backends on a device: first whether their numbers are right, then how long they take."""
+"""Checks on a device that an attention backend computes what plain attention does, then measures its time."""
 
 import dataclasses
 import functools
@@ -13,71 +13,74 @@ import numpy as np
 
 from vit_jax.models.attention import Attention
 from vit_jax.models.attention_backends import FALLBACK, Shape
+from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.positions import Terms
 
-MAX_TOKENS = 65_536  # of a batch that is timed: more take proportionally longer
-FEW = 2  # examples whose numbers are compared
-TOLERANCE = {2: 0.03, 4: 0.01}  # relative error compared with float32, by bytes per number (GPUs multiply in TF32)
+MAX_TOKENS = 65_536  # in a timed batch; larger batches take proportionally longer
+CHECKED = 2  # examples whose results are compared
+# Relative error against float32, by bytes per element: float32 matmuls on a GPU use TF32.
+TOLERANCE = {2: 0.03, 4: 0.01}
 COMPARED = (
     "the output",
     "the gradient of the tokens",
     "the gradient of the parameters",
     "the gradient of the bias",
 )
-ROUNDS, SECONDS = 5, 0.03  # of timing, per backend and shape
+ROUNDS, SECONDS = 5, 0.03  # number of timing rounds, and their total duration, per backend and shape
 
 
-class Wrong(Exception):
-    """A backend's numbers are not those of plain attention."""
+class IncorrectBackend(Exception):
+    """A backend computes something other than plain attention."""
 
 
 class Probe:
-    """One shape of attention on a device: random arguments, and what plain attention in float32 computes of them."""
+    """Attention of one shape on a device: random arguments, and the results of plain attention in float32."""
 
     def __init__(self, shape: Shape, device: Any, training: bool):
-        """Draws the arguments and computes the reference.
+        """Draws the arguments and computes the reference results.
 
         Args:
-            shape: batches of more than `MAX_TOKENS` tokens are cut.
+            shape: shape of the calls; its batch is reduced to at most `MAX_TOKENS` tokens.
             device: a `jax.Device`.
-            training: whether the backward pass is compared and timed as well.
+            training: whether the backward pass is checked and timed too.
         """
         self.shape = dataclasses.replace(shape, batch=max(1, min(shape.batch, MAX_TOKENS // shape.tokens)))
         self.device, self.training = device, training
         with jax.default_device(device):
             parameters, tokens, self.gradient, *more = self._draw()
             self.arguments = (parameters, tokens, *more)
-            few = [jax.tree.map(lambda array: array[:FEW], part) for part in (tokens, self.gradient, more[1])]
+            few = [jax.tree.map(lambda array: array[:CHECKED], part) for part in (tokens, self.gradient, more[1])]
             few[:2] = [array.astype(jnp.float32) for array in few[:2]]
             with jax.default_matmul_precision("highest"):
                 run = self._compiled(FALLBACK, "float32")
                 self.reference = jax.device_get(run(few[1], parameters, few[0], more[0], few[2]))
 
     def seconds(self, backend: str) -> float:
-        """Seconds of one attention layer by a backend, its projections included.
+        """Returns the seconds that one attention layer takes with a backend, projections included.
 
         Raises:
-            Wrong: outputs or gradients differ from plain attention in float32.
-            Exception: whatever the backend, the compiler or the driver raise.
+            IncorrectBackend: outputs or gradients differ from plain attention in float32.
+            Exception: anything that the backend, the compiler or the driver raises.
         """
         with jax.default_device(self.device):
             run = self._compiled(backend, self.shape.dtype)
-            # The gradient of a few examples alone, so that all that comes of it is that of the reference.
+            # Gradients of the compared examples only, so that parameter gradients are those of the reference.
             examples = jnp.arange(len(self.gradient))[:, None, None]
-            output, of_tokens, *rest = run(jnp.where(examples < FEW, self.gradient, 0), *self.arguments)
+            output, of_tokens, *rest = run(jnp.where(examples < CHECKED, self.gradient, 0), *self.arguments)
             if not bool(jnp.isfinite(output).all()):
-                raise Wrong("the output is not finite")
-            self._compare((output[:FEW], None if of_tokens is None else of_tokens[:FEW], *rest))
+                raise IncorrectBackend("the output is not finite")
+            self._compare((output[:CHECKED], None if of_tokens is None else of_tokens[:CHECKED], *rest))
             return median_seconds(lambda: run(self.gradient, *self.arguments))
 
     def _layer(self, backend: str, dtype: str) -> Attention:
         shape = self.shape
-        return Attention(shape.heads, dtype=jnp.dtype(dtype), qk_norm=shape.transformed, kernel=backend)
+        options = {"dtype": jnp.dtype(dtype), "qk_norm": shape.transformed, "attention_kernel": backend}
+        return Attention(BlockConfig(heads=shape.heads, mlp_width=1, **options))
 
     def _draw(self) -> tuple[Any, ...]:
-        """Parameters, tokens, the gradient of the output, and bias and lengths (None for none)."""
+        """Returns parameters, tokens, the gradient of the output, and bias and lengths (None if the shape has none)."""
         shape, draw = self.shape, np.random.default_rng(0)
-        size = (max(shape.batch, FEW), shape.tokens, shape.heads * shape.size)
+        size = (max(shape.batch, CHECKED), shape.tokens, shape.heads * shape.size)
         tokens, gradient = (draw.standard_normal(size, np.float32) for _ in range(2))
         bias = draw.standard_normal((1, shape.heads, shape.tokens, shape.tokens), np.float32) if shape.bias else None
         lengths = draw.integers(1, shape.tokens + 1, size[0], np.int32) if shape.lengths else None
@@ -95,13 +98,13 @@ class Probe:
             norm = np.linalg.norm(other)
             error = np.linalg.norm(one - other) / norm if norm else np.linalg.norm(one)
             if not error <= TOLERANCE[jnp.dtype(self.shape.dtype).itemsize]:
-                raise Wrong(f"{name} is off by {error:.2g} (relative norm)")
+                raise IncorrectBackend(f"{name} has a relative error of {error:.2g}")
 
 
 def _passes(
     layer: Attention, training: bool, gradient: Any, parameters: Any, tokens: Any, bias: Any, lengths: Any
 ) -> tuple[Any, ...]:
-    """What is `COMPARED`; without `training`, None for all but the output."""
+    """Returns the arrays named in `COMPARED`; without `training`, None for all but the output."""
 
     def apply(parameters: Any, tokens: jax.Array, bias: jax.Array | None) -> jax.Array:
         return layer.apply({"params": parameters}, tokens, lengths, positions=Terms(bias=bias))
@@ -114,13 +117,13 @@ def _passes(
 
 
 def _joined(tree: Any) -> np.ndarray:
-    """All leaves as one vector: some parameters, as the keys' bias, have a gradient of zero but for rounding."""
+    """Returns all leaves as one vector: alone, the keys' bias has a gradient that is zero but for rounding."""
     leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
     return np.concatenate([np.zeros(0), *leaves])
 
 
 def median_seconds(run: Callable[[], Any]) -> float:
-    """Seconds of a call, the median of several rounds; calls of a round follow each other without waiting."""
+    """Returns the seconds per call: the median over rounds of back-to-back asynchronous calls."""
 
     def round_of(count: int) -> float:
         began = time.perf_counter()

@@ -11,18 +11,19 @@ from vit_jax.runtime import hardware
 
 
 def cache_compilations() -> None:
-    """Keeps compiled programs in the user's cache folder, so that a second start need not wait for the compiler.
+    """Keeps compiled programs in the user's cache directory, so that the next start does not compile them again.
 
-    Host programs are tied to the processor's instructions, so each processor has a folder of its own.
+    Programs for a CPU depend on its instruction set: each kind of processor has a directory of its own. A cache that
+    the user has configured for JAX stays in use instead.
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"xla-{_processor()}"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / f"xla-{_processor()}"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def cache_folder() -> Path:
-    """The user's folder for what may be made again at any time."""
+def cache_dir() -> Path:
+    """Returns the user's directory for files that can be made again at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit_jax"
 
 

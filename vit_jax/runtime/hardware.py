@@ -1,17 +1,20 @@
-"""What the chips can do, and how to have it: peaks for model FLOPs utilisation (MFU), arithmetic, compiler options."""
+"""Hardware facts: peak FLOP/s for model FLOPs utilization (MFU), compute dtypes, and compilation for a platform."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax.sharding import Mesh
 
+from vit_jax import sharding
 from vit_jax.errors import UserError
 
-# FLOP/s of one device as JAX counts them (a TPU v2 or v3 device is one of a chip's two cores). Keys are looked for at
-# the start of `device_kind`; longer ones first.
+# Dense bfloat16 FLOP/s of one device as JAX counts devices (a TPU v2 or v3 device is one of a chip's two cores). Keys
+# are prefixes of `device_kind`; the longest one that matches applies.
 PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -34,7 +37,7 @@ PEAKS = {
 
 
 def peak(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device kind as `jax.Device.device_kind` names it; None where it is not known."""
+    """Returns the dense bfloat16 FLOP/s of a device kind (`jax.Device.device_kind`); None if it is not in `PEAKS`."""
     for name in sorted(PEAKS, key=len, reverse=True):
         if device_kind.startswith(name):
             return PEAKS[name]
@@ -42,13 +45,17 @@ def peak(device_kind: str) -> float | None:
 
 
 def compute_dtypes(name: str, platform: str | None = None) -> tuple[Dtype, Dtype | None]:
-    """What `config.model.dtype` stands for on a platform: `dtype` and `matmul_dtype` of the model.
+    """Returns the model's `dtype` and `matmul_dtype` for a value of `config.model.dtype`.
 
-    'auto' is float32 on a CPU and bfloat16 elsewhere. On a CPU bfloat16 is for the operands of the large products
-    alone: there is no other arithmetic in it there, and all else would be slower.
+    'auto' is float32 on a CPU and bfloat16 elsewhere. With bfloat16 on a CPU, only the operands of large matmuls are
+    bfloat16: the CPU has no other bfloat16 instructions, and everything else would be slower.
+
+    Args:
+        name: 'auto', 'float32' or 'bfloat16'.
+        platform: 'cpu', 'gpu' or 'tpu'; None for the default backend.
 
     Raises:
-        UserError: bfloat16 on a CPU that would be slower with it.
+        UserError: bfloat16 on a CPU without instructions for it.
     """
     platform = platform or jax.default_backend()
     if name == "auto":
@@ -56,20 +63,34 @@ def compute_dtypes(name: str, platform: str | None = None) -> tuple[Dtype, Dtype
     if name == "bfloat16" and platform == "cpu":
         if not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
             raise UserError(
-                "config.model.dtype is 'bfloat16', and this CPU has no instructions for it (AVX512-BF16 or AMX)\n"
+                "config.model.dtype is 'bfloat16', but this CPU has no instructions for it (AVX512-BF16 or AMX)\n"
                 "  allowed: 'float32', which is faster here"
             )
         return jnp.dtype("float32"), jnp.dtype("bfloat16")
     return jnp.dtype(name), None
 
 
-def compiler_options(platform: str) -> dict[str, Any]:
-    """XLA's options for a platform, of those that this XLA knows.
+def jit_on(mesh: Mesh, f: Callable, *, out_shardings: Any = None, **options: Any) -> Callable:
+    """Returns `jax.jit(f)` with the XLA options of the mesh's platform.
 
-    On a CPU with AVX-512 XLA computes 256 bits at a time unless told (docs/performance.md).
+    Args:
+        mesh: the devices.
+        f: the function.
+        out_shardings: layouts of the results; None to replicate them.
+        options: other arguments of `jax.jit`.
     """
-    wanted = {"xla_cpu_prefer_vector_width": 512} if platform == "cpu" and "avx512f" in cpu_flags() else {}
-    return wanted if _are_known(tuple(wanted.items())) else {}
+    out_shardings = sharding.replicated(mesh) if out_shardings is None else out_shardings
+    xla_options = compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(f, out_shardings=out_shardings, compiler_options=xla_options, **options)
+
+
+def compiler_options(platform: str) -> dict[str, Any]:
+    """Returns the XLA options for a platform; those that this version of XLA does not know are left out.
+
+    On a CPU with AVX-512, XLA uses 256-bit vectors by default (docs/optimizations.md).
+    """
+    options = {"xla_cpu_prefer_vector_width": 512} if platform == "cpu" and "avx512f" in cpu_flags() else {}
+    return options if _are_known(tuple(options.items())) else {}
 
 
 @functools.cache
@@ -85,7 +106,7 @@ def _are_known(options: tuple[tuple[str, Any], ...]) -> bool:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """What this CPU can do, in Linux's words; empty elsewhere."""
+    """Returns the instruction-set extensions of this CPU as named by Linux; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

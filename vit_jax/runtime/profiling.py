@@ -1,68 +1,54 @@
-"""`config.log.profile`: what the devices did during some steps, for TensorBoard and Perfetto."""
+"""`config.log.profile`: a trace of what the devices do during some training steps, for TensorBoard and Perfetto."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from vit_jax.errors import UserError
-
-FOLDER = "profile"
-Update = Callable[..., tuple[Any, Any]]  # a compiled update: (state, feed, count) -> (state, metrics)
+DIRECTORY = "profile"
+Span = tuple[int, int]  # first step, and the step after the last one
 
 
-def span(text: str | None) -> tuple[int, int] | None:
-    """The first step of 'START:STOP', and the one behind the last; None for None.
+def boundaries(span: Span | None) -> tuple[int, ...]:
+    """Returns the steps at which a chunk of steps must end, so that the trace holds no other steps than the span's."""
+    return span or ()
 
-    Raises:
-        UserError: it is not of that form, or has no step.
+
+class Profiler:
+    """Records the steps of a span in WORKDIR/profile; call `before` and `after` around each chunk of steps.
+
+    A run that stops within the span leaves no trace; when it is resumed, the remaining steps are recorded.
     """
-    if text is None:
-        return None
-    start, _, stop = text.partition(":")
-    if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
-        raise UserError(
-            f"config.log.profile is {text!r}\n  allowed: START:STOP, two steps, as '100:110' for ten steps; or None"
-        )
-    return int(start), int(stop)
 
+    def __init__(self, span: Span | None, workdir: Path):
+        """Records nothing yet.
 
-def cuts(text: str | None, step: int) -> list[int]:
-    """Where a dispatch that begins at `step` has to end, so that the profile is of its steps alone."""
-    return [end for end in span(text) or () if end > step]
+        Args:
+            span: steps to record; None for none.
+            workdir: the run directory.
+        """
+        self._start, self._stop = span or (0, 0)
+        self._directory, self._recording = workdir / DIRECTORY, False
+        self._previous: Any = None  # outputs of the chunk before the span
 
+    def before(self, step: int) -> None:
+        """Starts the trace if the chunk that begins at `step` is in the span."""
+        if not self._recording and self._start <= step < self._stop:
+            jax.block_until_ready(self._previous)  # or its steps would be in the trace as well
+            jax.profiler.start_trace(self._directory)
+            self._recording = True
+        self._previous = None
 
-def profiled(update: Update, text: str | None, folder: Path, step: Callable[[], int]) -> Update:
-    """The update, of whose calls the steps START to STOP are recorded in `folder`/profile.
+    def after(self, step: int, outputs: Any) -> None:
+        """Ends the trace, once `outputs` are computed, if the chunk that ended at `step` was the last of the span.
 
-    The last of them is waited for. A run that stops in between leaves no profile; one that goes on from there records
-    the steps that are left.
-
-    Args:
-        update: what is called.
-        text: `config.log.profile`; None for no recording.
-        folder: the workdir.
-        step: says which step the next call begins with.
-    """
-    wanted = span(text)
-    if wanted is None:
-        return update
-    start, stop = wanted
-    recording = False
-
-    def recorded(state: Any, feed: Any, count: Any, *more: Any) -> tuple[Any, Any]:
-        nonlocal recording
-        end = step() + int(count)
-        if not recording and start <= step() < stop:
-            jax.block_until_ready(state)
-            jax.profiler.start_trace(folder / FOLDER)
-            recording = True
-        result = update(state, feed, count, *more)
-        if recording and end >= stop:
-            jax.block_until_ready(result)
+        Args:
+            step: number of steps made.
+            outputs: arrays that the chunk computes.
+        """
+        if not self._recording:
+            self._previous = outputs if step == self._start else None
+        elif step >= self._stop:
+            jax.block_until_ready(outputs)
             jax.profiler.stop_trace()
-            recording = False
-        return result
-
-    return recorded
+            self._recording = False

@@ -1,4 +1,4 @@
-"""The mesh of devices, and how arrays are laid out on it."""
+"""The device mesh, and the layouts of arrays that do not depend on their names."""
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -7,37 +7,44 @@ from vit_jax.errors import UserError
 
 
 def make_mesh(devices: int | None) -> Mesh:
-    """A mesh of one axis, 'data', over so many devices, or all.
+    """Returns a mesh with one axis, 'data'.
+
+    Args:
+        devices: number of devices; None for all.
 
     Raises:
-        UserError: there are not so many.
+        UserError: there are fewer devices.
     """
-    present = jax.devices()
-    if devices is not None and devices > len(present):
-        raise UserError(f"config.mesh.devices is {devices}\n  allowed: 1 to {len(present)}, or None for all")
-    count = devices or len(present)
-    # Automatic axes: XLA places the collectives; `make_mesh` would make explicit ones by default.
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=present[:count])
+    available = jax.devices()
+    if devices is not None and devices > len(available):
+        raise UserError(f"config.mesh.devices is {devices}\n  allowed: 1 to {len(available)}, or None for all")
+    count = devices or len(available)
+    # `jax.make_mesh` makes explicit axes by default; with automatic ones XLA chooses the collectives.
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=available[:count])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Returns the layout in which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def data_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis divided among the devices."""
+    """Returns the layout in which the devices share the first axis, that of the batch."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
-    """Raises UserError where the devices and microbatches do not divide the batch evenly."""
+    """Checks that devices and microbatches divide the batch evenly.
+
+    Raises:
+        UserError: they do not.
+    """
     parts = mesh.size * accumulation
     if batch_size % parts:
         lower, upper = batch_size // parts * parts, -(-batch_size // parts) * parts
         near = " or ".join(str(size) for size in (lower, upper) if size)
-        microbatches = f" of {accumulation} microbatches" if accumulation > 1 else ""
+        microbatches = f" x {accumulation} microbatches" if accumulation > 1 else ""
         raise UserError(
-            f"config.train.batch_size is {batch_size}, which does not divide among {mesh.size} devices{microbatches}\n"
-            f"  allowed: a multiple of {parts}, as {near}"
+            f"config.train.batch_size is {batch_size}: not divisible by {mesh.size} devices{microbatches}\n"
+            f"  allowed: multiples of {parts}, such as {near}"
         )

@@ -1,1 +1,1 @@
-"""The trainer: optimiser, state, step, evaluation, checkpoints, records, and the loop that ties them together."""
+"""The trainer: optimizer, state, step, evaluation, checkpoints, records, and the loop that ties them together."""

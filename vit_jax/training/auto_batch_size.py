@@ -1,4 +1,4 @@
-"""`config.train.batch_size=auto`: the largest batch that fits, by the compiler's own plan of the device's memory."""
+"""`config.train.batch_size=auto`: the largest batch that fits, according to the compiler's memory plan."""
 
 import itertools
 import math
@@ -14,113 +14,106 @@ from vit_jax import config as options
 from vit_jax.data.pipeline import Pipeline
 from vit_jax.errors import UserError
 from vit_jax.models.summary import training_bytes
-from vit_jax.runtime import oom
+from vit_jax.runtime import memory, oom
 from vit_jax.training import run_directory, setup
-from vit_jax.training.setup import Run
+from vit_jax.training.setup import Experiment
 from vit_jax.training.step import make_update
 
 AUTO = "auto"
-# Of what a device says that it has; the rest is for evaluation, and for what lies between the buffers.
-SHARE = 0.9
-TIMED = 64  # examples per device, at least, with which attention backends are timed before the size is known
+TIMED_EXAMPLES = 64  # minimum per device, for timing attention backends while the batch size is not known yet
 
 
-def resolve(config: ConfigDict, folder: Path, mesh: Mesh) -> ConfigDict:
-    """The config with a number in place of 'auto': the one that the folder's run has, or the largest that fits.
+def resolve(config: ConfigDict, workdir: Path, mesh: Mesh) -> ConfigDict:
+    """Returns the config with a number in place of 'auto'; a config that has a number is returned as it is.
 
-    A config with a number is returned as it is. The number goes into config.json, so that a run that goes on, elsewhere
-    perhaps, keeps it.
+    The number is that of the run in `workdir`, or else the largest that fits. It is written to config.json, so that a
+    run that is resumed, perhaps on another machine, keeps it.
 
     Raises:
-        UserError: the device does not say how much memory it has, there are several processes, or nothing fits.
+        UserError: the device does not report its memory, there are several processes, or no batch size fits.
     """
     if config.train.batch_size != AUTO:
         return config
     config = options.from_dict(config.to_dict())
-    old = run_directory.read_config(folder) if run_directory.has_begun(folder) else None
+    old = run_directory.read_config(workdir) if run_directory.has_begun(workdir) else None
     if old is not None:
         config.train.batch_size = old["train"]["batch_size"]
         return config
-    room = limit(mesh)
-    if room is None or jax.process_count() > 1:
-        where = "a cluster" if room is not None else f"a {mesh.devices.flat[0].platform.upper()}"
-        raise UserError(f"config.train.batch_size is {AUTO!r}, on {where}\n  allowed there: a whole number")
-    config.train.batch_size = TIMED * unit(config, mesh)  # by which the attention backend is chosen
-    config.train.batch_size = find(setup.build(config, mesh), SHARE * room)
+    limit = memory.device_memory_limit(mesh.devices.flat[0])
+    if limit is None or jax.process_count() > 1:
+        where = "a cluster" if limit is not None else f"a {mesh.devices.flat[0].platform.upper()}"
+        raise UserError(f"config.train.batch_size is {AUTO!r}, on {where}\n  allowed: an integer of at least 1")
+    config.train.batch_size = TIMED_EXAMPLES * batch_multiple(config, mesh)  # for choosing the attention backend
+    config.train.batch_size = find(setup.assemble(config, mesh, setup.load_sources(config)), memory.SHARE * limit)
     return config
 
 
-def limit(mesh: Mesh) -> int | None:
-    """Bytes that one device has for this process; None where it does not say."""
-    return (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
-
-
-def unit(config: ConfigDict, mesh: Mesh) -> int:
-    """What every batch is a multiple of: devices and microbatches share it evenly, and repeats fill it."""
+def batch_multiple(config: ConfigDict, mesh: Mesh) -> int:
+    """Returns the number of which every batch size is a multiple: devices, microbatches and repeats divide it."""
     return math.lcm(mesh.size * config.train.accumulation, config.augment.repeats)
 
 
-def find(run: Run, room: float) -> int:
-    """The largest batch size whose training step fits into `room` bytes a device, beside the sets that lie there.
+def find(run: Experiment, available: float) -> int:
+    """Returns the largest batch size whose training step fits into `available` bytes per device.
+
+    The resident evaluation data counts too.
 
     Raises:
-        UserError: none does.
+        UserError: no batch size fits.
     """
-    feeds = {role: run.feeds(role) for role in run.sources}
+    feeds = run.pipelines.make_all()
     evaluated = [feed.resident for role, feed in feeds.items() if role != "train"]
     others = sum(leaf.nbytes for leaf in jax.tree.leaves(evaluated))
-    step = unit(run.config, run.mesh)
+    multiple = batch_multiple(run.config, run.mesh)
     shape, parts = run.image_shape, run.mesh.size * run.config.train.accumulation
 
-    def estimated(size: int) -> bool:
-        return sum(training_bytes(run.model, shape[:2], shape[2], -(-size // parts)).values()) + others <= room
+    def is_likely(size: int) -> bool:
+        return sum(training_bytes(run.model, shape[:2], shape[2], -(-size // parts)).values()) + others <= available
 
     def fits(size: int) -> bool:
         try:
-            return planned_bytes(run, feeds["train"], size) + others <= room
+            return planned_bytes(run, feeds["train"], size) + others <= available
         except jax.errors.JaxRuntimeError as error:
             if oom.is_exhausted(error):
                 return False
             raise
 
-    print("config.train.batch_size: looking for the largest that fits ...", flush=True)
-    found = largest(fits, ladder(step, max(step, len(run.sources["train"]))), estimated)
+    print("config.train.batch_size: searching for the largest that fits ...", flush=True)
+    found = largest(fits, candidate_sizes(multiple, max(multiple, len(run.sources["train"]))), is_likely)
     if found is None:
         raise UserError(
-            f"config.train.batch_size is {AUTO!r}, and not even {step} images fit into {room / 2**30:.1f} GiB\n"
-            "  a smaller model, a smaller image, or --config.model.remat=full --config.model.scan=True"
+            f"config.train.batch_size is {AUTO!r}: {multiple} images do not fit into {available / 2**30:.1f} GiB\n"
+            "  use a smaller model or image size, or --config.model.remat=full --config.model.scan=True"
         )
     print(f"config.train.batch_size: {found:,}", flush=True)
     return found
 
 
-def ladder(step: int, most: int) -> list[int]:
-    """The batch sizes that are tried: `step` times 1, 2, 3, 4, 6, 8, 12, ..., up to `most`."""
+def candidate_sizes(multiple: int, max_size: int) -> list[int]:
+    """Returns the batch sizes to try: `multiple` times 1, 2, 3, 4, 6, 8, 12, ..., up to `max_size`."""
     powers = (2**k for k in itertools.count())
-    sizes = (step * size for power in powers for size in ([power] if power == 1 else [power, power * 3 // 2]))
-    return list(itertools.takewhile(lambda size: size <= most, sizes))
+    sizes = (multiple * size for power in powers for size in ([power] if power == 1 else [power, power * 3 // 2]))
+    return list(itertools.takewhile(lambda size: size <= max_size, sizes))
 
 
-def largest(fits: Callable[[int], bool], sizes: list[int], likely: Callable[[int], bool]) -> int | None:
-    """The largest of the ascending sizes that fits, or None, given that what is smaller than one that fits does too.
+def largest(fits: Callable[[int], bool], sizes: list[int], is_likely: Callable[[int], bool]) -> int | None:
+    """Returns the largest of the ascending sizes that fits, or None; every size below one that fits must fit too.
 
-    The search starts where `likely` ends, which costs nothing to ask, and goes from there step by step.
+    `fits` compiles a program and is called once per size. The search starts at the largest size that `is_likely`, an
+    estimate, accepts, and proceeds one size at a time.
     """
-    place = sum(1 for _ in itertools.takewhile(likely, sizes[1:]))
-    if fits(sizes[place]):
-        while place + 1 < len(sizes) and fits(sizes[place + 1]):
-            place += 1
-        return sizes[place]
-    while place and not fits(sizes[place - 1]):
-        place -= 1
-    return sizes[place - 1] if place else None
+    index = sum(1 for _ in itertools.takewhile(is_likely, sizes[1:]))
+    if fits(sizes[index]):
+        while index + 1 < len(sizes) and fits(sizes[index + 1]):
+            index += 1
+        return sizes[index]
+    while index and not fits(sizes[index - 1]):
+        index -= 1
+    return sizes[index - 1] if index else None
 
 
-def planned_bytes(run: Run, feeds: Pipeline, size: int) -> int:
-    """What one device needs for the training step with batches of `size`: state, data and all that lies between.
-
-    It compiles the step, and reads the compiler's plan.
-    """
-    update = make_update(run.applied, run.optimizer, run.augment, run.config, run.mesh, run.mask)
-    feed = feeds.abstract_feed(feeds.rows(size, run.config.train.steps_per_dispatch), size)
-    return oom.bytes_needed(update.lower(run.abstract_state(), feed, np.int32(0)).compile())
+def planned_bytes(run: Experiment, feeds: Pipeline, batch_size: int) -> int:
+    """Returns the bytes per device that the compiled training step needs, training data and state included."""
+    update = make_update(run)
+    feed = feeds.abstract_feed(feeds.rows(batch_size, run.config.train.steps_per_dispatch), batch_size)
+    return oom.bytes_needed(update.lower(run.abstract_state(), feed, np.int32(0), np.int32(0)).compile())

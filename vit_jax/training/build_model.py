@@ -1,4 +1,4 @@
-"""From the model section of a config to a model."""
+"""Builds the model that the model section of a config describes."""
 
 from collections.abc import Mapping
 
@@ -12,23 +12,23 @@ from vit_jax.runtime import hardware
 
 
 def build(section: ConfigDict, classes: int | Mapping[str, int] | None, dtype: Dtype | None) -> VisionTransformer:
-    """The model that `config.model` describes, for so many classes.
+    """Returns the model that `config.model` describes.
 
-    Its attention backend is one that runs anywhere, whatever `attention_kernel` says: `attention_choice.resolve` finds
-    the one for a device and the model's shapes.
+    Its attention backend is the default of the platform, whatever `attention_kernel` says: `attention_choice.resolve`
+    chooses one for a device and the model's shapes.
 
     Args:
         section: `config.model`.
-        classes: number of logits; of several heads, by name; None for no head.
-        dtype: compute dtype; None for what `section.dtype` says on the default device.
+        classes: number of logits; a mapping from names to numbers for several heads; None for no head.
+        dtype: compute dtype; None for that of `section.dtype` on the default device.
 
     Raises:
-        ValueError: the fields contradict each other, or there is no such variant.
+        ValueError: options contradict each other, or the variant is unknown.
     """
-    given = variants.fields_of_options(section.to_dict())
-    if dtype is not None:  # before a cluster is joined, no device may be asked for
+    fields = variants.fields_of_options(section.to_dict())
+    if dtype is not None:  # devices must not be queried before the cluster is joined
         kernel, dtypes = attention_backends.FALLBACK, {"dtype": dtype}
     else:
         dtypes = dict(zip(("dtype", "matmul_dtype"), hardware.compute_dtypes(section.dtype), strict=True))
         kernel = attention_backends.default(jax.default_backend())
-    return VisionTransformer(classes=classes, **dtypes, **{**given, "attention_kernel": kernel})
+    return VisionTransformer(classes=classes, **dtypes, **{**fields, "attention_kernel": kernel})

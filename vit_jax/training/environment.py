@@ -1,4 +1,4 @@
-"""What a run was made with: versions, devices, command, git revision."""
+"""The content of environment.json: versions, devices, command, git revision."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def environment(attention: Choice | None = None) -> dict[str, Any]:
-    """Versions, devices, command, git revision and attention backend of a run; None for what cannot be found out."""
+    """Returns versions, devices, command, git revision and attention backend of a run; None for unknown values."""
     facts: dict[str, Callable[[], Any]] = {
         "command": lambda: " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "python": platform.python_version,
@@ -41,19 +41,19 @@ def environment(attention: Choice | None = None) -> dict[str, Any]:
         "git": git_revision,
         "attention": lambda: None if attention is None else dataclasses.asdict(attention),
     }
-    return {name: _fact(find) for name, find in facts.items()}
+    return {name: _fact(f) for name, f in facts.items()}
 
 
-def _fact(find: Callable[[], Any]) -> Any:
-    """What `find` returns; None where it fails: facts about a machine must never end a run on it."""
+def _fact(f: Callable[[], Any]) -> Any:
+    """Returns what `f` returns, or None if it raises: facts about the machine must never end a run."""
     try:
-        return find()
+        return f()
     except Exception:
         return None
 
 
 def git_revision() -> str | None:
-    """The revision of the code, '+changed' behind it where files differ from it; None outside a checkout."""
+    """Returns the git revision of this code, with '+changed' if files differ from it; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:

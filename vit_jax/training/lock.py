@@ -1,4 +1,4 @@
-"""One writer a workdir: a lock that says who holds it, and that outlives nobody."""
+"""One writer per run directory: a lock file that names its holder, with a heartbeat."""
 
 import contextlib
 import json
@@ -13,50 +13,51 @@ from typing import Any
 from vit_jax.errors import UserError
 
 NAME = "lock.json"
-LOOK = 5.0  # seconds between two looks whether it is still held
-BEAT = 60.0  # seconds between signs of life
-STALE = 600.0  # seconds without one, after which a lock of another host counts as left behind
-PLACE = ("host", "boot", "namespace")  # where all are equal, a process can be seen from here
+CHECK_INTERVAL = 5.0  # seconds between checks that the lock is still held
+HEARTBEAT_INTERVAL = 60.0  # seconds between updates of the file's modification time
+STALE_AFTER = 600.0  # seconds without a heartbeat after which another host's lock is taken over
+SAME_SYSTEM = ("host", "boot", "namespace")  # where all are equal, process ids mean the same processes
 
-_held: list["Lock"] = []  # of this process
-_taking = threading.Lock()  # so that a signal finds every lock that is taken in `_held`
+_held: list["Lock"] = []  # by this process
+_acquiring = threading.Lock()  # so that `release_all` sees every lock in `_held`
 
 
 class Lock:
     """Holds WORKDIR/lock.json from construction until `release`; a context manager.
 
-    The file names process, host and start time. On the same host a lock whose process is gone is taken over at once;
-    of another host, another container, or from before the host's last start, where that cannot be seen, once it has
-    shown no sign of life for ten minutes. Who is taken for dead and is not, hears of it within seconds.
+    The file names the process, its host and its start time. The lock of a process that no longer exists is taken over
+    at once if that can be known: on the same host, since its last boot, in the same container. Otherwise it is taken
+    over when it has had no heartbeat for `STALE_AFTER` seconds. A holder that loses its lock is notified within
+    `CHECK_INTERVAL` seconds.
     """
 
-    def __init__(self, workdir: Path, lost: Callable[[str], None] = lambda words: None):
-        """Takes the lock.
+    def __init__(self, workdir: Path, on_lost: Callable[[str], None] | None = None):
+        """Acquires the lock.
 
         Args:
-            workdir: the folder.
-            lost: is called once, in another thread, with a line that says who has taken the lock over.
+            workdir: the run directory.
+            on_lost: called once, in another thread, with a line that names the process that has taken the lock over.
 
         Raises:
-            UserError: another process is writing there.
+            UserError: another process holds it.
         """
-        self._path, self._lost = workdir / NAME, lost
-        self._content = json.dumps(_who())
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
-        with _taking:
-            while not self._take():
-                held = _read(self._path)
-                if held is None:  # released, or taken over by another, in between
+        self._path, self._on_lost = workdir / NAME, on_lost
+        self._content = json.dumps(_this_process())
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="lock", daemon=True)
+        with _acquiring:
+            while not self._create():
+                holder = _read(self._path)
+                if holder is None:  # released or taken over in between
                     continue
-                if not _is_left_behind(self._path, held):
-                    raise UserError(_refusal(self._path, held))
-                self._remove_left_behind(held)
+                if not _is_stale(self._path, holder):
+                    raise UserError(_locked_message(self._path, holder))
+                self._remove_stale(holder)
             self._thread.start()
             _held.append(self)
 
-    def _take(self) -> bool:
-        # Written elsewhere and linked: the lock is never seen empty, and of two that try one fails.
+    def _create(self) -> bool:
+        # The complete file is linked to the name: nobody reads an empty lock, and of two processes one fails.
         scratch = self._path.with_name(f".{NAME}.{os.getpid()}.{threading.get_ident()}")
         scratch.write_text(self._content)
         try:
@@ -64,45 +65,46 @@ class Lock:
             return True
         except FileExistsError:
             return False
-        except OSError:  # a file system without links
-            return _create(self._path, self._content)
+        except OSError:  # a file system without hard links
+            return _create_exclusively(self._path, self._content)
         finally:
             scratch.unlink()
 
-    def _remove_left_behind(self, held: dict[str, Any]) -> None:
+    def _remove_stale(self, holder: dict[str, Any]) -> None:
         aside = self._path.with_name(f".{NAME}.{os.getpid()}.old")
         try:
-            os.rename(self._path, aside)  # of two that try one fails
+            os.rename(self._path, aside)  # of two processes one fails
         except FileNotFoundError:
             return
-        if _read(aside) != held:
-            # Another was faster, and this is its new lock: back with it, unless a third holds it by now.
+        if _read(aside) != holder:
+            # Another process has just taken over: put its lock back, unless a third one holds it by now.
             with contextlib.suppress(FileExistsError):
                 os.link(aside, self._path)
         aside.unlink()
 
-    def _beat(self) -> None:
-        beaten = time.monotonic()
-        while not self._done.wait(LOOK):
-            held = _read(self._path)
-            if held and held != json.loads(self._content):
-                self._lost(
-                    f"{self._path.parent} has been taken over by process {held.get('process')} on {held.get('host')}: "
-                    "this one had shown no sign of life, or its lock was removed"
-                )
+    def _watch(self) -> None:
+        heartbeat = time.monotonic()
+        while not self._released.wait(CHECK_INTERVAL):
+            holder = _read(self._path)
+            if holder and holder != json.loads(self._content):
+                if self._on_lost is not None:
+                    self._on_lost(
+                        f"{self._path.parent} has been taken over by process {holder.get('process')} on "
+                        f"{holder.get('host')}: this process had no heartbeat, or its lock was removed"
+                    )
                 return
-            with contextlib.suppress(OSError):  # a disk that is away for a moment; the next look will tell
-                if held is None:
-                    self._take()
-                elif time.monotonic() - beaten > BEAT:
+            with contextlib.suppress(OSError):  # the disk may be away for a moment; the next check tries again
+                if holder is None:
+                    self._create()
+                elif time.monotonic() - heartbeat > HEARTBEAT_INTERVAL:
                     os.utime(self._path)
-                    beaten = time.monotonic()
+                    heartbeat = time.monotonic()
 
     def release(self) -> None:
-        """Gives the lock back; once is enough."""
-        self._done.set()
+        """Releases the lock; further calls do nothing."""
+        self._released.set()
         if threading.current_thread() is not self._thread:
-            self._thread.join(LOOK)  # a last look must not take it anew
+            self._thread.join(CHECK_INTERVAL)  # or a last check could create the file again
         with contextlib.suppress(OSError):
             if self._path.read_text() == self._content:
                 self._path.unlink()
@@ -117,13 +119,13 @@ class Lock:
 
 
 def release_all() -> None:
-    """Releases all locks of a process that is about to end; it can take no other from then on."""
-    _taking.acquire()
+    """Releases all locks of a process that is about to exit; it cannot acquire another one afterwards."""
+    _acquiring.acquire()
     for lock in list(_held):
         lock.release()
 
 
-def _create(path: Path, content: str) -> bool:
+def _create_exclusively(path: Path, content: str) -> bool:
     try:
         with open(path, "x") as file:
             file.write(content)
@@ -132,24 +134,25 @@ def _create(path: Path, content: str) -> bool:
         return False
 
 
-def _who() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
     import psutil
 
-    own = psutil.Process()
-    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(own.create_time()))
-    return {"process": own.pid, "started": started, "since": own.create_time(), **_here()}
+    process = psutil.Process()
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(process.create_time()))
+    return {"process": process.pid, "started": started, "since": process.create_time(), **_this_system()}
 
 
-def _here() -> dict[str, str]:
-    """Where the numbers of processes mean what they mean here: containers and restarts share names of hosts."""
-    here = {"host": socket.gethostname(), "boot": "", "namespace": ""}
+def _this_system() -> dict[str, str]:
+    """Returns what identifies the process table: host names are shared by containers, and outlive a reboot."""
+    system = {"host": socket.gethostname(), "boot": "", "namespace": ""}
     with contextlib.suppress(OSError):  # not Linux
-        here["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        here["namespace"] = os.readlink("/proc/self/ns/pid")
-    return here
+        system["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        system["namespace"] = os.readlink("/proc/self/ns/pid")
+    return system
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """Returns the holder; None if there is no lock, {} if it cannot be read."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
@@ -159,27 +162,27 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else {}
 
 
-def _refusal(path: Path, held: dict[str, Any]) -> str:
-    who = f"process {held.get('process')} on {held.get('host')}, started {held.get('started')}"
-    wait = "wait for it, stop it, or give another --workdir"
-    here = _here()
-    if any(held.get(name) != here[name] for name in PLACE):
-        wait += f"; without a sign of life it is taken over after {STALE / 60:.0f} minutes"
-    return f"{path.parent} is being written to by {who}\n  {wait}\n  (if there is no such process: remove {path})"
+def _locked_message(path: Path, holder: dict[str, Any]) -> str:
+    process = f"process {holder.get('process')} on {holder.get('host')}, started {holder.get('started')}"
+    advice = "wait for it, stop it, or use another --workdir"
+    system = _this_system()
+    if any(holder.get(name) != system[name] for name in SAME_SYSTEM):
+        advice += f"; without a heartbeat, the lock is taken over after {STALE_AFTER / 60:.0f} minutes"
+    return f"{path.parent} is locked by {process}\n  {advice}\n  (if there is no such process, remove {path})"
 
 
-def _is_left_behind(path: Path, held: dict[str, Any]) -> bool:
+def _is_stale(path: Path, holder: dict[str, Any]) -> bool:
     import psutil
 
-    here = _here()
-    if all(held.get(name) == here[name] for name in PLACE):
+    system = _this_system()
+    if all(holder.get(name) == system[name] for name in SAME_SYSTEM):
         try:
-            process = psutil.Process(held["process"])
-            # The number may have been given to another process since.
-            return abs(process.create_time() - held["since"]) > 1 or process.status() == psutil.STATUS_ZOMBIE
+            process = psutil.Process(holder["process"])
+            # The process id may have been reused since.
+            return abs(process.create_time() - holder["since"]) > 1 or process.status() == psutil.STATUS_ZOMBIE
         except (psutil.Error, KeyError, TypeError, ValueError):
             return True
     try:
-        return time.time() - path.stat().st_mtime > STALE
+        return time.time() - path.stat().st_mtime > STALE_AFTER
     except FileNotFoundError:
         return False

@@ -1,4 +1,4 @@
-"""A learning rate chosen on held-out training examples, then one run on all of them (arXiv 2010.11929, B.1.1)."""
+"""Learning-rate sweep: chosen on held-out training examples, then one run on all of them (arXiv 2010.11929, B.1.1)."""
 
 import dataclasses
 import json
@@ -15,22 +15,23 @@ from vit_jax import config as options
 from vit_jax.checkpoint import run_files
 from vit_jax.errors import UserError
 from vit_jax.sharding import multihost
-from vit_jax.training import nonfinite, run_directory, setup, train
-from vit_jax.training.shutdown import Stop
+from vit_jax.training import recovery, run_directory, setup, train
+from vit_jax.training.shutdown import StopRequest
 
 RESULT = "sweep.json"
+FAILED = "non-finite loss or gradients"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a sweep trains, and on which examples.
+    """The runs of a sweep.
 
     Attributes:
-        config: as it was given; its learning rate is not used.
-        rates: learning rates, in the order in which they are tried.
-        train: split that the rates are tried on.
-        validation: split that they are judged by.
-        everything: split of the final run.
+        config: the config of all runs; its learning rate is not used.
+        rates: learning rates to try, in this order.
+        train: training split of the trials.
+        validation: split by which the learning rate is chosen.
+        everything: training split of the final run.
     """
 
     config: ConfigDict
@@ -40,14 +41,18 @@ class Plan:
     everything: str
 
     def trial(self, rate: float) -> ConfigDict:
-        """The config that tries a rate; it never reads the test split."""
+        """Returns the config that tries a learning rate; it never reads the test split."""
         return self._with(rate, train=self.train, validation=self.validation, test=None)
 
     def final(self, rate: float) -> ConfigDict:
-        """The config of the final run: all training examples, and the test split scored once, at the end."""
+        """Returns the config of the final run: all training examples, evaluated on the test split once, at the end."""
         config = self._with(rate, train=self.everything, validation=None)
         config.train.evaluate_every = 0
         return config
+
+    def splits(self) -> dict[str, str]:
+        """Returns the splits by name, as sweep.json holds them."""
+        return {"train": self.train, "validation": self.validation, "everything": self.everything}
 
     def _with(self, rate: float, **data: str | None) -> ConfigDict:
         config = options.from_dict(self.config.to_dict())
@@ -57,153 +62,160 @@ class Plan:
 
 
 def plan(config: ConfigDict, rates: tuple[float, ...], held_out: float) -> Plan:
-    """The plan of a sweep, checked against data and devices.
+    """Returns the plan of a sweep, checked against data and devices.
 
     Args:
-        config: a checked config. Where it has a validation split, rates are judged by that, and the final run is
-            trained on both its splits.
+        config: a checked config. If it has a validation split, the learning rate is chosen by that, and the final run
+            trains on both its splits.
         rates: learning rates.
-        held_out: per cent of the training split, its last, that is held out where there is no validation split.
+        held_out: percentage of the training split, its last examples, that is held out if there is no validation split.
 
     Raises:
-        UserError: a run of it could not begin; or there is no test split, or nothing that could be held out.
+        UserError: one of its runs could not start; there is no test split; or no examples can be held out.
     """
     data = config.data
     if data.test is None:
-        raise UserError("config.data.test is None\n  give the split that the final run is to be scored on")
+        raise UserError("config.data.test is None\n  set the split on which the final run is evaluated")
     if data.validation is not None:
-        parts = data.train, data.validation, f"{data.train}+{data.validation}"
+        splits = data.train, data.validation, f"{data.train}+{data.validation}"
     elif not data.train.replace("_", "").isalnum():
         raise UserError(
-            f"config.data.train is {data.train!r}: of a part, nothing more is held out\n"
-            "  allowed: a whole split, as 'train'; or give config.data.validation too"
+            f"config.data.train is {data.train!r}, of which no further part can be held out\n"
+            "  allowed: a whole split, such as 'train'; or set config.data.validation"
         )
     else:
         cut = f"{100 - held_out:g}%"
-        parts = f"{data.train}[:{cut}]", f"{data.train}[{cut}:]", data.train
-    made = Plan(config, rates, *parts)
-    for checked in (made.trial(rates[0]), made.final(rates[0])):
-        options.check(checked)
+        splits = f"{data.train}[:{cut}]", f"{data.train}[{cut}:]", data.train
+    planned = Plan(config, rates, *splits)
+    for checked in (planned.trial(rates[0]), planned.final(rates[0])):
         setup.check(checked)
-    return made
+    return planned
 
 
-def sweep(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Trains what the plan has and is not finished; returns what sweep.json holds, or None where asked to stop.
+def sweep(plan: Plan, workdir: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Trains the runs that are not finished; returns the content of sweep.json, or None if requested to stop.
 
     Args:
         plan: a checked plan.
-        folder: the workdir; each run has a folder of its own below it.
-        say: is told which run comes next.
+        workdir: the sweep's directory; each run has a directory below it.
+        say: prints a line; called before each run.
 
     Raises:
-        UserError: the folder holds something else, every rate ended with numbers that are not finite, or as
-            `train.train`.
+        UserError: the directory holds something else, every run ended with non-finite values, or as `train.train`.
     """
-    multihost.on_rank_0(lambda: _claim(plan, folder))
-    content = {"config": plan.config.to_dict(), "splits": _splits(plan), "trials": [], "best": None, "final": None}
-    end = None if plan.config.train.max_minutes is None else time.monotonic() + 60 * plan.config.train.max_minutes
-    with Stop() as stop:  # of what comes in between two runs; each hears for itself
-        stop.nothing_to_save(True)
+    multihost.on_rank_0(lambda: _check_workdir(plan, workdir))
+    content = {"config": plan.config.to_dict(), "splits": plan.splits(), "trials": [], "best": None, "final": None}
+    minutes = plan.config.train.max_minutes
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    with StopRequest() as stop:  # for signals between two runs; each run handles its own
+        stop.exit_on_signal = True
         for number, rate in enumerate(plan.rates):
-            run = folder / f"rate-{rate:g}"
-            say(f"learning rate {rate:g} ({number + 1} of {len(plan.rates)}){_been(run)}")
-            trial = _try(plan.trial(rate), run, end)
+            run = workdir / f"rate-{rate:g}"
+            say(f"learning rate {rate:g} ({number + 1} of {len(plan.rates)}){_finished_note(run)}")
+            trial = _train(plan.trial(rate), run, deadline)
             if trial is None:
                 return None
             content["trials"].append({"learning_rate": rate, **trial})
-            write(folder, content)
-        content["best"] = best = choose(content["trials"], objectives.make(plan.config).primary_metric)
-        run = folder / f"final-{best:g}"
-        say(f"the best is {best:g}; with it, on {plan.everything}{_been(run)}")
-        final = _try(plan.final(best), run, end)
+            write(workdir, content)
+        content["best"] = best = choose(content["trials"], *objectives.make(plan.config).primary_metric)
+        run = workdir / f"final-{best:g}"
+        say(f"the best learning rate is {best:g}; training with it on {plan.everything}{_finished_note(run)}")
+        final = _train(plan.final(best), run, deadline)
         if final is None:
             return None
     if "failed" in final:
-        raise UserError(f"the final run ended with {final['failed']}: {folder / final['folder']}\n  try lower rates")
+        raise UserError(f"the final run ended with {final['failed']}: {run}\n  try lower learning rates")
     content["final"] = final
-    write(folder, content)
+    write(workdir, content)
     return content
 
 
-def _claim(plan: Plan, folder: Path) -> None:
-    """Sees that the folder is a new one, or that of the same sweep, whatever its rates are.
+def _check_workdir(plan: Plan, workdir: Path) -> None:
+    """Checks that the directory is new, or that of the same sweep with any learning rates.
 
     Raises:
         UserError: it is not, or it cannot be read.
     """
-    if (folder / run_files.CONFIG).exists():
-        raise UserError(f"--workdir={folder} belongs to a run that is no sweep\n  give another --workdir")
+    if (workdir / run_files.CONFIG).exists():
+        raise UserError(f"--workdir={workdir} holds a single run, not a sweep\n  use another --workdir")
     try:
-        before = json.loads((folder / RESULT).read_text())
-        old, splits = before["config"], before["splits"]
+        saved = json.loads((workdir / RESULT).read_text())
+        old, splits = saved["config"], saved["splits"]
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / RESULT} cannot be read: {error}\n  give another --workdir") from error
-    rows = options.differences({**old, "splits": splits}, {**plan.config.to_dict(), "splits": _splits(plan)})
-    rows = [row for row in rows if not row.startswith((*run_directory.FREE, "optimizer.learning_rate"))]
+        raise UserError(f"{workdir / RESULT} cannot be read: {error}\n  use another --workdir") from error
+    new = {**plan.config.to_dict(), "splits": plan.splits()}
+    rows = options.differences({**old, "splits": splits}, new, resume=("fixed", "changeable"))
+    rows = [row for row in rows if not row.startswith("optimizer.learning_rate:")]
     if rows:
         raise UserError(
-            f"--workdir={folder} belongs to a sweep of another config\n"
-            f"  differs: {'; '.join(rows[: run_directory.SHOWN])}\n"
-            "  give another --workdir, or the same config"
+            f"--workdir={workdir} holds a sweep of another config\n"
+            f"  differs: {'; '.join(rows[: run_directory.MAX_SHOWN])}\n"
+            "  use another --workdir, or the same config"
         )
 
 
-def _splits(plan: Plan) -> dict[str, str]:
-    return {"train": plan.train, "validation": plan.validation, "everything": plan.everything}
+def _finished_note(run: Path) -> str:
+    return ": already finished" if (run / run_files.SUMMARY).exists() else ""
 
 
-def _been(run: Path) -> str:
-    return ": has been trained" if (run / run_files.SUMMARY).exists() else ""
+def _train(config: ConfigDict, workdir: Path, deadline: float | None) -> dict[str, Any] | None:
+    """Trains or resumes a run unless it is finished; returns its summary, or None if requested to stop."""
 
+    def has_failed() -> bool:
+        return multihost.on_rank_0((workdir / recovery.REPORT).exists)
 
-def _try(config: ConfigDict, folder: Path, end: float | None) -> dict[str, Any] | None:
-    """The summary of a run, which is trained, or trained on, where it is not finished; None where asked to stop."""
-    named = {"folder": folder.name}
-    has_failed = lambda: multihost.on_rank_0((folder / nonfinite.REPORT).exists)  # noqa: E731
-    summary = multihost.on_rank_0(lambda: run_directory.read_summary(folder))
+    summary = multihost.on_rank_0(lambda: run_directory.read_summary(workdir))
     if summary is None and not has_failed():
-        if end is not None:
-            config.train.max_minutes = max(0.0, end - time.monotonic()) / 60
+        if deadline is not None:
+            config.train.max_minutes = max(0.0, deadline - time.monotonic()) / 60
         try:
-            summary = train.train(config, folder)
+            summary = train.train(config, workdir)
         except UserError:
             if not has_failed():
                 raise
         else:
             if summary is None:
                 return None
-    return named | (summary or {"failed": "numbers that are not finite"})
+    return {"folder": workdir.name} | (summary or {"failed": FAILED})
 
 
-def choose(trials: list[dict[str, Any]], metric: str) -> float:
-    """The learning rate with the best validation metric; of equals that with the lower loss, then the smaller.
+def choose(trials: list[dict[str, Any]], metric: str, higher_is_better: bool) -> float:
+    """Returns the learning rate with the best validation metric; ties go to the lower loss, then to the lower rate.
 
     Args:
-        trials: summaries, or what failed.
-        metric: 'accuracy', which is to be high, or 'loss'.
+        trials: summaries, or {"failed": reason}, each with its 'learning_rate'.
+        metric: name without split, such as 'accuracy'.
+        higher_is_better: whether the metric is to be maximized.
 
     Raises:
-        UserError: none came to its end.
+        UserError: every trial failed.
     """
     finished = [trial for trial in trials if "failed" not in trial]
     if not finished:
-        raise UserError("every learning rate ended with numbers that are not finite\n  try lower ones")
+        raise UserError(f"every learning rate ended with {FAILED}\n  try lower ones")
+
+    def score(trial: dict[str, Any], metric: str, higher_is_better: bool) -> float:
+        value = trial[f"validation/{metric}"]
+        return (value if higher_is_better else -value) if math.isfinite(value) else -math.inf
 
     def order(trial: dict[str, Any]) -> tuple[float, float, float]:
-        loss = trial["validation/loss"]
-        loss = loss if math.isfinite(loss) else math.inf
-        return trial["validation/accuracy"] if metric == "accuracy" else -loss, -loss, -trial["learning_rate"]
+        return score(trial, metric, higher_is_better), score(trial, "loss", False), -trial["learning_rate"]
 
     return max(finished, key=order)["learning_rate"]
 
 
-def write(folder: Path, content: dict[str, Any]) -> None:
-    """Writes sweep.json; of several processes, one does."""
+def write(workdir: Path, content: dict[str, Any]) -> None:
+    """Writes sweep.json, on rank 0.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     if multihost.is_rank_0():
         try:
-            atomic.write_json(folder / RESULT, content)
+            atomic.write_json(workdir / RESULT, content)
         except OSError as error:
-            raise UserError(f"{folder / RESULT} cannot be written: {error.strerror}\n  make room there") from error
+            raise UserError(
+                f"{workdir / RESULT} cannot be written: {error.strerror}\n  free disk space or change its permissions"
+            ) from error

@@ -1,4 +1,4 @@
-"""What a run shows while it trains."""
+"""What a run prints while it trains."""
 
 import contextlib
 import io
@@ -8,7 +8,7 @@ import sys
 
 
 class Progress:
-    """One line that is overwritten in a terminal; elsewhere a plain line for each record."""
+    """On a terminal one line that is overwritten; elsewhere one line per record."""
 
     def __init__(
         self,
@@ -19,39 +19,40 @@ class Progress:
         name: str = "",
         live: bool = True,
     ):
-        """Of a run of so many steps.
+        """Prints nothing yet.
 
         Args:
-            steps: of the run.
-            steps_per_epoch: of them.
-            stream: where to; None for standard output.
-            enabled: False to show nothing.
-            name: of the run, which every line then begins with; '' for none.
-            live: False for plain lines in a terminal too.
+            steps: number of steps of the run.
+            steps_per_epoch: number of steps per pass over the training split.
+            stream: where to print; None for standard output.
+            enabled: False to print nothing.
+            name: printed at the start of each line; '' for none.
+            live: False to print one line per record on a terminal too.
         """
-        self._steps, self._steps_an_epoch = steps, steps_per_epoch
+        self._steps, self._steps_per_epoch = steps, steps_per_epoch
         self._stream, self._enabled = stream or sys.stdout, enabled
         self._live = live and self._stream.isatty()
-        self._name = f"{name}: " if name else ""
-        self._open = False
+        self._prefix = f"{name}: " if name else ""
+        self._line_is_open = False
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float, recorded: bool) -> None:
-        """Shows where the run stands. Off a terminal only what is `recorded` is shown."""
+        """Prints the state of the run; not on a terminal, only if the metrics are `recorded` too."""
         if not self._enabled or not (recorded or self._live):
             return
-        width = _terminal_width() - len(self._name) if self._live else None
-        text = self._name + progress_line(step, self._steps, step / self._steps_an_epoch, metrics, seconds_left, width)
+        width = _terminal_width() - len(self._prefix) if self._live else None
+        epoch = step / self._steps_per_epoch
+        text = self._prefix + progress_line(step, self._steps, epoch, metrics, seconds_left, width)
         self._print(f"\r\x1b[K{text}" if self._live else text + "\n")
-        self._open = self._live
+        self._line_is_open = self._live
 
     def say(self, text: str) -> None:
-        """Prints a line of its own, below the live one."""
+        """Prints a separate line, below the one that is overwritten."""
         if self._enabled:
-            self._print(("\n" if self._open else "") + self._name + text + "\n")
-        self._open = False
+            self._print(("\n" if self._line_is_open else "") + self._prefix + text + "\n")
+        self._line_is_open = False
 
     def _print(self, text: str) -> None:
-        # A terminal that was closed, or a pipe that nobody reads any more, is no reason to stop training.
+        # Training continues when the terminal is closed or nobody reads the pipe any more.
         with contextlib.suppress(OSError, ValueError):
             self._stream.write(text)
             self._stream.flush()
@@ -67,9 +68,9 @@ def _terminal_width() -> int:
 def progress_line(
     step: int, steps: int, epoch: float, metrics: dict[str, float], seconds_left: float, width: int | None = None
 ) -> str:
-    """'step 200/4400  epoch 17.9  loss 0.5120  accuracy 91.2 %  rate 9.80e-04  1,234 images/s  left 1:05'.
+    """Returns 'step 200/4400  epoch 17.9  loss 0.5120  accuracy 91.2 %  rate 9.80e-04  1,234 images/s  left 1:05'.
 
-    Where the terminal is narrower, the learning rate, then the epoch, then the MFU give way.
+    On a terminal of fewer than `width` columns the learning rate is left out, then the epoch, then the MFU.
     """
     parts = {
         "step": f"step {step:>{len(str(steps))}}/{steps}",
@@ -79,7 +80,7 @@ def progress_line(
         "rate": f"rate {metrics['train/learning_rate']:.2e}",
         "speed": f"{metrics.get('images_per_second', math.nan):,.0f} images/s",
     }
-    if "train/loss" in metrics and "train/accuracy" not in metrics:  # not every run has one
+    if "train/loss" in metrics and "train/accuracy" not in metrics:  # an objective without accuracy
         del parts["accuracy"]
     if "mfu" in metrics:
         parts["mfu"] = f"MFU {100 * metrics['mfu']:.1f} %"
@@ -92,7 +93,7 @@ def progress_line(
 
 
 def clock(seconds: float) -> str:
-    """'1:05' or '2:03:20'."""
+    """Returns a duration as '1:05' or '2:03:20'."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

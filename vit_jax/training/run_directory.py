@@ -1,4 +1,4 @@
-"""The folder of a run, and whether a config may go on in it."""
+"""The run directory: whether a config may start or resume a run in it, and what it records about the run."""
 
 import json
 import os
@@ -11,111 +11,67 @@ from ml_collections import ConfigDict
 from vit_jax import atomic
 from vit_jax import config as options
 from vit_jax.checkpoint import run_files
-from vit_jax.checkpoint.manager import DAMAGED, FOLDER
+from vit_jax.checkpoint.run_files import read_config, read_summary  # noqa: F401
 from vit_jax.errors import UserError
 from vit_jax.runtime.attention_choice import Choice
 from vit_jax.training import environment
 
-# What changes neither the numbers of a run nor the meaning of its checkpoints may differ when it goes on.
-FREE = (
-    "log.",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "mesh.",
-    "data.dir",
-    "data.cache_dir",
-    "data.resident",
-    "data.decoded",
-    "data.workers",
-    "data.ahead",
-    "data.worker_timeout",
-    "train.steps_per_dispatch",
-    "train.max_minutes",
-    "train.seeds_at_once",
-)
-# What changes how it goes on, but not what its checkpoints hold, is taken, told of and recorded.
-TAKEN = (
-    "augment.",
-    "data.test",
-    "data.validation",
-    "model.attention_dropout",
-    "model.attention_kernel",
-    "model.dropout",
-    "model.dtype",
-    "model.remat",
-    "model.stochastic_depth",
-    "optimizer.beta",
-    "optimizer.epsilon",
-    "optimizer.final_learning_rate",
-    "optimizer.gradient_clip",
-    "optimizer.layer_decay",
-    "optimizer.learning_rate",
-    "optimizer.momentum",
-    "optimizer.schedule",
-    "optimizer.warmup_steps",
-    "optimizer.weight_decay",
-    "train.accumulation",
-    "train.epochs",
-    "train.evaluat",
-    "train.label_smoothing",
-    "train.loss_weights",
-    "train.steps",
-)
 CHANGES = "changes.jsonl"
-SHOWN = 4
+MAX_SHOWN = 4  # differences in an error message
 
 
 def claim(workdir: Path, config: ConfigDict) -> list[str]:
-    """Makes the folder where there is none, and sees that it is writable and not another run's.
+    """Creates the run directory if it does not exist, and checks that the config may be trained in it.
 
-    Returns what is taken over from the config although the run was started otherwise: 'train.steps: 100 -> 200', ...
+    Returns the options that have changed since the run began and may: 'train.steps: 100 -> 200', ...
 
     Raises:
-        UserError: it cannot be written to, or it belongs to another config; what differs is named.
+        UserError: it cannot be written to, or it holds a run with another config, whose differences are named.
     """
+    _check_writable(workdir)
+    old = read_config(workdir)
+    # Without records or checkpoints there is nothing to lose: the config may change freely.
+    if old is None or not has_begun(workdir):
+        return []
+    # Options that did not exist when the run began are at their defaults.
+    old, new = options.complete(old), config.to_dict()
+    if refused := options.differences(old, new, resume=("fixed",)):
+        more = f"; and {len(refused) - MAX_SHOWN} more" if len(refused) > MAX_SHOWN else ""
+        raise UserError(
+            f"--workdir={workdir} holds a run with another config\n"
+            f"  differs: {'; '.join(refused[:MAX_SHOWN])}{more}\n  use another --workdir, or the same config"
+        )
+    return options.differences(old, new, resume=("changeable",))
+
+
+def _check_writable(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe.{os.getpid()}"
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
-        reason = f"--workdir={workdir} cannot be written to: {error.strerror}"
-        raise UserError(f"{reason}\n  give another --workdir") from error
-    old = read_config(workdir)
-    # Of a run that never began nothing can be lost: its config may have been mended since.
-    if old is None or not has_begun(workdir):
-        return []
-    # An option that there was not yet when the run began is at its default.
-    old = {
-        name: {**{key: option.default for key, option in keys.items()}, **old.get(name, {})}
-        for name, keys in options.OPTIONS.items()
-    }
-    rows = [row for row in options.differences(old, config.to_dict()) if not row.startswith(FREE)]
-    refused = [row for row in rows if not row.startswith(TAKEN)]
-    if refused:
-        more = f"; and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         raise UserError(
-            f"--workdir={workdir} belongs to a run of another config\n"
-            f"  differs: {'; '.join(refused[:SHOWN])}{more}\n  give another --workdir, or the same config"
-        )
-    return rows
+            f"--workdir={workdir} cannot be written to: {error.strerror}\n  use another --workdir"
+        ) from error
 
 
 def has_begun(workdir: Path) -> bool:
-    """Whether a run has left anything there that another config must not touch."""
+    """Returns whether the directory holds records or checkpoints, which a run with another config must not touch."""
     metrics = workdir / run_files.METRICS
     begun = (metrics.exists() and metrics.stat().st_size > 0) or any(
-        (workdir / name).is_dir() and any((workdir / name).iterdir()) for name in (FOLDER, DAMAGED)
+        (workdir / name).is_dir() and any((workdir / name).iterdir())
+        for name in (run_files.CHECKPOINTS, run_files.DAMAGED)
     )
-    return begun or any(has_begun(own) for own in workdir.glob("seed-*"))  # of several seeds, see `seeds`
+    return begun or any(has_begun(run) for run in workdir.glob("seed-*"))  # the runs of several seeds
 
 
 def check_length(changes: list[str], steps: int, saved: list[int]) -> None:
-    """Raises UserError where a run is to be shorter than it is already."""
+    """Raises UserError if a changed config ends before the newest of the `saved` checkpoints."""
     if changes and saved and saved[-1] > steps:
         raise UserError(
-            f"the run has made {saved[-1]:,} steps, and config.train asks for {steps:,}\n"
-            "  allowed: as many or more, or another --workdir"
+            f"config.train sets {steps:,} steps, but the newest checkpoint of this run is of step {saved[-1]:,}\n"
+            f"  allowed: at least {saved[-1]:,} steps, or another --workdir"
         )
 
 
@@ -126,17 +82,17 @@ def record(
     say: Callable[[str], None],
     attention: Choice | None = None,
 ) -> None:
-    """Writes config.json and environment.json; changes are printed, and added to changes.jsonl.
+    """Writes config.json and environment.json; prints changes and appends them to changes.jsonl.
 
     Args:
-        workdir: of the run.
-        config: its config.
-        changes: what differs from the config that it began with.
+        workdir: the run directory.
+        config: the run's config.
+        changes: the options that have changed since the run began, from `claim`.
         say: prints a line.
-        attention: its attention backend.
+        attention: the run's attention backend.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: a file cannot be written.
     """
     try:
         if changes:
@@ -147,28 +103,13 @@ def record(
         atomic.write_json(workdir / run_files.CONFIG, config.to_dict())
         atomic.write_json(workdir / run_files.ENVIRONMENT, environment.environment(attention))
     except OSError as error:
-        raise UserError(f"{workdir} cannot be written to: {error.strerror}\n  make room there") from error
-
-
-def read_config(workdir: Path) -> dict | None:
-    """The config that a workdir was started with, or None in a fresh one.
-
-    Raises:
-        UserError: its config.json cannot be read.
-    """
-    try:
-        config = json.loads((workdir / run_files.CONFIG).read_text())
-        if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
-            raise ValueError("it is no config")
-        return config
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{workdir / run_files.CONFIG} cannot be read: {error}\n  give another --workdir") from error
+        raise UserError(
+            f"{workdir} cannot be written to: {error.strerror}\n  free disk space or change its permissions"
+        ) from error
 
 
 def attention_choice(workdir: Path) -> Choice | None:
-    """The choice of an attention backend in a run's environment.json; None where there is none."""
+    """Returns the attention backend that environment.json records, or None if it records none."""
     try:
         return Choice(**json.loads((workdir / run_files.ENVIRONMENT).read_text())["attention"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -176,22 +117,14 @@ def attention_choice(workdir: Path) -> Choice | None:
 
 
 def trained_config(workdir: Path) -> ConfigDict:
-    """The config of a workdir that holds checkpoints.
+    """Returns the config of a run directory with checkpoints.
 
     Raises:
-        UserError: there is no run in it, or its config cannot be read.
+        UserError: it holds no run or the runs of several seeds, or its config cannot be read.
     """
     saved = read_config(workdir)
-    if saved is None or not (workdir / FOLDER).is_dir():
-        if own := sorted(path.parent.name for path in workdir.glob(f"seed-*/{FOLDER}")):
-            raise UserError(f"{workdir} holds the runs of several seeds\n  give one: {', '.join(own)}")
+    if saved is None or not (workdir / run_files.CHECKPOINTS).is_dir():
+        if own := sorted(path.parent.name for path in workdir.glob(f"seed-*/{run_files.CHECKPOINTS}")):
+            raise UserError(f"{workdir} holds the runs of several seeds\n  use one of them: {', '.join(own)}")
         raise UserError(f"{workdir} holds no run\n  train one: python -m vit_jax.main --workdir=DIR ...")
     return options.from_dict(saved)
-
-
-def read_summary(workdir: Path) -> dict | None:
-    """The summary of a finished run, or None."""
-    try:
-        return json.loads((workdir / run_files.SUMMARY).read_text())
-    except (OSError, ValueError):
-        return None

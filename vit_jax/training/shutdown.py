@@ -1,4 +1,4 @@
-"""Stopping on request: by a signal, or after a given time; the first signal saves, the second does not wait."""
+"""Stopping a run: at a signal, or after a given time. The first signal saves, the second one exits at once."""
 
 import contextlib
 import os
@@ -11,52 +11,58 @@ import time
 from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-ECHO = 1.0  # seconds within which the same signal is the first one, passed on twice
+REPEAT_AFTER = 1.0  # seconds; the same signal within this time is the first one delivered twice (a shell and `timeout`)
 
 
-class Stop:
-    """Whether the run has been asked to stop; a context manager that listens while it is open.
+class StopRequest:
+    """Whether the run has been requested to stop; a context manager that receives signals while it is open.
 
-    A thread hears the signals, so that they are heard also while the main thread compiles or waits for a device.
+    A thread receives them, so that they are handled also while the main thread compiles or waits for a device.
+
+    Attributes:
+        on_exit: called before this object ends the process.
     """
 
     def __init__(self, max_minutes: float | None = None):
-        """Begins to count.
+        """Starts the clock.
 
         Args:
-            max_minutes: the time after which it is to stop by itself.
+            max_minutes: time after which the run stops; None for no limit.
         """
-        self._end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._max_minutes = max_minutes
-        # What is to be done, whatever happens, before the process ends at once.
-        self.leave: Callable[[], None] = lambda: None
+        self.on_exit: Callable[[], None] = _do_nothing
         self._reason: str | None = None
-        self._heard: tuple[signal.Signals, float] | None = None
-        self._free = threading.Event()
+        self._received: tuple[signal.Signals, float] | None = None
+        self._exit_on_signal = threading.Event()
 
     @property
     def reason(self) -> str | None:
-        """Why it is to stop: 'SIGTERM', 'SIGINT', 'train.max_minutes is 5', or None where it is not."""
-        if self._reason is None and self._end is not None and time.monotonic() > self._end:
+        """Why the run is to stop: 'SIGTERM', 'SIGINT', 'train.max_minutes is 5'; None if it is not."""
+        if self._reason is None and self._deadline is not None and time.monotonic() > self._deadline:
             self._reason = f"train.max_minutes is {self._max_minutes:g}"
         return self._reason
 
-    def nothing_to_save(self, yes: bool) -> None:
-        """Says whether everything there is has been saved: the process then ends at the first signal, at once."""
-        (self._free.set if yes else self._free.clear)()
+    @property
+    def exit_on_signal(self) -> bool:
+        """Whether the first signal ends the process at once, with status 0, because there is nothing to save."""
+        return self._exit_on_signal.is_set()
 
-    def __enter__(self) -> "Stop":
+    @exit_on_signal.setter
+    def exit_on_signal(self, value: bool) -> None:
+        (self._exit_on_signal.set if value else self._exit_on_signal.clear)()
+
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is not threading.main_thread():
-            return self  # signals are the main thread's
-        self._ours, theirs = socket.socketpair()
-        self._theirs = theirs
-        theirs.setblocking(False)
-        self._old_wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        # What is ignored stays so: nohup, and shells for what runs in the background, ask for it.
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._old = {number: signal.signal(number, lambda *_: None) for number in heard}
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+            return self  # only the main thread can receive signals
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        self._old_wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        # Signals that are ignored stay ignored: nohup and shells (for background jobs) rely on it.
+        handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._old_handlers = {number: signal.signal(number, _do_nothing) for number in handled}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._receive, name="signals", daemon=True)
         self._thread.start()
         return self
 
@@ -64,38 +70,42 @@ class Stop:
         if not hasattr(self, "_thread"):
             return
         signal.set_wakeup_fd(self._old_wakeup)
-        for number, handler in self._old.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        self._done.set()
+        self._closed.set()
         self._thread.join()
-        self._ours.close()
-        self._theirs.close()
+        self._receiver.close()
+        self._sender.close()
 
-    def _listen(self) -> None:
-        while not self._done.is_set():
-            ready, _, _ = select.select([self._ours], [], [], 0.1)
-            for byte in self._ours.recv(16) if ready else b"":
+    def _receive(self) -> None:
+        while not self._closed.is_set():
+            ready, _, _ = select.select([self._receiver], [], [], 0.1)
+            for byte in self._receiver.recv(16) if ready else b"":
                 if byte in SIGNALS:
-                    self._hear(signal.Signals(byte))
+                    self._handle(signal.Signals(byte))
 
-    def _hear(self, number: signal.Signals) -> None:
-        now, heard = time.monotonic(), self._heard
-        if heard is not None and (number != heard[0] or now > heard[1] + ECHO):
-            self._end_now(f"{number.name} again: stopped at once, without saving", 128 + number)
-        if heard is not None:
+    def _handle(self, number: signal.Signals) -> None:
+        now, first = time.monotonic(), self._received
+        if first is not None:
+            if number != first[0] or now > first[1] + REPEAT_AFTER:
+                self._exit(f"{number.name} again: exiting at once, without saving", 128 + number)
             return
-        self._heard, self._reason = (number, now), self._reason or number.name
-        if self._free.is_set():
-            self._end_now(f"{number.name}: stopped; nothing has been done since the last save", 0)
+        if self.exit_on_signal:
+            self._exit(f"{number.name}: stopped; everything is saved", 0)
+        self._received, self._reason = (number, now), self._reason or number.name
         with contextlib.suppress(OSError, ValueError):
-            print(f"{number.name}: saving, then stopping; once more to stop at once", file=sys.stderr, flush=True)
+            print(f"{number.name}: saving, then stopping; repeat to exit at once", file=sys.stderr, flush=True)
 
-    def without_saving(self, words: str) -> None:
-        """Ends the process at once, with status 2: what it would write now is no longer its own."""
-        self._end_now(words, 2)
+    def exit_without_saving(self, text: str) -> None:
+        """Prints `text` and ends the process at once, with status 2: another process owns the run directory."""
+        self._exit(text, 2)
 
-    def _end_now(self, words: str, status: int) -> None:
+    def _exit(self, text: str, status: int) -> None:
         with contextlib.suppress(OSError, ValueError):
-            print(f"\n{words}", file=sys.stderr, flush=True)
-        self.leave()
+            print(f"\n{text}", file=sys.stderr, flush=True)
+        self.on_exit()
         os._exit(status)
+
+
+def _do_nothing(*_: object) -> None:
+    pass

@@ -1,80 +1,77 @@
-"""All that training carries from one step to the next, and all that a checkpoint holds."""
+"""Everything that training carries from one step to the next, and everything that a checkpoint holds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
-from vit_jax.optim import trainable
+from vit_jax import optim
+
+# Names in a checkpoint -> fields of TrainState. The names on disk never change; the fields may.
+ARRAYS = {
+    "step": "step",
+    "shift": "skipped_batches",
+    "streak": "nonfinite_streak",
+    "updates": "updates",
+    "parameters": "parameters",
+    "optimizer": "optimizer",
+    "averaged": "averaged",
+    "objective": "objective",
+    "metrics": "metrics",
+}
+# Arrays that checkpoints of version 0.1 lack.
+ADDED = ("updates",)
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The state after `step` updates.
+    """The state after `step` training steps.
 
     Attributes:
-        step: int32, steps made so far.
-        shift: int32, batches passed over behind bad numbers. Order, augmentation and dropout follow from the seed and
-            `step + shift`, the place in the run's endless sequence of batches.
-        streak: int32, steps in a row, up to now, whose update was left out for its bad numbers.
-        parameters: of the model, float32.
-        optimizer: optax's state.
-        averaged: exponential average of the parameters, or None.
-        metrics: by name, float32 sums over the steps since the last record, and their `count`; steps with bad numbers
-            are not among them, but are counted as `skipped`; here, and not with the
-            host, so that a resumed run writes the very records that the undisturbed one does.
+        step: int32, number of steps taken.
+        skipped_batches: int32, number of batches skipped after bursts of non-finite steps. Order, augmentation and
+            dropout depend on the seed and on `step + skipped_batches`, the index of the next batch.
+        nonfinite_streak: int32, number of steps in a row, up to this one, whose loss or gradient was not finite.
+        updates: int32, number of parameter updates; steps with a non-finite loss or gradient make none.
+        parameters: of the trained module, float32.
+        optimizer: state of the optax transformation.
+        averaged: exponential moving average of the parameters, or None.
+        objective: extra state of the objective, such as a teacher's parameters, or None.
+        metrics: name -> float32 sum over the steps since the last log step; 'count' and 'skipped' are the numbers of
+            finite and non-finite steps. They are part of the state so that a resumed run logs exactly what the
+            uninterrupted one does.
     """
 
-    # Any: transformations of JAX rebuild the state with shapes, shardings and placeholders in place of arrays.
+    # Any: JAX transformations rebuild the state with shapes, shardings and placeholders in place of arrays.
     step: Any
-    shift: Any
-    streak: Any
+    skipped_batches: Any
+    nonfinite_streak: Any
+    updates: Any
     parameters: Any
     optimizer: Any
     averaged: Any
+    objective: Any
     metrics: Any
 
     def for_evaluation(self) -> Any:
-        """The parameters to judge and to use: the averaged ones where there are any."""
+        """Returns the parameters to evaluate and to export: the averaged ones if there are any."""
         return self.parameters if self.averaged is None else self.averaged
 
+    def to_arrays(self) -> dict[str, Any]:
+        """Returns the state by its names in a checkpoint; parts that are None are left out."""
+        arrays = {name: getattr(self, field) for name, field in ARRAYS.items()}
+        return {name: tree for name, tree in arrays.items() if tree is not None}
 
-def initialize(model: nn.Module, image_shape: tuple[int, int, int], seed: int) -> Any:
-    """The model's parameters at random, for images of (height, width, channels)."""
-    return model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
-
-
-def create(
-    parameters: Any,
-    optimizer: optax.GradientTransformation,
-    average: bool,
-    metrics: Sequence[str],
-    mask: Any | None = None,
-) -> TrainState:
-    """The state before the first step.
-
-    Args:
-        parameters: to start from.
-        optimizer: the chain.
-        average: whether averaged parameters are kept.
-        metrics: the names of what steps record.
-        mask: True where a parameter is trained, None for all of them; the optimiser keeps nothing for the others.
-    """
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        shift=jnp.zeros((), jnp.int32),
-        streak=jnp.zeros((), jnp.int32),
-        parameters=parameters,
-        optimizer=optimizer.init(trainable.select(parameters, mask)),
-        # A copy: two leaves of the state must not share a buffer that is then donated twice.
-        averaged=jax.tree.map(jnp.copy, parameters) if average else None,
-        metrics=empty_metrics(metrics),
-    )
+    def with_arrays(self, arrays: Mapping[str, Any]) -> "TrainState":
+        """Returns the same state with the arrays of a checkpoint, which may be one of version 0.1."""
+        arrays = dict(arrays)
+        if "updates" not in arrays:
+            # A copy: no two arrays of the state may share a buffer, since all of them are donated.
+            arrays["updates"] = jnp.copy(optim.legacy_update_count(arrays["optimizer"]))
+        return self.replace(**{ARRAYS[name]: tree for name, tree in arrays.items()})
 
 
-def empty_metrics(names: Sequence[str]) -> dict[str, jax.Array]:
-    """Sums over no steps."""
+def zero_metrics(names: tuple[str, ...]) -> dict[str, jax.Array]:
+    """Returns metric sums over no steps: zeros."""
     return {name: jnp.zeros((), jnp.float32) for name in (*names, "count", "skipped")}

@@ -1,152 +1,140 @@
-"""The loss, one update, and many updates in one dispatch."""
+"""The training step: loss, gradient, update; and many steps in one jitted call."""
 
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray
-from ml_collections import ConfigDict
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from vit_jax import objectives, sharding
+from vit_jax import optim, sharding
 from vit_jax.data import order, pipeline
-from vit_jax.data.augment import AsTheyAre, Augment
-from vit_jax.objectives import losses
-from vit_jax.objectives.base import Objective
-from vit_jax.objectives.classification import CLASSIFY
-from vit_jax.optim import trainable
-from vit_jax.optim.registry import global_norm, update_count
+from vit_jax.optim import ema, trainable
 from vit_jax.runtime import hardware
-from vit_jax.training.state import TrainState, empty_metrics
+from vit_jax.training.setup import Experiment
+from vit_jax.training.state import TrainState
 
-Gradients = Any
-# So many bad steps in a row are a burst: the program makes no further one, and the host goes back to a checkpoint.
+# After this many non-finite steps in a row the jitted call ends early and the host returns to a checkpoint.
 BURST = 5
-named_input = jax.named_scope("input")  # how profiles tell it from the update
+named_input = jax.named_scope("input")  # separates the input from the update in profiles
 
 
-def make_update(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    augment: Augment | AsTheyAre,
-    config: ConfigDict,
-    mesh: Mesh,
-    mask: Any | None = None,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The compiled function (state, feed, count, seed) -> (state after `count` steps, metrics since the last record).
+def make_update(experiment: Experiment) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the jitted function (state, feed, count, seed) -> (state after `count` steps, `readout` of that state).
 
-    The number of steps is an argument, not a constant: one program serves every dispatch, so where a run is cut into
-    dispatches changes no bit of it. So is the seed, by default the config's: one program serves every seed.
-    The state is donated; batches are spread over the mesh, all else is replicated.
-    `mask` is True where a parameter is trained (see `freezing`); None for all of them.
+    The number of steps and the seed are arguments, not constants: one compiled program serves every chunk and every
+    seed, and where a run is cut into chunks changes no bit of it. The state is donated; batches are sharded over the
+    mesh.
 
-    A step whose loss or gradient is not finite changes nothing but the counts. Behind a burst of such steps the
-    program ends, and does nothing when it is called again.
+    A step whose loss or gradient is not finite changes nothing but the counters. After a burst of such steps the call
+    ends early, and further calls do nothing.
     """
-    objective = objectives.make(config)
-
-    def step(state: TrainState, inputs: jax.Array, labels: Any, seed: int | Int[Array, ""]) -> TrainState:
-        augment_key, dropout_key = order.keys(seed, state.step + state.shift)
-        batch = named_input(augment)(augment_key, inputs, objective.targets(labels, model))
-        chosen = trainable.select(state.parameters, mask)
-        gradients, metrics = accumulate(
-            model, state.parameters, *batch, dropout_key, config.train.accumulation, objective, mask
-        )
-        metrics["gradient_norm"] = global_norm(gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, chosen)
-        chosen = optax.apply_updates(chosen, updates)
-        # Sums begin anew behind each record, at steps that depend on the step alone.
-        begins, zeros = state.step % config.log.every == 0, empty_metrics(objective.metrics)
-        sums = jax.tree.map(lambda old, new: jnp.where(begins, new, old), state.metrics, zeros)
-        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-        metrics = {name: jnp.where(good, metric, 0.0) for name, metric in metrics.items()}
-        metrics |= {"count": jnp.where(good, 1.0, 0.0), "skipped": jnp.where(good, 0.0, 1.0)}
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
-        return state.replace(
-            step=state.step + 1,
-            streak=jnp.where(good, 0, state.streak + 1),
-            parameters=keep(trainable.merge(chosen, state.parameters), state.parameters),
-            optimizer=keep(optimizer_state, state.optimizer),
-            averaged=keep(average(state.averaged, chosen, state.step, config.optimizer.average_decay), state.averaged),
-            metrics={name: sums[name] + metrics[name] for name in sums},
-        )
+    mesh = experiment.mesh
 
     def update(
-        state: TrainState, feed: pipeline.Feed, count: Int[Array, ""], seed: int | Int[Array, ""] = config.train.seed
+        state: TrainState, feed: pipeline.Feed, count: Int[Array, ""], seed: int | Int[Array, ""]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         first = state.step
 
         def body(state: TrainState) -> TrainState:
-            return step(
-                state, *named_input(pipeline.get_batch)(feed, state.step - first, sharding.data_sharding(mesh)), seed
-            )
+            batch = named_input(pipeline.get_batch)(feed, state.step - first, sharding.data_sharding(mesh))
+            return train_step(experiment, state, *batch, seed)
 
-        def goes_on(state: TrainState) -> jax.Array:
-            return (state.step - first < count) & (state.streak < BURST)
+        def has_next(state: TrainState) -> jax.Array:
+            return (state.step - first < count) & (state.nonfinite_streak < BURST)
 
-        state = jax.lax.while_loop(goes_on, body, state)
-        return state, record(state)
+        state = jax.lax.while_loop(has_next, body, state)
+        return state, readout(state)
 
-    everywhere, options = sharding.replicated(mesh), hardware.compiler_options(mesh.devices.flat[0].platform)
-    return jax.jit(update, donate_argnums=0, out_shardings=(everywhere, everywhere), compiler_options=options)
+    shardings = (experiment.state_sharding(), sharding.replicated(mesh))
+    return hardware.jit_on(mesh, update, out_shardings=shardings, donate_argnums=0)
 
 
-def record(state: TrainState) -> dict[str, jax.Array]:
-    """What the host reads of a state: the metrics' sums, and the counts."""
-    counts = {"step": state.step, "streak": state.streak, "updates": update_count(state.optimizer)}
-    return {**state.metrics, **counts}
+def train_step(
+    experiment: Experiment, state: TrainState, inputs: jax.Array, labels: Any, seed: int | Int[Array, ""]
+) -> TrainState:
+    """Returns the state after one step on uint8 images (or stored features) and their labels."""
+    objective, config = experiment.objective, experiment.config
+    augment_key, dropout_key = order.keys(seed, state.step + state.skipped_batches)
+    targets = objective.make_targets(labels, experiment.module)
+    batch = named_input(objective.make_views)(experiment.augment, augment_key, inputs, targets)
+    gradients, metrics = accumulate(experiment, state, *batch, dropout_key)
+    metrics["gradient_norm"] = optim.global_norm(gradients)
+    trained = trainable.select(state.parameters, experiment.mask)
+    updates, optimizer_state = experiment.optimizer.update(gradients, state.optimizer, trained)
+    trained = optax.apply_updates(trained, updates)
+    parameters = trainable.merge(trained, state.parameters)
+    averaged = ema.update(state.averaged, trained, state.step, config.optimizer.average_decay)
+    extra = objective.after_update(state.objective, parameters, metrics, state.step)
+
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    # Sums start again after each log step; which steps those are depends on the step alone.
+    restart = state.step % config.log.every == 0
+    sums = jax.tree.map(lambda old: jnp.where(restart, 0.0, old), state.metrics)
+    values = {name: jnp.where(finite, metrics[name], 0.0) for name in objective.metrics}
+    values |= {"count": jnp.where(finite, 1.0, 0.0), "skipped": jnp.where(finite, 0.0, 1.0)}
+    return state.replace(
+        step=state.step + 1,
+        nonfinite_streak=jnp.where(finite, 0, state.nonfinite_streak + 1),
+        updates=state.updates + jnp.where(finite, 1, 0),
+        parameters=keep(parameters, state.parameters),
+        optimizer=keep(optimizer_state, state.optimizer),
+        averaged=keep(averaged, state.averaged),
+        objective=keep(extra, state.objective),
+        metrics={name: sums[name] + values[name] for name in sums},
+    )
+
+
+def readout(state: TrainState) -> dict[str, jax.Array]:
+    """Returns the part of a state that the host reads: sums of metrics since the last log step, and counters."""
+    counters = {"step": state.step, "nonfinite_streak": state.nonfinite_streak, "updates": state.updates}
+    return {**state.metrics, **counters}
 
 
 def accumulate(
-    model: nn.Module,
-    parameters: Any,
-    inputs: Float[Array, "batch *example"],
-    targets: losses.Logits,
-    key: PRNGKeyArray,
-    parts: int,
-    objective: Objective | None = None,
-    mask: Any | None = None,
-) -> tuple[Gradients, dict[str, jax.Array]]:
-    """The batch's mean gradient and metrics, summed over `parts` microbatches, each with its own dropout key.
+    experiment: Experiment, state: TrainState, inputs: Any, targets: Any, key: PRNGKeyArray
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Returns the batch's mean gradient and metrics, summed over the microbatches, each with its own dropout key.
 
-    The gradient is that of the trained parameters (`mask`), with None for the others; nothing is computed for those.
+    The gradient is that of the trained parameters, with None for the frozen ones, for which nothing is computed.
+
+    Args:
+        experiment: says the objective, the number of microbatches and the trainable parameters.
+        state: its parameters and the objective's extra state.
+        inputs: float [batch, ...], or a tuple of such arrays, one per view.
+        targets: of `Objective.make_targets`, augmented.
+        key: for dropout and for what the objective draws.
     """
-    objective = objective or CLASSIFY
-    # What is never updated has no use for noise: heads learn from the features that they will see.
-    train = not trainable.only_head(mask)
+    objective, microbatches = experiment.objective, experiment.config.train.accumulation
+    # Dropout in a frozen backbone would only add noise to the features that the head learns from.
+    train = not trainable.only_head(experiment.mask)
 
-    def loss(chosen: Any, inputs: jax.Array, targets: losses.Logits, key: jax.Array) -> tuple[jax.Array, dict]:
-        whole = trainable.merge(chosen, parameters)
-        total, metrics = objective.loss_and_metrics(model, whole, inputs, targets, key, train)
-        return total / parts, jax.tree.map(lambda metric: metric / parts, metrics)
+    def loss(trained: Any, inputs: Any, targets: Any, key: jax.Array) -> tuple[jax.Array, dict]:
+        parameters = trainable.merge(trained, state.parameters)
+        total, metrics = objective.loss_and_metrics(
+            experiment.module, parameters, inputs, targets, key, train, state.objective
+        )
+        return total / microbatches, jax.tree.map(lambda metric: metric / microbatches, metrics)
 
-    differentiate, chosen = jax.grad(loss, has_aux=True), trainable.select(parameters, mask)
-    if parts == 1:
-        return differentiate(chosen, inputs, targets, jax.random.fold_in(key, 0))
+    gradient, trained = jax.grad(loss, has_aux=True), trainable.select(state.parameters, experiment.mask)
+    if microbatches == 1:
+        return gradient(trained, inputs, targets, jax.random.fold_in(key, 0))
 
-    def pick(part: jax.Array) -> Callable[[jax.Array], jax.Array]:
-        # Every parts-th example, so that each device's share of a microbatch is already its own.
-        split = lambda array: array.reshape(array.shape[0] // parts, parts, *array.shape[1:])  # noqa: E731
-        return lambda array: jax.lax.dynamic_index_in_dim(split(array), part, 1, keepdims=False)
+    def microbatch(index: jax.Array, array: jax.Array) -> jax.Array:
+        # Every n-th example, so that each device already holds its share of a microbatch.
+        split = array.reshape(array.shape[0] // microbatches, microbatches, *array.shape[1:])
+        return jax.lax.dynamic_index_in_dim(split, index, 1, keepdims=False)
 
-    def one(part: jax.Array) -> tuple[Gradients, dict]:
-        here = jax.tree.map(pick(part), (inputs, targets))
-        return differentiate(chosen, *here, jax.random.fold_in(key, part))
+    def gradient_of(index: jax.Array) -> tuple[Any, dict]:
+        part = jax.tree.map(lambda array: microbatch(index, array), (inputs, targets))
+        return gradient(trained, *part, jax.random.fold_in(key, index))
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, 0))
-    return jax.lax.fori_loop(0, parts, lambda part, sums: jax.tree.map(jnp.add, sums, one(part)), zeros)
-
-
-def average(averaged: Any, chosen: Any, step: Int[Array, ""], decay: float) -> Any:
-    """Polyak averaging (arXiv 2010.11929, appendix B.1.1): the decay grows from 0.1 to `decay`, as step allows.
-
-    `chosen` are the parameters, with None for those that are frozen: their average is what they are.
-    """
-    if averaged is None:
-        return None
-    decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    one = lambda new, old: None if new is None else optax.incremental_update(new, old, 1 - decay)  # noqa: E731
-    return trainable.merge(jax.tree.map(one, chosen, averaged, is_leaf=lambda leaf: leaf is None), averaged)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient_of, 0))
+    return jax.lax.fori_loop(
+        0, microbatches, lambda index, sums: jax.tree.map(jnp.add, sums, gradient_of(index)), zeros
+    )

@@ -1,6 +1,6 @@
-"""TensorBoard event files, written without a thread, and cut back as metrics.jsonl is.
+"""TensorBoard event files, written without a thread and truncated as metrics.jsonl is.
 
-TensorBoard by itself would hide, not drop, what stands twice.
+TensorBoard itself would only hide, not drop, steps that are written twice.
 """
 
 import itertools
@@ -11,26 +11,29 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-_HEADER, _FOOTER = 12, 4  # a length and its checksum before each record, the record's checksum behind it
-_NUMBERS = itertools.count()
+from vit_jax import atomic
+
+_HEADER, _FOOTER = 12, 4  # bytes before a record (its length and that number's checksum) and after it (its checksum)
+_FILE_NUMBERS = itertools.count()
 
 
 class EventFile:
-    """One file of events, written as they come: tensorboardX's own writer has a thread that a full disk ends."""
+    """One event file, written without a thread: the thread of tensorboardX's writer dies when the disk is full."""
 
     def __init__(self, workdir: Path):
-        """Opens a file of a name that no other has."""
+        """Opens a file with a unique name."""
         from tensorboardX.proto.event_pb2 import Event
 
-        owner = f"{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        owner = f"{socket.gethostname()}.{os.getpid()}.{next(_FILE_NUMBERS)}"
         self._file = open(workdir / f"events.out.tfevents.{time.time():.0f}.{owner}", "wb", buffering=0)  # noqa: SIM115
-        self._backlog, self._whole = _framed(Event(wall_time=time.time(), file_version="brain.Event:2")), 0
+        self._backlog = _framed(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._complete_size = 0
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """Appends the metrics of a step.
 
         Raises:
-            OSError: they cannot be written; they will be with the next ones.
+            OSError: they cannot be written; the next call tries again.
         """
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
@@ -40,14 +43,18 @@ class EventFile:
         self.flush()
 
     def flush(self) -> None:
-        """Writes what could not be written before; raises OSError where it still cannot."""
+        """Writes what could not be written before.
+
+        Raises:
+            OSError: it still cannot be written.
+        """
         if self._backlog:
-            self._file.truncate(self._whole)  # what an earlier attempt left of it
-            self._file.seek(self._whole)
+            self._file.truncate(self._complete_size)  # drops a partial event of an earlier attempt
+            self._file.seek(self._complete_size)
             written = 0
             while written < len(self._backlog):
                 written += self._file.write(self._backlog[written:])
-            self._whole, self._backlog = self._whole + len(self._backlog), b""
+            self._complete_size, self._backlog = self._complete_size + len(self._backlog), b""
 
     def close(self) -> None:
         """Closes the file."""
@@ -64,7 +71,7 @@ def _framed(event: object) -> bytes:
 
 
 def records(content: bytes) -> Iterator[bytes]:
-    """The whole records of a file in the TFRecord format, framing included; ends where one is cut short."""
+    """Yields the complete records of a TFRecord file, with their framing."""
     start = 0
     while start + _HEADER <= len(content):
         (length,) = struct.unpack_from("<Q", content, start)
@@ -75,8 +82,8 @@ def records(content: bytes) -> Iterator[bytes]:
         start = end
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drops the events beyond `step`, and a last one that was cut short when its writer was killed."""
+def truncate(path: Path, step: int) -> None:
+    """Drops the events after `step`, and a partial last event whose writer was killed."""
     from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
 
@@ -88,9 +95,7 @@ def cut_back(path: Path, step: int) -> None:
             break
         if not (event.HasField("summary") and event.step > step):
             kept.append(record)
-    whole = b"".join(kept)
-    if whole == content:
+    new = b"".join(kept)
+    if new == content:
         return
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(whole)
-    os.replace(scratch, path)
+    atomic.write_bytes(path, new)

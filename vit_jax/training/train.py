@@ -1,7 +1,9 @@
-"""Training as a whole: what must hold before it begins, the lock, the parts, and the trainer that uses them."""
+"""Training of a config in a run directory: checks, lock, data, and the loop."""
 
 import contextlib
 import dataclasses
+import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,90 +11,129 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-import vit_jax
-from vit_jax import objectives
-from vit_jax.checkpoint.manager import Checkpoints
+from vit_jax import atomic, objectives
+from vit_jax.checkpoint import input_spec, run_files
+from vit_jax.checkpoint.input_spec import InputSpec
+from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.data import normalization
 from vit_jax.runtime import oom
 from vit_jax.runtime.attention_choice import Choice
 from vit_jax.sharding import multihost
-from vit_jax.training import auto_batch_size, input_spec, run_directory, setup
+from vit_jax.training import auto_batch_size, describe, loop, run_directory, setup, stored_features
 from vit_jax.training.lock import Lock, release_all
-from vit_jax.training.program import Program
-from vit_jax.training.setup import Run
-from vit_jax.training.shutdown import Stop
-from vit_jax.training.trainer import Trainer, describe
+from vit_jax.training.progress import Progress
+from vit_jax.training.setup import Experiment
+from vit_jax.training.shutdown import StopRequest
+from vit_jax.training.step import make_update
+
+WRITTEN = (
+    run_files.SUMMARY,
+    run_files.METRICS,
+    run_files.CONFIG,
+    run_files.ENVIRONMENT,
+    "TensorBoard events",
+    "checkpoints/",
+)
 
 
-def train(config: ConfigDict, folder: Path) -> dict[str, Any] | None:
-    """Trains as the config says, or goes on where the folder's run stopped; returns what summary.json holds.
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
+    """Trains a config, or resumes the run of the run directory; returns the content of summary.json.
 
-    None where it was asked to stop (SIGTERM, SIGINT, `train.max_minutes`) and has saved.
+    None if it was stopped (SIGTERM, SIGINT, `train.max_minutes`); the run is saved.
 
     Args:
-        config: a config that `vit_jax.config.check` has passed.
-        folder: the workdir.
+        config: a checked config.
+        workdir: the run directory.
 
     Raises:
-        UserError: before anything is compiled or written over, for data, devices or a workdir that do not do; later,
-            where numbers are bad for good, memory is too small, or the last save does not land.
+        UserError: before anything is compiled or overwritten, if data, devices or the run directory do not fit; later,
+            if losses stay non-finite, memory is too small, or the last checkpoint cannot be saved.
     """
     multihost.initialize(config.mesh.distributed)
     mesh = setup.check(config)
-    config = auto_batch_size.resolve(config, folder, mesh)
-    changes = multihost.on_rank_0(lambda: run_directory.claim(folder, config))
-    summary = multihost.on_rank_0(lambda: run_directory.read_summary(folder))
-    say = print if multihost.is_rank_0() else lambda *_, **__: None
+    config = auto_batch_size.resolve(config, workdir, mesh)
+    changes = multihost.on_rank_0(lambda: run_directory.claim(workdir, config))
+    summary = multihost.on_rank_0(lambda: run_directory.read_summary(workdir))
+    say = print if multihost.is_rank_0() else _silent
     if summary is not None and not changes:
-        say(f"{folder} is finished: {describe(objectives.make(config), summary)}")
-        say("to train anew, give another --workdir, or remove this one")
+        say(f"{workdir} is finished: {describe.result(objectives.make(config), summary)}")
+        say("to train again, use another --workdir or remove this one")
         return summary
-    greet(mesh, say)
+    say(describe.versions(mesh), flush=True)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(Stop(config.train.max_minutes))
-        stop.leave = release_all
-        stop.nothing_to_save(True)
-
-        def lock() -> list[str]:
-            stack.enter_context(Lock(folder, stop.without_saving))
-            return run_directory.claim(folder, config)  # again: another run may have come to its end in between
-
-        changes = multihost.on_rank_0(lock)
-        run = setup.build(config, mesh, attention=recorded_attention(folder))
-        checkpoints = stack.enter_context(open_checkpoints(run, folder, changes, say))
-        with oom.explained(config, run.model, run.image_shape):
-            trainer = Trainer(run, Program(run), folder, checkpoints, stop)
-            trainer.introduce(say)
-            return trainer.train()
+        stop = stack.enter_context(StopRequest(config.train.max_minutes))
+        stop.on_exit, stop.exit_on_signal = release_all, True
+        multihost.on_rank_0(lambda: stack.enter_context(Lock(workdir, stop.exit_without_saving)) and None)
+        experiment = setup.assemble(config, mesh, setup.load_sources(config), attention=recorded_attention(workdir))
+        with oom.explained(config, experiment.model, experiment.image_shape):
+            say(describe.experiment(experiment))
+            progress = Progress(experiment.num_steps, experiment.steps_per_epoch, enabled=multihost.is_rank_0())
+            compile_update = functools.partial(compile_step, experiment, progress.say)
+            return train_seed(experiment, config.train.seed, workdir, stop, progress, compile_update)
 
 
-def recorded_attention(folder: Path) -> Choice | None:
-    """The choice of an attention backend with which a workdir's run began, in all processes of a cluster."""
+def train_seed(
+    experiment: Experiment,
+    seed: int,
+    workdir: Path,
+    stop: StopRequest,
+    progress: Progress,
+    compile_update: Callable[[], loop.Update],
+) -> dict[str, Any] | None:
+    """Trains one seed in a run directory that is locked, and writes summary.json; arguments as of `loop.train`."""
+    config = experiment.config_of(seed)
+    # Checked again under the lock: another process may have finished the run in between.
+    changes = multihost.on_rank_0(lambda: run_directory.claim(workdir, config))
+    with CheckpointManager(
+        workdir, config.checkpoint.keep, config.checkpoint.keep_best, say=progress.say
+    ) as checkpoints:
+        run_directory.check_length(changes, experiment.num_steps, multihost.on_rank_0(checkpoints.steps))
+        multihost.on_rank_0(lambda: _write_inputs(experiment, config, workdir, changes, progress.say))
+        try:
+            summary = loop.train(experiment, seed, workdir, checkpoints, stop, progress, compile_update)
+        finally:
+            stop.exit_on_signal = True  # everything that can be saved is
+    if summary is not None:
+        if multihost.is_rank_0():
+            atomic.write_json(workdir / run_files.SUMMARY, summary)
+        progress.say(f"finished: {describe.result(experiment.objective, summary)}")
+        progress.say(f"results are in {workdir}: {', '.join(WRITTEN)}")
+    return summary
+
+
+def compile_step(experiment: Experiment, say: Callable[[str], Any]) -> jax.stages.Compiled:
+    """Returns the compiled `step.make_update`; it serves every seed."""
+    began = time.monotonic()
+    say("compiling the training step ...")
+    feed = experiment.pipelines["train"].abstract_feed(experiment.max_chunk_steps, experiment.config.train.batch_size)
+    scalar = jax.ShapeDtypeStruct((), "int32")
+    compiled = make_update(experiment).lower(experiment.abstract_state(), feed, scalar, scalar).compile()
+    say(f"compiled in {time.monotonic() - began:.1f} s")
+    return compiled
+
+
+def recorded_attention(workdir: Path) -> Choice | None:
+    """Returns the attention backend recorded in a run directory; all processes of a cluster must call this together."""
 
     def read() -> dict[str, Any] | None:
-        choice = run_directory.attention_choice(folder)
+        choice = run_directory.attention_choice(workdir)
         return None if choice is None else dataclasses.asdict(choice)
 
     found = multihost.on_rank_0(read)
     return None if found is None else Choice(**found)
 
 
-def greet(mesh: jax.sharding.Mesh, say: Callable[..., None]) -> None:
-    """Says which versions compute on what."""
-    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"
-    say(f"vit_jax {vit_jax.__version__}, jax {jax.__version__}, {devices}", flush=True)
+def _write_inputs(
+    experiment: Experiment, config: ConfigDict, workdir: Path, changes: list[str], say: Callable[[str], Any]
+) -> None:
+    """Writes config.json, environment.json and data.json."""
+    run_directory.record(workdir, config, changes, say, experiment.attention)
+    source = experiment.sources["train"]
+    if not stored_features.in_use(experiment.sources):  # data.json describes images
+        statistics = normalization.of_source(config.data.normalization, source)
+        spec = InputSpec(source.name, experiment.image_shape, *statistics, source.class_names_by_label())
+        input_spec.write(workdir, spec)
 
 
-def open_checkpoints(run: Run, folder: Path, changes: list[str], say: Callable[[str], None]) -> Checkpoints:
-    """The checkpoints of a workdir that has been claimed with these changes; its config is written.
-
-    Raises:
-        UserError: the run is to be shorter than it is already, or the folder cannot be written to.
-    """
-    checkpoints = Checkpoints(folder, run.config.checkpoint.keep, run.config.checkpoint.keep_best, say=say)
-    run_directory.check_length(changes, run.steps, multihost.on_rank_0(checkpoints.steps))
-    multihost.on_rank_0(lambda: run_directory.record(folder, run.config, changes, say, run.attention))
-    source = run.sources["train"]
-    statistics = normalization.of_source(run.config.data.normalization, source)
-    multihost.on_rank_0(lambda: input_spec.write(folder, source, *statistics))
-    return checkpoints
+def _silent(*_: Any, **__: Any) -> None:
+    """Prints nothing."""

@@ -1,4 +1,4 @@
-"""What a file of weights is found to be, before any of its arrays is read: a model, rules, and what was decided."""
+"""The description of a file of weights, made from names and shapes alone: its model, and rules for its arrays."""
 
 import dataclasses
 import difflib
@@ -8,20 +8,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from vit_jax.errors import UserError
-from vit_jax.models.resnet import stem_output
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.vit import VisionTransformer, pixels_per_patch
 from vit_jax.weights.rules import Rule
 
-GIVEN = "given"
+OVERRIDE = "override"
 SHOWN = 6
 
-# Heads are 64 channels wide, but in these widths of published models: H, g, G and So400m.
+# Heads of published models have 64 channels, except at these widths: H, g, G and So400m.
 HEADS_OF_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """A field of the model that the arrays do not tell: its value, and who said so."""
+    """An option of the model that the arrays do not determine: its value, and where that comes from."""
 
     field: str
     value: Any
@@ -30,22 +29,21 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A file as it was understood.
+    """What a file contains.
 
     Attributes:
-        label: whose naming it is, in words.
-        model: the model that the file is of.
-        channels: of its images.
-        grid: rows and columns of patches of its table of positions; None where it has none.
-        rules: from its arrays to the model's parameters.
-        ignored: names of other arrays, and why each is left alone.
-        known: names that a file of this kind may have besides, for a hint where one is misspelt.
-        decisions: what the arrays did not tell.
+        label: the naming convention, in words.
+        model: the model.
+        channels: number of channels of its images.
+        grid: rows and columns of patches of its position embedding; None if it has none.
+        rules: how its arrays become the model's parameters.
+        ignored: names of other arrays, each with the reason for which it is ignored.
+        decisions: options of the model that the arrays do not determine.
         notes: what else a user should know.
-        head_refusal: why the file's own head cannot be had, where it has one that cannot; the model then has none.
-        head_name: what its only head classifies, where that is known: the name it has beside others.
-        normalization: of the images it was trained on, as `config.data.normalization` names it; of files of others,
-            what Google's and most of timm's had.
+        head_refusal: why the file's head cannot be loaded, if so; the model then has no head.
+        head_name: name of its only head in a model with several, if known.
+        normalization: of the images it was trained on, a value of `config.data.normalization`; by default that of
+            Google's models and most of timm's.
     """
 
     label: str
@@ -54,7 +52,6 @@ class Description:
     grid: tuple[int, int] | None
     rules: tuple[Rule, ...]
     ignored: Mapping[str, str]
-    known: tuple[str, ...] = ()
     decisions: tuple[Decision, ...] = ()
     notes: tuple[str, ...] = ()
     head_refusal: str | None = None
@@ -62,7 +59,7 @@ class Description:
     normalization: str = "half"
 
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width of the images that the table of positions is for."""
+        """Height and width of the images that the position embedding is for; None if it has none."""
         if self.grid is None:
             return None
         pixels = pixels_per_patch(self.model)
@@ -70,7 +67,7 @@ class Description:
 
 
 class Names:
-    """The arrays of a file below a prefix, by the rest of their names."""
+    """The shapes of the arrays of a file whose names start with a prefix, by the rest of their names."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], prefix: str, label: str):
         self.prefix, self.label = prefix, label
@@ -80,57 +77,57 @@ class Names:
         return name in self._shapes
 
     def any(self, pattern: str) -> bool:
-        """Whether a name begins with what the pattern matches."""
+        """Whether the pattern matches the start of a name."""
         return any(re.match(pattern, name) for name in self._shapes)
 
     def count(self, pattern: str) -> int:
-        """One more than the largest number that the pattern's group matches at the beginning of a name.
+        """One more than the largest number that the pattern's group matches at the start of a name.
 
         Raises:
-            UserError: there are not so many arrays.
+            UserError: the number is larger than that of the arrays.
         """
         found = ((re.match(pattern, name), name) for name in self._shapes)
         count, name = max(((int(match[1][:9]) + 1, name) for match, name in found if match), default=(0, ""))
-        # Whoever numbers a block by the billion shall not make us look for all before it.
+        # A file must not make us generate rules for billions of blocks.
         if count > len(self._shapes) + 1:
-            raise UserError(f"{self.prefix}{name} is numbered past all the {len(self._shapes)} arrays that there are")
+            raise UserError(f"{self.prefix}{name} has too large a number: the file has only {len(self._shapes)} arrays")
         return count
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
     def axes(self, name: str) -> int:
-        """The number of axes of an array that there is."""
+        """The number of axes of an array."""
         return len(self._shapes[name])
 
     def shape(self, name: str, axes: int) -> tuple[int, ...]:
         """The shape of an array.
 
         Raises:
-            UserError: there is no such array, or it has not so many axes.
+            UserError: the array does not exist, or has another number of axes.
         """
         if name not in self._shapes:
             raise UserError(
-                f"{self.prefix}{name} is missing: the file's other names are those of {self.label}"
+                f"{self.prefix}{name} is missing: the file's other names follow {self.label}"
                 f"{renamed([name], self._shapes)}"
             )
         shape = self._shapes[name]
         if len(shape) != axes or 0 in shape:
             raise UserError(
-                f"{self.prefix}{name} has shape {list(shape)}, where {self.label} has {axes} axes, none empty"
+                f"{self.prefix}{name} has shape {list(shape)}, but {self.label} needs {axes} axes, none of size 0"
             )
         return shape
 
 
 def renamed(missing: Iterable[str], names: Iterable[str]) -> str:
-    """A hint, or nothing: which of the names looks like a missing one."""
+    """A hint for an error message if one of the names resembles a missing one; else ''."""
     pairs = [(name, difflib.get_close_matches(name, list(names), n=1, cutoff=0.85)) for name in missing]
     pairs = [(name, near[0]) for name, near in pairs if near and near[0] != name]
     return "".join(f"\n  {near} looks like {name} renamed" for name, near in pairs[:1])
 
 
 def few(names: Iterable[str]) -> str:
-    """Names for a message: the first of them and how many more."""
+    """Names for a message: the first ones, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
@@ -139,10 +136,17 @@ def few(names: Iterable[str]) -> str:
 def check_names(
     file: Iterable[str], rules: Iterable[Rule], ignored: Mapping[str, str], known: Iterable[str], label: str
 ) -> None:
-    """Sees that every array of the file has its rule or its reason, and every rule its arrays.
+    """Checks that every array of the file has a rule or a reason to be ignored, and every rule its arrays.
+
+    Args:
+        file: names of the file's arrays.
+        rules: the rules.
+        ignored: names of ignored arrays.
+        known: other names of this kind of file, to recognise a misspelt one.
+        label: the naming convention, in words.
 
     Raises:
-        UserError: some are missing or left over; they are named, and what looks renamed is paired.
+        UserError: arrays are missing or left over; names them, and the pairs that look renamed.
     """
     file, wanted = set(file), [name for rule in rules for name in rule.names]
     missing = [name for name in wanted if name not in file]
@@ -150,116 +154,113 @@ def check_names(
     if not missing and not left:
         return
     parts = [f"missing: {few(missing)}"] if missing else []
-    parts += [f"left over: {few(left)}"] if left else []
+    parts += [f"unexpected: {few(left)}"] if left else []
     look = renamed(missing, left) or renamed_back(left, [*known, *wanted])
-    raise UserError(f"no whole model in {label}: {'; '.join(parts)}{look}")
+    raise UserError(f"not a complete model in {label}: {'; '.join(parts)}{look}")
 
 
 def renamed_back(left: Iterable[str], known: Iterable[str]) -> str:
-    """The same hint, from what is left over."""
+    """The same hint, from unexpected names."""
     known = list(known)
     for name in left:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         if near:
             return f"\n  {name} looks like {near[0]} renamed"
-    return "\n  such parameters have no place in this model: nothing was loaded"
+    return "\n  this model has no such parameters: nothing was loaded"
 
 
 class Choices:
-    """Fields that the arrays do not tell, decided one by one, each with who decided."""
+    """Decides options that the arrays do not determine, and records where each value comes from."""
 
-    def __init__(self, given: Mapping[str, Any]):
-        self.given, self.made = given, []
+    def __init__(self, overrides: Mapping[str, Any]):
+        self.overrides, self.made = overrides, []
 
-    def decide(self, field: str, convention: Any, said: Any = None, by: str = "config.json", family: str = "") -> Any:
-        """What was given, else what the file's config says, else the family's convention."""
-        if field in self.given:
-            value, source = self.given[field], GIVEN
-        elif said is not None:
-            value, source = said, by
+    def decide(
+        self, field: str, convention: Any, recorded: Any = None, by: str = "config.json", family: str = ""
+    ) -> Any:
+        """Returns the user's override, else the value in the file's config, else the convention of the family."""
+        if field in self.overrides:
+            value, source = self.overrides[field], OVERRIDE
+        elif recorded is not None:
+            value, source = recorded, by
         else:
             value, source = convention, f"convention of {family}"
         self.made.append(Decision(field, value, source))
         return value
 
-    def heads(self, width: int, said: int | None, family: str, by: str = "config.json") -> int:
-        """Attention heads, of 64 channels each where nobody says otherwise.
+    def heads(self, width: int, recorded: int | None, family: str, by: str = "config.json") -> int:
+        """The number of attention heads; by default with 64 channels each.
 
         Raises:
-            UserError: nobody says, and the width is no multiple of 64; or they do not divide it.
+            UserError: the number is unknown and the width is not a multiple of 64; or it does not divide the width.
         """
         usual = HEADS_OF_WIDTH.get(width, width // 64 if width % 64 == 0 else None)
-        if "heads_otherwise" in self.given:
-            usual, family = self.given["heads_otherwise"], "the model that it is loaded into"
-        heads = self.decide("heads", usual, said, by, family)
+        if "heads_otherwise" in self.overrides:
+            usual, family = self.overrides["heads_otherwise"], "the model that it is loaded into"
+        heads = self.decide("heads", usual, recorded, by, family)
         if heads is None:
             raise UserError(
-                f"the file does not tell how many attention heads share its width of {width}\n"
-                "  give heads=N, or put the model's config.json beside the file"
+                f"the file does not determine how many attention heads share its width of {width}\n"
+                "  pass heads=N, or put the model's config.json next to the file"
             )
         if not isinstance(heads, int) or heads < 1 or width % heads:
             raise UserError(f"heads is {heads!r}, which does not divide the file's width of {width}")
         return heads
 
-    def grid(self, rows: int, patch_size: int, said: Any = None) -> tuple[int, int]:
-        """Rows and columns of a table of so many patches: as the config's image size has it, else a square.
+    def grid(self, rows: int, patch_size: int, recorded: Any = None) -> tuple[int, int]:
+        """Rows and columns of patches of a position embedding: from the config's image size, else a square.
 
         Args:
-            rows: of the table.
-            patch_size: pixels of an image that a patch stands for.
-            said: image size in the config, if any.
+            rows: number of rows of the table.
+            patch_size: height and width of a patch in pixels of the image.
+            recorded: image size in the config, if any.
 
         Raises:
-            UserError: it is no square, and neither config nor the given image size says what it is.
+            UserError: `rows` is not a square, and neither config nor the given image size determines the grid.
         """
         side = math.isqrt(max(rows, 0))
-        guesses = [(hint(said, patch_size), "config.json")]
-        guesses += [((side, side), "a square, for the number of its rows")] if rows > 0 and side * side == rows else []
-        guesses += [(hint(self.given.get("image_size"), patch_size), GIVEN)]
+        guesses = [(hint(recorded, patch_size), "config.json")]
+        guesses += [((side, side), "a square, from the number of rows")] if rows > 0 and side * side == rows else []
+        guesses += [(hint(self.overrides.get("image_size"), patch_size), OVERRIDE)]
         for grid, source in guesses:
             if grid is not None and grid[0] * grid[1] == rows:
                 self.made.append(Decision("grid", f"{grid[0]}x{grid[1]}", source))
                 return grid
         raise UserError(
-            f"the table of positions has {rows} patches, which make no square\n"
-            "  give image_size=(height, width) as the file has it, or put the model's config.json beside the file"
+            f"the position embedding has {rows} patches, which do not form a square\n"
+            "  pass image_size=(height, width) of the file, or put the model's config.json next to the file"
         )
 
 
-def pixels_per_patch(model: VisionTransformer) -> int:
-    """Height and width, in pixels of the image, of what a patch stands for: with a stem more than its own."""
-    if model.stem is None:
-        return model.patch_size
-    side = 2**12  # of an image that every stem shrinks evenly
-    return model.patch_size * side // stem_output(model.stem, model.stem_width, (side, side))[0]
-
-
-def said(config: Mapping[str, Any], key: str, kind: type) -> Any:
-    """A value of a config.json; None where it says none.
+def config_value(config: Mapping[str, Any], key: str, kind: type) -> Any:
+    """A value of a config.json; None if it has none.
 
     Raises:
-        UserError: it is not of that kind.
+        UserError: the value has another type.
     """
     value = config.get(key)
     kinds = (int, float) if kind is float else kind
     if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool)):
-        raise UserError(f"config.json says {key} {value!r}, where {kind.__name__} is meant")
+        raise UserError(f"config.json has {key} {value!r}: it must be of type {kind.__name__}")
     return value
 
 
-def check_config(told: Mapping[str, tuple[Any, Any]]) -> None:
-    """Sees that a config.json is of the file beside it: what it says of each of its keys, and what the file has.
+def check_config(values: Mapping[str, tuple[Any, Any]]) -> None:
+    """Checks that a config.json belongs to the file next to it.
+
+    Args:
+        values: for each key, the value in the config and that of the file.
 
     Raises:
-        UserError: they differ; the first that does is named.
+        UserError: they differ; names the first difference.
     """
-    for key, (says, has) in told.items():
-        if says is not None and says != has:
-            raise UserError(f"config.json is of another model: it says {key} {says!r}, the file has {has!r}")
+    for key, (recorded, actual) in values.items():
+        if recorded is not None and recorded != actual:
+            raise UserError(f"config.json is of another model: it has {key} {recorded!r}, but the file has {actual!r}")
 
 
 def pair(size: Any) -> tuple[int, int] | None:
-    """(height, width) of an int, or of a pair in a config; None of anything else."""
+    """(height, width) from an int or a pair; None for anything else."""
     if isinstance(size, int) and not isinstance(size, bool):
         return size, size
     if isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int for side in size):
@@ -268,7 +269,7 @@ def pair(size: Any) -> tuple[int, int] | None:
 
 
 def hint(size: Any, patch_size: int) -> tuple[int, int] | None:
-    """The grid of an image size, where the patch divides it."""
+    """The grid of patches of an image size; None if it is unknown or the patch size does not divide it."""
     size = pair(size)
     if size is None or size[0] % patch_size or size[1] % patch_size:
         return None

@@ -1,4 +1,4 @@
-"""Parameters made for one kind of images, fitted to another: image size, patch size, channels."""
+"""Parameters for one image size, patch size or number of channels, converted to another."""
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ from vit_jax.models.resampling import resample_positions
 def resize_patches(
     kernel: Float[np.ndarray, "pixels width"], old: int, new: int
 ) -> Float[np.ndarray, "new_pixels width"]:
-    """The embedding kernel of patches of `old` pixels a side for patches of `new` (FlexiViT, arXiv 2212.08013, 3.4).
+    """The embedding kernel for another patch size, `old` to `new` pixels (FlexiViT, arXiv 2212.08013, section 3.4).
 
-    With B the matrix that resizes a patch bilinearly, the new kernel is the pseudo-inverse of B^T times the old one:
-    where patches grow, a resized patch has exactly the embedding that it had; where they shrink, nearly. B acts on rows
-    and columns alike, and so does its pseudo-inverse, one axis after the other.
+    With B the matrix that resizes a patch bilinearly, the new kernel is the pseudo-inverse of B^T times the old one. A
+    resized patch then has the same embedding if patches grow, and nearly the same if they shrink. B acts on rows and
+    columns separately, and so does its pseudo-inverse.
     """
     if old == new:
         return kernel
@@ -29,10 +29,11 @@ def resize_patches(
 def adapt_channels(
     kernel: Float[np.ndarray, "height width channels features"], channels: int
 ) -> Float[np.ndarray, "height width new_channels features"]:
-    """The kernel of a first layer for images of another number of channels, as timm adapts it.
+    """The kernel of the first layer for images with another number of channels, by timm's rule.
 
-    For one channel the kernel is summed, so that a grey image does what its grey copies did; for others it is repeated,
-    first channel first, and scaled by old / new, so that equal channels do what they did, where the old are whole.
+    For one channel the kernel is summed, so that the result for a greyscale image equals that for its RGB copy. For
+    others the channels are repeated and scaled by old / new, which preserves the result for images of equal channels
+    if the new number is a multiple of the old one.
     """
     old = kernel.shape[2]
     if channels == old:
@@ -43,13 +44,13 @@ def adapt_channels(
 
 
 def how_channels(old: int, new: int) -> str:
-    """What `adapt_channels` does, in words."""
+    """A description of what `adapt_channels` does."""
     return f"channels {old} -> {new}, " + ("summed" if new == 1 else f"repeated, times {old}/{new}")
 
 
 def fit_positions(
     name: str, array: Float[np.ndarray, "*shape"], old: tuple[int, int], new: tuple[int, int]
 ) -> Float[np.ndarray, "*new_shape"]:
-    """A position embedding ('table', 'rows', 'columns', 'offsets') for another grid; a class token's row is kept."""
+    """A position embedding ('table', 'rows', 'columns' or 'offsets') for another grid; a class token's row is kept."""
     resampled = resample_positions({"positions": {name: jnp.asarray(array)}}, old, new)
     return np.asarray(resampled["positions"][name], np.float32)

@@ -1,9 +1,10 @@
-"""Google's .npz: the published files, current linen names, big_vision's; hybrids; each below any of their prefixes.
+"""Reads and writes Google's .npz files: published ones, those with current linen names, big_vision's, and hybrids.
 
-The published files (arXiv 2010.11929, 2106.10270) count a block's modules as they were made: LayerNorm_0,
-MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3. Linen counts each kind by itself: LayerNorm_0,
-MultiHeadDotProductAttention_0, LayerNorm_1, MlpBlock_0. big_vision does so too, has its positions outside the encoder
-and without a row for the class token, pools by attention (MAPHead_0) and may have all blocks in one (scanned) array.
+The published files (arXiv 2010.11929, 2106.10270) number all modules of a block consecutively: LayerNorm_0,
+MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3. Linen numbers each kind of module: LayerNorm_0,
+MultiHeadDotProductAttention_0, LayerNorm_1, MlpBlock_0. So does big_vision, whose position embedding is outside the
+encoder and has no row for the class token, which pools by attention (MAPHead_0), and which may store all blocks in one
+(scanned) array.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.weights import rules as forms
+from vit_jax.weights import rules
 from vit_jax.weights.describe import Choices, Description, Names, check_names, few, pixels_per_patch
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Parts, Rule, dense, norm
@@ -25,25 +26,25 @@ FAMILY = "Google's files"
 BIG_VISION = "big_vision's files"
 QKV = ("query", "key", "value")
 
-# What stands beside a model in a file of training, or of two towers.
+# Other arrays in training checkpoints and models with two towers.
 OTHERS = {
-    r"opt/": "the optimiser's state",
-    r"(extra|state|step)(/|$)": "training's own",
-    r"params/(txt|text)/": "the text tower's",
-    r"params/(t|b|temperature|bias)$": "of the contrastive loss",
+    r"opt/": "optimizer state",
+    r"(extra|state|step)(/|$)": "training state",
+    r"params/(txt|text)/": "the text tower",
+    r"params/(t|b|temperature|bias)$": "a parameter of the contrastive loss",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """What differs between Google's files.
+    """The names that differ between Google's files.
 
     Attributes:
-        prefix: of all names.
-        attention, norm_mlp, mlp: a block's modules.
-        positions: the table.
-        class_row: whether the table has a row for the class token.
-        channels: whether GroupNorm's parameters are [1, 1, 1, channels].
+        prefix: start of all names.
+        attention, norm_mlp, mlp: names of a block's modules.
+        positions: name of the position embedding.
+        class_row: whether the position embedding has a row for the class token.
+        channels: whether the parameters of GroupNorms are [1, 1, 1, channels].
         scanned: whether all blocks are in one array.
     """
 
@@ -59,23 +60,30 @@ class Naming:
 
 PUBLISHED = Naming()
 
+# What a published file can express: all values of these options (None) or the values listed.
+SUPPORTED = {
+    **rules.SIZES,
+    **dict.fromkeys(("pooling", "gelu", "layer_norm_epsilon", "stem", "stem_width")),
+    "position": ("learned",),
+}
+
 
 def recognise(shapes: Mapping[str, Any]) -> bool:
-    """Whether the names are of this family."""
+    """Whether arrays with these names are of this kind."""
     return any(re.search(r"(^|/)encoderblock(_\d+)?/", name) for name in shapes)
 
 
-def describe(stored: Stored, given: Mapping[str, Any]) -> Description:
-    """The model and the rules of a file.
+def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
+    """The description of a file.
 
     Raises:
-        UserError: it is no whole model, or does not tell something that `given` has to.
+        UserError: it is not a complete model, or lacks a value of `overrides`.
     """
     prefix = _prefix(stored.shapes)
     names = Names(stored.shapes, prefix, LABEL)
     naming, parts = _naming(names), _parts(names)
-    # big_vision's may have fixed positions, which leave no trace; elsewhere a table that is not there was lost.
-    fixed = "position" in given or parts.map or naming.scanned or prefix.startswith("params/")
+    # Files of big_vision may have fixed positions, without an array; in other files the array must not be missing.
+    fixed = "position" in overrides or parts.map or naming.scanned or prefix.startswith("params/")
     parts = dataclasses.replace(parts, positions=parts.positions or not fixed)
     table = _rules(parts, naming)
     ignored = {}
@@ -83,17 +91,17 @@ def describe(stored: Stored, given: Mapping[str, Any]) -> Description:
         ignored |= {name: why for name in stored.shapes if not name.startswith(prefix) and re.match(pattern, name)}
     headless = parts.pre_logits and not parts.head
     if headless:
-        why = "there is no head behind it: the features are those before it"
+        why = "there is no head after it; features are those before it"
         ignored |= {f"{prefix}pre_logits/{part}": why for part in ("kernel", "bias")}
     check_names(stored.shapes, table, ignored, [f"{prefix}{name}" for name in ("cls", naming.positions)], LABEL)
-    choices = Choices(given)
+    choices = Choices(overrides)
     model, channels = _model(names, parts, naming, choices)
     grid = _grid(names, parts, naming, model, choices)
     return Description(LABEL, model, channels, grid, tuple(table), ignored, decisions=tuple(choices.made))
 
 
 def _prefix(shapes: Mapping[str, Any]) -> str:
-    """What stands before Transformer/: the image tower's, where there are several."""
+    """The start of names before 'Transformer/'; of the image tower if there are several."""
     found = {
         match[1] for name in shapes if (match := re.match(r"(.*?)Transformer/encoderblock(?:_\d+)?/", name)) is not None
     }
@@ -120,7 +128,7 @@ def _naming(names: Names) -> Naming:
 
 
 def _parts(names: Names) -> Parts:
-    stages = names.count(r"block(\d+)/") - 1  # they count from 1
+    stages = names.count(r"block(\d+)/") - 1  # numbered from 1
     units = tuple(names.count(rf"block{stage + 1}/unit(\d+)/") - 1 for stage in range(stages))
     scanned = names.any("Transformer/encoderblock/")
     norm_name = "Transformer/encoderblock/LayerNorm_0/scale"
@@ -138,7 +146,7 @@ def _parts(names: Names) -> Parts:
 def _model(names: Names, parts: Parts, naming: Naming, choices: Choices) -> tuple[VisionTransformer, int]:
     patch, across, channels, width = names.shape("embedding/kernel", 4)
     if patch != across:
-        raise UserError(f"embedding/kernel has patches of {patch}x{across}: only square ones can be had")
+        raise UserError(f"embedding/kernel has patches of {patch}x{across}: only square patches are supported")
     first = "Transformer/encoderblock" + ("/" if naming.scanned else "_0/")
     axes = 1 if naming.scanned else 0
     heads = names.shape(f"{first}{naming.attention}/query/kernel", 3 + axes)[1 + axes]
@@ -175,17 +183,17 @@ def _grid(
 
 def _rules(parts: Parts, naming: Naming) -> list[Rule]:
     p = naming.prefix
-    table = dense(f"{p}embedding/", "embedding/projection", forms.PATCH)
+    table = dense(f"{p}embedding/", "embedding/projection", rules.PATCH)
     if parts.stem is not None:
         table += _stem_rules(parts.stem, naming)
     if parts.class_token:
-        table += [Rule((f"{p}cls",), ("class_token",), forms.SAME)]
+        table += [Rule((f"{p}cls",), ("class_token",), rules.SAME)]
     if parts.positions:
-        form = forms.SAME if naming.class_row or not parts.class_token else forms.CLASS_ROW
+        form = rules.SAME if naming.class_row or not parts.class_token else rules.CLASS_ROW
         table += [Rule((f"{p}{naming.positions}",), ("positions/table",), form)]
     if naming.scanned:
         block = _block_rules(f"{p}Transformer/encoderblock/", "encoder/block_0", naming)
-        table += [forms.scanned(rule, parts.depth) for rule in block]
+        table += [rules.scanned(rule, parts.depth) for rule in block]
     else:
         for index in range(parts.depth):
             table += _block_rules(f"{p}Transformer/encoderblock_{index}/", f"encoder/block_{index}", naming)
@@ -193,9 +201,9 @@ def _rules(parts: Parts, naming: Naming) -> list[Rule]:
     if parts.map:
         table += _map_rules(f"{p}MAPHead_0/")
     if parts.head:
-        table += dense(f"{p}head/", "head/logits", forms.SAME)
+        table += dense(f"{p}head/", "head/logits", rules.SAME)
         if parts.pre_logits:
-            table += dense(f"{p}pre_logits/", "head/pre_logits", forms.SAME)
+            table += dense(f"{p}pre_logits/", "head/pre_logits", rules.SAME)
     return table
 
 
@@ -203,80 +211,64 @@ def _block_rules(name: str, path: str, naming: Naming) -> list[Rule]:
     attention = f"{name}{naming.attention}/"
     return [
         *norm(f"{name}LayerNorm_0/", f"{path}/norm_attention"),
-        *dense(f"{attention}{{}}/", f"{path}/attention/qkv", forms.fused_heads(3), forms.fused_heads_bias(3), QKV),
-        *dense(f"{attention}out/", f"{path}/attention/out", forms.HEADS_OUT),
+        *dense(f"{attention}{{}}/", f"{path}/attention/qkv", rules.fused_heads(3), rules.fused_heads_bias(3), QKV),
+        *dense(f"{attention}out/", f"{path}/attention/out", rules.HEADS_OUT),
         *norm(f"{name}{naming.norm_mlp}/", f"{path}/norm_mlp"),
-        *dense(f"{name}{naming.mlp}/Dense_0/", f"{path}/mlp/up", forms.SAME),
-        *dense(f"{name}{naming.mlp}/Dense_1/", f"{path}/mlp/down", forms.SAME),
+        *dense(f"{name}{naming.mlp}/Dense_0/", f"{path}/mlp/up", rules.SAME),
+        *dense(f"{name}{naming.mlp}/Dense_1/", f"{path}/mlp/down", rules.SAME),
     ]
 
 
 def _map_rules(name: str) -> list[Rule]:
     attention = f"{name}MultiHeadDotProductAttention_0/"
-    fused, fused_bias = forms.fused_heads(2), forms.fused_heads_bias(2)
+    fused, fused_bias = rules.fused_heads(2), rules.fused_heads_bias(2)
     return [
-        Rule((f"{name}probe",), ("pooling/probe",), forms.SAME),
-        *dense(f"{attention}query/", "pooling/query", forms.HEADS, forms.HEADS_BIAS),
+        Rule((f"{name}probe",), ("pooling/probe",), rules.SAME),
+        *dense(f"{attention}query/", "pooling/query", rules.HEADS, rules.HEADS_BIAS),
         *dense(f"{attention}{{}}/", "pooling/key_value", fused, fused_bias, QKV[1:]),
-        *dense(f"{attention}out/", "pooling/out", forms.HEADS_OUT),
+        *dense(f"{attention}out/", "pooling/out", rules.HEADS_OUT),
         *norm(f"{name}LayerNorm_0/", "pooling/norm"),
-        *dense(f"{name}MlpBlock_0/Dense_0/", "pooling/mlp/up", forms.SAME),
-        *dense(f"{name}MlpBlock_0/Dense_1/", "pooling/mlp/down", forms.SAME),
+        *dense(f"{name}MlpBlock_0/Dense_0/", "pooling/mlp/up", rules.SAME),
+        *dense(f"{name}MlpBlock_0/Dense_1/", "pooling/mlp/down", rules.SAME),
     ]
 
 
 def _stem_rules(stem: tuple[int, ...], naming: Naming) -> list[Rule]:
-    p, form = naming.prefix, forms.CHANNELS if naming.channels else forms.SAME
-    table = [Rule((f"{p}conv_root/kernel",), ("stem/convolution_root/kernel",), forms.SAME)]
+    p, form = naming.prefix, rules.CHANNELS if naming.channels else rules.SAME
+    table = [Rule((f"{p}conv_root/kernel",), ("stem/convolution_root/kernel",), rules.SAME)]
     table += norm(f"{p}gn_root/", "stem/norm_root", form)
     for stage, count in enumerate(stem):
         for unit in range(count):
             name, path = f"{p}block{stage + 1}/unit{unit + 1}/", f"stem/stage_{stage}_unit_{unit}"
             for theirs, ours in [("1", "1"), ("2", "2"), ("3", "3"), *([("_proj", "projection")] if unit == 0 else [])]:
                 kernel = (f"{name}conv{theirs}/kernel",), (f"{path}/convolution_{ours}/kernel",)
-                table += [Rule(*kernel, forms.SAME), *norm(f"{name}gn{theirs}/", f"{path}/norm_{ours}", form)]
+                table += [Rule(*kernel, rules.SAME), *norm(f"{name}gn{theirs}/", f"{path}/norm_{ours}", form)]
     return table
 
 
 def write(
     model: VisionTransformer, parameters: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The arrays of a model under the published names, and what such a file does not say.
+    """Returns the arrays by the published names, and notes on what such a file cannot express.
 
     Args:
-        model: whose parameters they are, not scanned.
-        parameters: by path.
+        model: the model, not scanned.
+        parameters: its parameters by path.
 
     Raises:
-        UserError: the model has what Google's files have no name for; all of it is named.
+        UserError: the model has options that Google's files do not support; all of them are named.
     """
-    lacking = [what for what, there in _lacking(model).items() if there]
-    if lacking:
-        raise UserError(f"Google's .npz has no place for {few(lacking)}\n  write .safetensors in timm's naming instead")
-    arrays = forms.written(_rules(Parts.of(model), PUBLISHED), parameters, model)
-    return arrays, tuple(_unsaid(model))
+    if found := rules.unsupported(model, SUPPORTED):
+        raise UserError(f"Google's .npz does not support {few(found)}\n  write .safetensors, in timm's naming, instead")
+    arrays = rules.written(_rules(Parts.of(model), PUBLISHED), parameters, model)
+    return arrays, tuple(_notes(model))
 
 
-def _lacking(model: VisionTransformer) -> dict[str, bool]:
-    return {
-        f"registers ({model.registers})": model.registers > 0,
-        f"mlp {model.mlp!r}": model.mlp != "gelu",
-        "queries, keys and values without a bias (qkv_bias)": not model.qkv_bias,
-        "normalised queries and keys (qk_norm)": model.qk_norm,
-        "layer scale": model.layer_scale is not None,
-        "parallel blocks": model.parallel,
-        "a norm after pooling": model.norm_after_pooling,
-        f"position {model.position!r}": model.position != "learned",
-        f"positions in the {model.position_at}": model.position_at not in (None, "input"),
-        "several heads": isinstance(model.classes, Mapping),
-    }
-
-
-def _unsaid(model: VisionTransformer) -> list[str]:
+def _notes(model: VisionTransformer) -> list[str]:
     notes = []
     usual = {"gelu": "tanh", "layer_norm_epsilon": 1e-6, "pooling": "token" if model.class_token else "mean"}
     for field, convention in usual.items():
         value = getattr(model, field)
         if value != convention and not (field == "pooling" and value == "map"):
-            notes.append(f"the file cannot say {field}={value!r}, and is read as {convention!r} unless told")
+            notes.append(f"the file cannot express {field}={value!r}: it is read as {convention!r} by default")
     return notes

@@ -1,7 +1,7 @@
-"""From what a user names to a file on this machine: a path, a URL, a published model, a model on the Hugging Face hub.
+"""Finds or downloads weights: a path, a URL, the name of a published model, or a model on the Hugging Face hub.
 
-Only config.json and files of arrays (.safetensors, .npz) are ever fetched. What has been fetched is found again
-without network.
+Only config.json and files of arrays (.safetensors, .npz) are downloaded. Downloaded files are cached and found again
+without a network.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, few, one_line
 from vit_jax.weights import files
 from vit_jax.weights.published import PUBLISHED
 
@@ -29,7 +29,7 @@ _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _WEIGHTS = [files.SAFETENSORS, files.INDEX, "model-*-of-*.safetensors"]
 _SUFFIXES = (".npz", ".safetensors", ".json")
-_STALL_SECONDS = 30  # a download that brings nothing for so long has ended
+_STALL_SECONDS = 30  # a download that receives no data for this long fails
 _CONFIG_BYTES = 10**6
 
 
@@ -39,28 +39,29 @@ def cache_dir() -> Path:
 
 
 def fetch(path_or_name: str | os.PathLike[str]) -> Path:
-    """The file or folder that is meant, brought to this machine where it is not there yet.
+    """The local path of a weights file or of a directory with one, downloaded if needed.
 
     Args:
-        path_or_name: in the order in which they are tried: an http or https URL of a file; a path; a short name of
-            `PUBLISHED`, or timm's name of the same model; a model on the Hugging Face hub as owner/name or
-            owner/name@revision.
+        path_or_name: one of, in this order: the http or https URL of a file; a path; a short name in `PUBLISHED`, or
+            timm's name of the same model; a model on the Hugging Face hub as owner/name or owner/name@revision.
 
     Returns:
-        A path; for a model of the hub a folder with its files, in huggingface_hub's own cache or, where they have been
-        put there by hand, in cache_dir()/owner--name.
+        A path; for a model on the hub the directory with its files: in the cache of huggingface_hub, or
+        cache_dir()/owner--name if the files were put there by hand.
 
     Raises:
-        UserError: nothing of that name is known; it cannot be fetched, and the message says which file to get from
-            where and where to put it; or it is of a kind that is never read.
+        UserError: the name is unknown; the download fails (the message says which file to download and where to put
+            it); or the format is not supported.
     """
     name = os.fspath(path_or_name)
     if re.match(r"https?://", name):
         return _from_url(name)
     if "://" in name:
-        raise UserError(f"{name}: only http and https are read.\nCopy the file to this machine and name its path.")
+        raise UserError(
+            f"{name}: only http and https URLs are supported\n  copy the file to this machine and give its path"
+        )
     path = Path(name).expanduser()
-    if name and os.path.exists(path):  # unlike Path.exists, of any text at all
+    if name and os.path.exists(path):  # unlike Path.exists, accepts any string
         return path
     if name in PUBLISHED:
         return _from_hub(PUBLISHED[name].hub, name)
@@ -75,15 +76,15 @@ def fetch(path_or_name: str | os.PathLike[str]) -> Path:
 
 def _unknown(name: str) -> UserError:
     if "/" in name or Path(name).suffix.lower() in _SUFFIXES or name.startswith(("~", ".")):
-        return UserError(f"{name}: there is no such file or folder.")
+        return UserError(f"{name}: there is no such file or directory")
     return UserError(
-        f"{name!r} is neither a file nor a published model.\nNearest: {', '.join(_nearest(name))}.\n"
-        "Or give a path, a URL, or a model of the Hugging Face hub as owner/name."
+        f"{name!r} is neither a file nor a published model\n  nearest: {', '.join(_nearest(name))}\n"
+        "  allowed: a path, a URL, a published model, or a model on the Hugging Face hub as owner/name"
     )
 
 
 def _nearest(name: str) -> list[str]:
-    """The three published names most like `name`, timm's names counted as well."""
+    """The three published names nearest to `name`, including timm's names."""
     plain = name.lower().replace("_", "-").replace("/", "")
     short = difflib.get_close_matches(plain, PUBLISHED, n=3, cutoff=0)
     timm = difflib.get_close_matches(
@@ -96,7 +97,7 @@ def _nearest(name: str) -> list[str]:
 
 
 def _from_hub(model: str, name: str) -> Path:
-    """The folder of a model of the hub, fetched by huggingface_hub into its cache."""
+    """The directory of a model on the hub, downloaded by huggingface_hub into its cache."""
     identifier, _, revision = model.partition("@")
     placed = cache_dir() / identifier.replace("/", "--")
     if placed.is_dir() and not revision:
@@ -107,20 +108,20 @@ def _from_hub(model: str, name: str) -> Path:
     except ImportError as error:
         raise _by_hand(name, identifier, "huggingface_hub is missing (pip install 'vit_jax[hub]')") from error
     try:
-        folder = _snapshot(huggingface_hub, identifier, revision or None)
+        directory = _snapshot(huggingface_hub, identifier, revision or None)
     except UserError:
         raise
-    except Exception as error:  # among them its HTTP client's, and which client that is depends on its version
+    except Exception as error:  # including those of its HTTP client, which depends on its version
         missing = isinstance(error, huggingface_hub.errors.RepositoryNotFoundError)
-        raise (_no_model(name, identifier) if missing else _by_hand(name, identifier, _line(error))) from error
-    files.find(folder)
-    return folder
+        raise (_no_model(name, identifier) if missing else _by_hand(name, identifier, one_line(error, 160))) from error
+    files.find(directory)
+    return directory
 
 
 def _snapshot(huggingface_hub, identifier: str, revision: str | None) -> Path:
-    """Fetches config.json and the weights; checks sizes and check sums, goes on where it was interrupted.
+    """Downloads config.json and the weights, or resumes the download; checks sizes and checksums.
 
-    Without network it returns what it has, if that is all there is of these files.
+    Without a network it returns the cached files, if they are complete.
     """
 
     def snapshot(patterns: list[str]) -> Path:
@@ -128,38 +129,33 @@ def _snapshot(huggingface_hub, identifier: str, revision: str | None) -> Path:
             huggingface_hub.snapshot_download(identifier, revision=revision, allow_patterns=[files.CONFIG, *patterns])
         )
 
-    folder = snapshot(_WEIGHTS)
+    directory = snapshot(_WEIGHTS)
     with contextlib.suppress(UserError):
-        files.find(folder)
-        return folder
+        files.find(directory)
+        return directory
     names = [name for name in huggingface_hub.HfApi().list_repo_files(identifier, revision=revision) if "/" not in name]
     found = [name for name in names if name.endswith((".safetensors", ".npz"))]
     if len(found) != 1:
-        held = f"several files of weights: {', '.join(found[:4])}" if found else "no .safetensors and no .npz file"
+        contents = f"several weights files: {few(found, 4)}" if found else "no .safetensors or .npz file"
         raise UserError(
-            f"{identifier} on the hub holds {held}.\n"
-            f"Give the URL of one: {HUB}/{identifier}/resolve/{revision or 'main'}/FILE"
+            f"{identifier} on the hub has {contents}\n"
+            f"  give the URL of one: {HUB}/{identifier}/resolve/{revision or 'main'}/FILE"
         )
     return snapshot(found)
 
 
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
 def _by_hand(name: str, identifier: str, reason: str) -> UserError:
     return UserError(
-        f"{name}: cannot be fetched from the hub: {reason}.\n"
-        f"Get {files.SAFETENSORS} and {files.CONFIG} from {HUB}/{identifier}/tree/main on any machine, and put both\n"
-        f"into {cache_dir() / identifier.replace('/', '--')} (the same name then works) or any folder, and name that."
+        f"{name}: the download from the hub failed: {reason}\n"
+        f"  download {files.SAFETENSORS} and {files.CONFIG} from {HUB}/{identifier}/tree/main on any machine,\n"
+        f"  put both into {cache_dir() / identifier.replace('/', '--')}, and use the same name again"
     )
 
 
 def _no_model(name: str, identifier: str) -> UserError:
     return UserError(
-        f"{name}: there is no such file here, and no {HUB}/{identifier}, or not for everyone (hf auth login).\n"
-        f"Nearest published: {', '.join(_nearest(name))}."
+        f"{name}: there is no such file, and no {HUB}/{identifier}, or it is private (hf auth login)\n"
+        f"  nearest published models: {', '.join(_nearest(name))}"
     )
 
 
@@ -167,24 +163,25 @@ def _no_model(name: str, identifier: str) -> UserError:
 
 
 def _from_url(url: str) -> Path:
-    """The downloaded file, in a folder of its own with the config.json beside it, where there is one."""
+    """The downloaded file, in its own directory, together with its config.json if there is one."""
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError as error:
-        raise UserError(f"{url} is no URL: {error}.") from error
+        raise UserError(f"{url} is not a valid URL: {error}") from error
     inside = parts.path.strip("/").split("/")
     if parts.hostname in _HUB_HOSTS:
         if len(inside) == 2 or inside[2:3] == ["tree"]:
             revision = inside[3] if len(inside) > 3 and inside[3] != "main" else ""
             identifier = "/".join(inside[:2])
             return _from_hub(f"{identifier}@{revision}" if revision else identifier, url)
-        if inside[2:3] == ["blob"]:  # the page that shows the file
+        if inside[2:3] == ["blob"]:  # the page about the file
             url = parts._replace(path=f"/{'/'.join([*inside[:2], 'resolve', *inside[3:]])}").geturl()
     filename = re.sub(r"[^\w.-]", "_", urllib.parse.unquote(inside[-1])) or "weights"
     files.check_suffix(Path(filename), url)
     if filename.endswith(".json"):
         raise UserError(
-            f"{url} names files in parts.\nName their model as owner/name, or a folder that holds them all."
+            f"{url} is the index of a sharded file\n"
+            "  give the model as owner/name, or a directory with all of its files"
         )
     target = cache_dir() / "url" / hashlib.sha256(url.encode()).hexdigest()[:16] / filename
     if target.exists():
@@ -192,23 +189,23 @@ def _from_url(url: str) -> Path:
     with _disk(url, target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.with_name(filename + ".part").open("ab") as part:
-            fcntl.flock(part, fcntl.LOCK_EX)  # several processes may want it: one downloads, the others wait
+            fcntl.flock(part, fcntl.LOCK_EX)  # of several processes one downloads, the others wait
             if not target.exists():
                 _download(url, target, part)
     return target
 
 
 def _download(url: str, target: Path, part: BinaryIO) -> None:
-    """Completes `part` and makes it `target`, once it has proved to be a file of arrays."""
+    """Completes `part`, renames it to `target` and checks that it is a file of arrays."""
     if target.suffix == ".safetensors":
-        _beside(url, target.parent)
+        _download_config(url, target.parent)
     print(f"downloading {url} to {target}", file=sys.stderr, flush=True)
     with _network(url):
         total = _complete(url, Path(part.name), part)
     part.flush()
     have = os.fstat(part.fileno()).st_size
     if total is not None and have < total:
-        raise _stopped(url, f"the connection was closed at {have:,} of {total:,} bytes")
+        raise _interrupted(url, f"the connection was closed at {have:,} of {total:,} bytes")
     os.replace(part.name, target)
     _validator(Path(part.name)).unlink(missing_ok=True)
     try:
@@ -219,9 +216,9 @@ def _download(url: str, target: Path, part: BinaryIO) -> None:
 
 
 def _complete(url: str, path: Path, part: BinaryIO) -> int | None:
-    """Appends what is missing to `part`; returns how many bytes the whole file has, None where the server is silent.
+    """Appends the missing bytes to `part`; returns the size of the whole file, None if the server does not send it.
 
-    A part is gone on with only if the server says, by the same ETag or date as before, that the file is still the same.
+    An interrupted download is resumed only if the file has the same ETag or modification date as before.
     """
     have = os.fstat(part.fileno()).st_size
     validator = _validator(path).read_text() if have and _validator(path).exists() else None
@@ -231,7 +228,7 @@ def _complete(url: str, path: Path, part: BinaryIO) -> int | None:
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise
-        reply = _open(url, {})  # nothing lies behind what is there; so it may be another file
+        reply = _open(url, {})  # `part` is not shorter than the file, so it may be of another one
     with reply:
         resumed = reply.status == 206 and (reply.headers["Content-Range"] or "").startswith(f"bytes {have}-")
         if not resumed:
@@ -240,7 +237,7 @@ def _complete(url: str, path: Path, part: BinaryIO) -> int | None:
         total = have + int(length) if length and length.isdigit() else None
         free = shutil.disk_usage(path.parent).free
         if total is not None and total - have > free:
-            raise UserError(f"{url}: {total - have:,} bytes to come, and {path.parent} has {free:,} free.")
+            raise UserError(f"{url}: {total - have:,} bytes to download, but {path.parent} has {free:,} free")
         tag = reply.headers["ETag"]
         seal = tag if tag and not tag.startswith("W/") else reply.headers["Last-Modified"]
         _validator(path).write_text(seal) if seal else _validator(path).unlink(missing_ok=True)
@@ -264,27 +261,27 @@ def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
     reply = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_STALL_SECONDS)
     if url.startswith("https:") and not reply.url.startswith("https:"):
         reply.close()
-        raise UserError(f"{url} leads to {reply.url}, which is not encrypted.\nGive that URL itself, if it is trusted.")
+        raise UserError(f"{url} redirects to {reply.url}, which is not encrypted\n  give that URL if you trust it")
     return reply
 
 
-def _beside(url: str, folder: Path) -> None:
-    """Fetches the config.json that lies beside the file, if there is one."""
+def _download_config(url: str, directory: Path) -> None:
+    """Downloads the config.json next to the file, if there is one."""
     parts = urllib.parse.urlsplit(url)
-    beside = parts._replace(path=parts.path.rpartition("/")[0] + f"/{files.CONFIG}").geturl()
+    config_url = parts._replace(path=parts.path.rpartition("/")[0] + f"/{files.CONFIG}").geturl()
     with _network(url):
         try:
-            with _open(beside, {}) as reply:
+            with _open(config_url, {}) as reply:
                 text = reply.read(_CONFIG_BYTES)
         except urllib.error.HTTPError as error:
             if error.code >= 500:
                 raise
             return
-    path = folder / files.CONFIG
+    path = directory / files.CONFIG
     path.write_bytes(text)
     try:
         files.read_json(path)
-    except UserError:  # a server that answers every address with a page
+    except UserError:  # some servers answer every URL with a web page
         path.unlink()
 
 
@@ -295,26 +292,26 @@ def _network(url: str) -> Iterator[None]:
     except urllib.error.HTTPError as error:
         closed = " (Google closed that bucket in 2026)" if "storage.googleapis.com/vit_models" in url else ""
         raise UserError(
-            f"{url}: the server answers {error.code} {error.reason}{closed}.\n"
-            f"Published models have names: {', '.join(_nearest(Path(urllib.parse.urlsplit(url).path).stem))}, ..."
+            f"{url}: the server returned {error.code} {error.reason}{closed}\n"
+            f"  names of published models: {', '.join(_nearest(Path(urllib.parse.urlsplit(url).path).stem))}, ..."
         ) from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        raise _stopped(url, _line(getattr(error, "reason", error))) from error
+        raise _interrupted(url, one_line(getattr(error, "reason", error), 160)) from error
 
 
-def _stopped(url: str, reason: object) -> UserError:
+def _interrupted(url: str, reason: str) -> UserError:
     return UserError(
-        f"{url}: cannot be downloaded: {reason}.\n"
-        "Run it again to go on from there; or get the file on any machine, copy it here, and give its path."
+        f"{url}: the download failed: {reason}\n"
+        "  run the same command again to resume it; or copy the file to this machine and give its path"
     )
 
 
 @contextlib.contextmanager
-def _disk(url: str, folder: Path) -> Iterator[None]:
+def _disk(url: str, directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{url}: cannot be stored in {folder}: {error.strerror or error}.\n"
-            "Free or unlock it, or set XDG_CACHE_HOME to another folder."
+            f"{url}: cannot be stored in {directory}: {error.strerror or error}\n"
+            "  free some disk space, or set XDG_CACHE_HOME to another directory"
         ) from error

@@ -1,8 +1,7 @@
-"""Hugging Face's ViT, DeiT, DINOv2 (with and without registers) and the encoder of ViTMAE; also DINO and MSN.
+"""Reads Hugging Face's ViT, DeiT, DINOv2 (with and without registers), DINO, MSN and the encoder of ViTMAE.
 
-Files that transformers has written are named one way for years; a state dictionary of transformers 5 itself is named
-another way, and both are read. The GELU is exact and LayerNorm's epsilon 1e-12 (DINOv2: 1e-6) unless config.json says
-otherwise.
+State dictionaries of transformers 5 have other names than the files that transformers writes; both are read. By
+default the GELU is exact and the epsilon of LayerNorm 1e-12 (DINOv2: 1e-6); config.json may state others.
 """
 
 import dataclasses
@@ -12,8 +11,8 @@ from typing import Any
 
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.weights import rules as forms
-from vit_jax.weights.describe import Choices, Description, Names, check_config, check_names, said
+from vit_jax.weights import rules
+from vit_jax.weights.describe import Choices, Description, Names, check_config, check_names, config_value
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Parts, Rule, dense, norm
 
@@ -22,26 +21,26 @@ KINDS = ("vit", "vit_msn", "ijepa", "deit", "dinov2", "dinov2_with_registers", "
 GELUS = {"gelu": "exact", "gelu_python": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
 IGNORED = {
-    r"embeddings\.mask_token$": "only masked pre-training reads it",
-    r"pooler\.dense\.": "a layer of the pooled output that no classifier of this kind reads",
+    r"embeddings\.mask_token$": "only used in masked pre-training",
+    r"pooler\.dense\.": "a layer of the pooled output, which the classifier does not use",
 }
 OUTSIDE = {r"decoder\.": "the decoder of masked pre-training"}
-TEACHER = "its logits are the mean of two heads, of class token and distillation token, which one head cannot be"
-BOTH = "its head reads the class token beside the patches' mean, which ours cannot"
+TEACHER = "its logits are the mean of two heads, on class token and distillation token, which is not supported"
+BOTH = "its head reads both the class token and the mean of the patches, which is not supported"
 KNOWN = ("embeddings.cls_token", "embeddings.position_embeddings", "embeddings.register_tokens", "classifier.weight")
 
 
 @dataclasses.dataclass(frozen=True)
 class Spelling:
-    """What differs between the files named so.
+    """The names that differ between files of this kind.
 
     Attributes:
-        prefix: of the encoder's names.
-        block: of a block's, '{}' for its number.
-        dinov2: whether a block's norms and MLP are named as DINOv2's.
+        prefix: start of the encoder's names.
+        block: start of a block's names; '{}' stands for its index.
+        dinov2: whether a block's norms and MLP have DINOv2's names.
         attention: 'attention' (attention.attention.query, ...) or 'proj' (attention.q_proj, ...).
-        mlp: 'dense' (intermediate.dense), 'fc' (mlp.fc1), or of SwiGLU 'packed' (weights_in) or 'apart' (gate_proj).
-        registers: the tokens between class token and patches: 'register_tokens' or 'distillation_token'.
+        mlp: 'dense' (intermediate.dense), 'fc' (mlp.fc1), or for SwiGLU 'packed' (weights_in) or 'apart' (gate_proj).
+        registers: name of the tokens between class token and patches: 'register_tokens' or 'distillation_token'.
     """
 
     prefix: str
@@ -53,19 +52,19 @@ class Spelling:
 
 
 def recognise(shapes: Mapping[str, Any]) -> bool:
-    """Whether the names are of this family."""
+    """Whether arrays with these names are of this kind."""
     encoder = any(re.match(rf"([A-Za-z0-9_]+\.)?{BLOCK}(attention|layernorm_before|norm1)\.", name) for name in shapes)
     return encoder and any("embeddings." in name for name in shapes)
 
 
-def describe(stored: Stored, given: Mapping[str, Any]) -> Description:
-    """The model and the rules of a file.
+def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
+    """The description of a file.
 
     Raises:
-        UserError: it is no whole model, has parts that ours cannot have, or does not tell what `given` has to.
+        UserError: it is not a complete model, has parts that are not supported, or lacks a value of `overrides`.
     """
     names = Names(stored.shapes, _prefix(stored.shapes), LABEL)
-    config, choices = _config(stored), Choices(given)
+    config, choices = _config(stored), Choices(overrides)
     spelling, heads = _spelling(names), [name for name in stored.shapes if re.match(r"(\w+_)?classifier\.", name)]
     refusal = _refusal(stored.shapes, names, heads)
     parts = _parts(names, spelling, bool(heads) and refusal is None)
@@ -74,7 +73,7 @@ def describe(stored: Stored, given: Mapping[str, Any]) -> Description:
     }
     ignored |= {name: why for name in stored.shapes for pattern, why in OUTSIDE.items() if re.match(pattern, name)}
     if refusal is not None:
-        ignored |= dict.fromkeys(heads, "a head that ours cannot be: " + refusal.split(", which")[0])
+        ignored |= dict.fromkeys(heads, "a head that is not supported: " + refusal.split(", which")[0])
     table = _rules(parts, spelling)
     check_names(stored.shapes, table, ignored, [names.prefix + name for name in KNOWN], LABEL)
     model, channels = _model(names, stored.shapes, parts, spelling, config, choices)
@@ -105,12 +104,12 @@ def _config(stored: Stored) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         return {}
     if config["model_type"] not in KINDS:
-        raise UserError(
-            f"config.json says model_type {config['model_type']!r}\n  of Hugging Face's, read are: {', '.join(KINDS)}"
-        )
+        raise UserError(f"config.json has model_type {config['model_type']!r}\n  allowed: {', '.join(KINDS)}")
     kinds = {"hidden_size": int, "num_hidden_layers": int, "num_attention_heads": int, "num_register_tokens": int}
     kinds |= {"hidden_act": str, "layer_norm_eps": float}
-    return {key: said(config, key, kind) for key, kind in kinds.items()} | {"image_size": config.get("image_size")}
+    return {key: config_value(config, key, kind) for key, kind in kinds.items()} | {
+        "image_size": config.get("image_size")
+    }
 
 
 def _spelling(names: Names) -> Spelling:
@@ -156,7 +155,7 @@ def _model(
 ) -> tuple[VisionTransformer, int]:
     width, channels, patch, across = names.shape("embeddings.patch_embeddings.projection.weight", 4)
     if patch != across:
-        raise UserError(f"the file has patches of {patch}x{across}: only square ones can be had")
+        raise UserError(f"the file has patches of {patch}x{across}: only square patches are supported")
     first = {"dense": "intermediate.dense", "fc": "mlp.fc1", "packed": "mlp.weights_in", "apart": "mlp.gate_proj"}
     hidden = names.shape(f"{spelling.block.format(0)}{first[spelling.mlp]}.weight", 2)[0]
     family = "Hugging Face's " + ("DINOv2" if spelling.dinov2 else "ViT and DeiT")
@@ -184,7 +183,7 @@ def _model(
     if parts.mlp == "gelu":
         activation = config.get("hidden_act")
         if activation is not None and activation not in GELUS:
-            raise UserError(f"config.json says hidden_act {activation!r}\n  ours has: {', '.join(GELUS)}")
+            raise UserError(f"config.json has hidden_act {activation!r}\n  allowed: {', '.join(GELUS)}")
         fields["gelu"] = choices.decide("gelu", "exact", GELUS.get(activation), family=family)
     return VisionTransformer(**fields), channels
 
@@ -197,22 +196,22 @@ def _notes(spelling: Spelling, parts: Parts) -> tuple[str, ...]:
 
 def _rules(parts: Parts, spelling: Spelling) -> list[Rule]:
     p = f"{spelling.prefix}embeddings."
-    table = dense(f"{p}patch_embeddings.projection.", "embedding/projection", forms.PATCH_CONVOLUTION)
+    table = dense(f"{p}patch_embeddings.projection.", "embedding/projection", rules.PATCH_CONVOLUTION)
     if parts.class_token:
-        table += [Rule((f"{p}cls_token",), ("class_token",), forms.SAME)]
+        table += [Rule((f"{p}cls_token",), ("class_token",), rules.SAME)]
     tokens, rows = (f"{p}{spelling.registers}",), (f"{p}position_embeddings",)
     if parts.registers and spelling.registers == "distillation_token":
-        table += [Rule(tokens + rows, ("registers", "positions/table"), forms.with_register_rows(parts.class_token))]
+        table += [Rule(tokens + rows, ("registers", "positions/table"), rules.with_register_rows(parts.class_token))]
     else:
-        table += [Rule(tokens, ("registers",), forms.SAME)] if parts.registers else []
-        table += [Rule(rows, ("positions/table",), forms.SAME)]
+        table += [Rule(tokens, ("registers",), rules.SAME)] if parts.registers else []
+        table += [Rule(rows, ("positions/table",), rules.SAME)]
     for index in range(parts.depth):
         name = spelling.prefix + spelling.block.format(index)
         table += _attention_rules(name, f"encoder/block_{index}", parts, spelling)
         table += _mlp_rules(name, f"encoder/block_{index}", parts, spelling)
     table += norm(f"{spelling.prefix}layernorm.", "encoder/norm")
     if parts.head:
-        table += dense("classifier.", "head/logits", forms.LINEAR)
+        table += dense("classifier.", "head/logits", rules.LINEAR)
     return table
 
 
@@ -221,11 +220,11 @@ def _attention_rules(name: str, path: str, parts: Parts, spelling: Spelling) -> 
     kinds = ("query", "key", "value")
     if spelling.attention == "proj":
         inner, out, kinds = f"{name}attention.{{}}_proj.", f"{name}attention.o_proj.", ("q", "k", "v")
-    qkv = dense(inner, f"{path}/attention/qkv", forms.fused_linear(3), forms.fused_vectors(3), kinds)
+    qkv = dense(inner, f"{path}/attention/qkv", rules.fused_linear(3), rules.fused_vectors(3), kinds)
     return [
         *norm(f"{name}{'norm1' if spelling.dinov2 else 'layernorm_before'}.", f"{path}/norm_attention"),
         *(qkv if parts.qkv_bias else qkv[:1]),
-        *dense(out, f"{path}/attention/out", forms.LINEAR),
+        *dense(out, f"{path}/attention/out", rules.LINEAR),
         *_scale_rules(name, path, parts, "1", "attention"),
     ]
 
@@ -239,13 +238,13 @@ def _mlp_rules(name: str, path: str, parts: Parts, spelling: Spelling) -> list[R
     }[spelling.mlp]
     ours = f"{path}/mlp/{'up' if parts.mlp == 'gelu' else 'gate_up'}"
     if spelling.mlp == "apart":
-        first = dense(name + up, ours, forms.fused_linear(2), forms.fused_vectors(2), ("gate", "up"))
+        first = dense(name + up, ours, rules.fused_linear(2), rules.fused_vectors(2), ("gate", "up"))
     else:
-        first = dense(name + up, ours, forms.LINEAR)
+        first = dense(name + up, ours, rules.LINEAR)
     return [
         *norm(f"{name}{'norm2' if spelling.dinov2 else 'layernorm_after'}.", f"{path}/norm_mlp"),
         *first,
-        *dense(name + down, f"{path}/mlp/down", forms.LINEAR),
+        *dense(name + down, f"{path}/mlp/down", rules.LINEAR),
         *_scale_rules(name, path, parts, "2", "mlp"),
     ]
 
@@ -253,4 +252,4 @@ def _mlp_rules(name: str, path: str, parts: Parts, spelling: Spelling) -> list[R
 def _scale_rules(name: str, path: str, parts: Parts, number: str, branch: str) -> list[Rule]:
     if not parts.layer_scale:
         return []
-    return [Rule((f"{name}layer_scale{number}.lambda1",), (f"{path}/scale_{branch}/scale",), forms.SAME)]
+    return [Rule((f"{name}layer_scale{number}.lambda1",), (f"{path}/scale_{branch}/scale",), rules.SAME)]

@@ -1,10 +1,11 @@
-"""The one door: a file of any project, or a checkpoint of our own, to a model and its parameters, or into a model."""
+"""Loads weights from files of any supported project and from our checkpoints."""
 
 import contextlib
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,67 +16,57 @@ import ml_dtypes
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.models.block_config import options_that_affect, parameter_options
+from vit_jax.models.parameters import heads, nested, parameter_shapes
 from vit_jax.models.positions import POSITIONS
+from vit_jax.models.stacking import stack_flat
 from vit_jax.models.vit import VisionTransformer, position_at, token_grid
-from vit_jax.weights import files, fit, google, hub, huggingface, native, stacked, timm
+from vit_jax.weights import files, fit, google, hub, huggingface, native, timm
 from vit_jax.weights.describe import Description, few, pair
-from vit_jax.weights.report import Report, Row
+from vit_jax.weights.report import Report, Row, stack_rows
 from vit_jax.weights.rules import Rule
-from vit_jax.weights.shapes import heads, parameter_shapes
 
 FAMILIES = (google, timm, huggingface)
-TOLD = ("heads", "gelu", "layer_norm_epsilon", "pooling", "position")
-OVERRIDES = ("classes", "image_size", "patch_size", "channels", "dtype", "scan", "step", *TOLD)
+FITTED = ("patch_size", "position_grid")  # may differ: parameters are converted, or a note says how to keep it
+FUNCTION = tuple(name for name in options_that_affect(VisionTransformer, "function") if name not in FITTED)
+NOT_IN_ARRAYS = ("heads", *FUNCTION, "position")  # options that the arrays need not determine
+OVERRIDES = ("classes", "image_size", "patch_size", "channels", "dtype", "scan", "step", *NOT_IN_ARRAYS)
 
-# What parameters depend on: a file of other ones is none of the model.
-ARCHITECTURE: dict[str, Callable[[VisionTransformer], Any]] = {
-    **{
-        name: lambda model, name=name: getattr(model, name)
-        for name in ("width", "depth", "heads", "mlp_width", "class_token", "registers", "position", "position_width")
-    },
-    "position_at": position_at,
-    **{
-        name: lambda model, name=name: getattr(model, name)
-        for name in ("mlp", "qkv_bias", "qk_norm", "parallel", "stem", "stem_width", "norm_after_pooling")
-    },
-    "layer scale": lambda model: model.layer_scale is not None,
-    "attention pooling": lambda model: model.pooling == "map",
-}
-FUNCTION = ("gelu", "layer_norm_epsilon", "pooling")  # what changes the function alone
-NEW_HEAD = "a new head is asked for"
+NEW_HEAD = "a new head was requested"
 
 
 def load(path_or_name: str | os.PathLike, **overrides: Any) -> tuple[VisionTransformer, dict[str, Any], Report]:
-    """The model that a file holds, its parameters, and what was done with every array.
+    """Returns the model of a file, its parameters, and a report of what was done with every array.
 
     Args:
-        path_or_name: a file (.npz, .safetensors), a folder of one, a URL, the name of a published model, or a workdir
-            of a run of our own.
-        **overrides: fields that shall differ from the file's: `classes` (a new zero head where the number is another;
-            a mapping for several; None for the features alone), `image_size` (pixels, an int or (height, width)),
-            `patch_size`, `channels`, `dtype` (arithmetic), `scan` (blocks stacked). Where the arrays do not tell them:
-            `heads`, `gelu`, `layer_norm_epsilon`, `pooling`, `position`. For a workdir: `step`, a number or 'best'.
+        path_or_name: a file (.npz, .safetensors), a directory with one, a URL, the name of a published model, or the
+            workdir of a training run.
+        **overrides: options that differ from those of the file: `classes` (a new zero head if the number differs; a
+            mapping for several heads; None for features only), `image_size` (pixels, an int or (height, width)),
+            `patch_size`, `channels`, `dtype` (compute dtype), `scan` (stacked blocks). Options that the arrays do not
+            determine: `heads`, `gelu`, `layer_norm_epsilon`, `pooling`, `position`. For a workdir: `step`, a number or
+            'best'.
 
     Returns:
-        The model; its parameters as `model.apply({"params": ...})` takes them, NumPy arrays in float32 (some of them
-        views that are not contiguous); the report.
+        The model; its parameters for `model.apply({"params": ...})`, NumPy arrays in float32 (some of them views that
+        are not contiguous); the report.
 
     Raises:
-        UserError: there is no such file, it is refused, is no whole model, or cannot be what the overrides ask for.
+        UserError: the file does not exist, cannot be read, is not a complete model, or does not fit the overrides.
     """
     _check_overrides(overrides)
-    given = {name: overrides[name] for name in (*TOLD, "image_size") if name in overrides}
-    source, description, arrays = _understand(path_or_name, given, overrides.get("step"))
+    decisive = {name: overrides[name] for name in (*NOT_IN_ARRAYS, "image_size") if name in overrides}
+    source, description, arrays = _understand(path_or_name, decisive, overrides.get("step"))
     with _as_user_error(source):
-        _check_told(description, overrides)
+        _check_contradictions(description, overrides)
         if description.head_refusal and "classes" not in overrides:
             raise UserError(
-                f"{description.head_refusal}\n  give classes=N for a new head, or classes=None for the features"
+                f"{description.head_refusal}\n  pass classes=N for a new head, or classes=None for features only"
             )
         model = _overridden(description.model, overrides)
         size = pair(overrides.get("image_size")) or description.image_size()
         channels = overrides.get("channels", description.channels)
-        # A new head is one linear layer: what stands before the old one goes with it.
+        # A new head is one linear layer, without the layer before the old one.
         if not _same_head(description, model):
             model = model.clone(pre_logits=None)
         return (model, *_take(source, description, arrays, model, size, channels))
@@ -89,33 +80,28 @@ def load_into(
     seed: int = 0,
     new_head: bool = False,
 ) -> tuple[dict[str, Any], Report]:
-    """Parameters of a given model from a file of the same architecture; its heads may be others, or several.
+    """Returns parameters for a given model from a file of the same architecture, and the report.
 
-    A head is taken where name and classes agree and else starts at zero. Positions, patches and channels are fitted.
+    A head is loaded if its name and number of classes agree, and is zero otherwise. Position embeddings, patch
+    embedding and channels are converted.
 
     Args:
         path_or_name: as in `load`.
         model: the model.
-        image_size: height and width of its images, pixels.
-        channels: values a pixel.
-        seed: of what is drawn: the layer before a new head's logits, where the model has one.
-        new_head: whether no head is taken, though it would agree: all of the model's start at zero.
+        image_size: height and width of its images in pixels.
+        channels: number of channels of its images.
+        seed: for the layer before the logits of a new head, if the model has one.
+        new_head: whether all heads are new and zero, even if one could be loaded.
 
     Raises:
-        UserError: as in `load`, or the file's model has other parameters; what differs is named.
+        UserError: as in `load`; or the file's model has other parameters: names the options that differ.
     """
-    given = {"image_size": image_size, "heads_otherwise": model.heads, "position": model.position}
-    source, description, arrays = _understand(path_or_name, given, None)
+    overrides = {"image_size": image_size, "heads_otherwise": model.heads, "position": model.position}
+    source, description, arrays = _understand(path_or_name, overrides, None)
     with _as_user_error(source):
         description = _named(description, model)
         theirs = description.model
-        different = [
-            f"{name} {field(theirs)!r}, not {field(model)!r}"
-            for name, field in ARCHITECTURE.items()
-            if field(theirs) != field(model)
-        ]
-        if different:
-            raise UserError(f"its model is another than the one to load into: it has {few(different)}")
+        _check_same_parameters(theirs, model)
         notes = tuple(
             f"the file's model has {name} {getattr(theirs, name)!r}, this one {getattr(model, name)!r}"
             for name in FUNCTION
@@ -123,37 +109,51 @@ def load_into(
         )
         side = theirs.position_grid
         if model.position_grid is None and side not in (None, *token_grid(model, pair(image_size))):
-            notes += (f"its positions are of {side}x{side} patches: config.model.position_grid={side} keeps them",)
+            notes += (f"its positions are for {side}x{side} patches: config.model.position_grid={side} keeps them",)
         description = dataclasses.replace(description, notes=(*description.notes, *notes))
         return _take(source, description, arrays, model, pair(image_size), channels, seed, new_head)
 
 
-def recognise(path_or_name: str | os.PathLike, **given: Any) -> Description:
-    """What a file is of: its model, and how that model's images were normalised.
+def recognise(path_or_name: str | os.PathLike, **overrides: Any) -> Description:
+    """Returns the description of a file, with its model and the normalization of its images, without loading it.
 
     Args:
         path_or_name: as in `load`.
-        **given: what the arrays may not tell: `heads`, `gelu`, `layer_norm_epsilon`, `pooling`, `position`.
+        **overrides: values of options that the arrays do not determine, such as `heads` and `pooling`.
 
     Raises:
         UserError: as in `load`.
     """
-    return _understand(path_or_name, given, None)[1]
+    return _understand(path_or_name, overrides, None)[1]
+
+
+def _check_same_parameters(theirs: VisionTransformer, model: VisionTransformer) -> None:
+    theirs, ours = (one.clone(position_at=position_at(one)) for one in (theirs, model))
+    there, here = parameter_options(theirs), parameter_options(ours)
+    different = [
+        f"{name} {getattr(theirs, name)!r}, not {getattr(ours, name)!r}"
+        for name in here
+        if name not in FITTED and there[name] != here[name]
+    ]
+    if different:
+        raise UserError(f"its model differs from the one to load into: it has {few(different)}")
 
 
 def _named(description: Description, model: VisionTransformer) -> Description:
-    """A file's only head under its name, where it is to be one of several."""
+    """The description with the file's only head renamed, if the model has several heads and one of its name."""
     name, theirs = description.head_name, description.model
     if not (isinstance(model.classes, Mapping) and isinstance(theirs.classes, int) and name in model.classes):
         return description
-    rename = lambda path: path.replace("head/", f"head/{name}/", 1) if path.startswith("head/") else path  # noqa: E731
-    rules = (dataclasses.replace(rule, paths=tuple(map(rename, rule.paths))) for rule in description.rules)
+    rules = (
+        dataclasses.replace(rule, paths=tuple(re.sub("^head/", f"head/{name}/", path) for path in rule.paths))
+        for rule in description.rules
+    )
     return dataclasses.replace(description, model=theirs.clone(classes={name: theirs.classes}), rules=tuple(rules))
 
 
 @contextlib.contextmanager
 def _as_user_error(source: str) -> Iterator[None]:
-    """What a model says of fields that cannot be is the user's to mend, and every message says which file."""
+    """Turns ValueErrors, such as those of a model's checks, into UserErrors, and names the file in all messages."""
     try:
         yield
     except UserError as error:
@@ -166,28 +166,28 @@ def _check_overrides(overrides: Mapping[str, Any]) -> None:
     for name in overrides:
         if name not in OVERRIDES:
             near = difflib.get_close_matches(name, OVERRIDES, n=1, cutoff=0.0)[0]
-            raise UserError(f"{name} is no override; nearest: {near}\n  there are: {', '.join(OVERRIDES)}")
+            raise UserError(f"{name} is not an override; nearest: {near}\n  known: {', '.join(OVERRIDES)}")
     for name in ("patch_size", "channels", "heads"):
         value = overrides.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{name} is {value!r}: a whole number of at least 1")
+            raise UserError(f"{name} is {value!r}\n  allowed: an integer of at least 1")
     size = pair(overrides["image_size"]) if "image_size" in overrides else (1, 1)
     if size is None or min(size) < 1:
-        raise UserError(f"image_size is {overrides['image_size']!r}: pixels, or (height, width)")
+        raise UserError(f"image_size is {overrides['image_size']!r}: it must be pixels, or (height, width)")
     if overrides.get("pooling") == "map":
-        raise UserError("pooling 'map' has parameters of its own, and cannot be given: token, mean or none")
+        raise UserError("pooling is 'map', which has parameters of its own\n  allowed: token, mean, none")
 
 
 def _understand(
-    path_or_name: str | os.PathLike, given: Mapping[str, Any], step: int | str | None
+    path_or_name: str | os.PathLike, overrides: Mapping[str, Any], step: int | str | None
 ) -> tuple[str, Description, Mapping[str, np.ndarray]]:
-    """What the file is called in messages, what it is, and its arrays."""
+    """The file's name for messages, its description, and its arrays."""
     path = Path(hub.fetch(os.fspath(path_or_name)))
     if native.recognise(path):
         with _as_user_error(str(path)):
             return (str(path), *native.describe(path, step))
     if step is not None:
-        raise UserError(f"step is {step!r}, but {path} is a file: only a workdir of a run has steps")
+        raise UserError(f"step is {step!r}, but {path} is a file: only the workdir of a training run has steps")
     stored = files.open_file(path)
     source = str(stored.path)
     with _as_user_error(source):
@@ -195,18 +195,18 @@ def _understand(
             return source, *native.describe_file(stored)
         for family in FAMILIES:
             if family.recognise(stored.shapes):
-                return source, family.describe(stored, given), stored.arrays
+                return source, family.describe(stored, overrides), stored.arrays
         raise UserError(
-            f"no Vision Transformer is known by these names: {few(stored.shapes)}\n"
-            "  read are Google's (.npz), timm's and Hugging Face's (.safetensors) and workdirs of runs"
+            f"not a known Vision Transformer, by the names of its arrays: {few(stored.shapes)}\n"
+            "  allowed: files of Google (.npz), timm and Hugging Face (.safetensors), and workdirs of training runs"
         )
 
 
-def _check_told(description: Description, overrides: Mapping[str, Any]) -> None:
+def _check_contradictions(description: Description, overrides: Mapping[str, Any]) -> None:
     decided = {decision.field for decision in description.decisions}
-    for name in TOLD:
+    for name in NOT_IN_ARRAYS:
         if name in overrides and name not in decided and getattr(description.model, name) != overrides[name]:
-            raise UserError(f"{name} is {overrides[name]!r}, but the file tells: {getattr(description.model, name)!r}")
+            raise UserError(f"{name} is {overrides[name]!r}, but the file has {getattr(description.model, name)!r}")
 
 
 def _overridden(model: VisionTransformer, overrides: Mapping[str, Any]) -> VisionTransformer:
@@ -215,10 +215,12 @@ def _overridden(model: VisionTransformer, overrides: Mapping[str, Any]) -> Visio
         try:
             fields["dtype"] = jnp.dtype(overrides["dtype"])
         except TypeError:
-            raise UserError(f"dtype is {overrides['dtype']!r}: float32 or bfloat16, for example") from None
+            raise UserError(
+                f"dtype is {overrides['dtype']!r}: it must be a dtype such as float32 or bfloat16"
+            ) from None
     classes = fields.get("classes")
     if classes is not None and not isinstance(classes, int | Mapping):
-        raise UserError(f"classes is {classes!r}: a number, a mapping from names to numbers, or None for features")
+        raise UserError(f"classes is {classes!r}: it must be a number, a mapping from names to numbers, or None")
     return model.clone(**fields)
 
 
@@ -237,10 +239,10 @@ def _take(
     seed: int = 0,
     new_head: bool = False,
 ) -> tuple[dict[str, Any], Report]:
-    """Every rule's arrays read, fitted and put in their place; heads made that the file has not."""
+    """Reads and converts the arrays of all rules, initializes missing heads, and makes the report."""
     grid = None if image_size is None else token_grid(model, image_size)
     if grid is None and not POSITIONS[model.position].fixed and model.position != "none":
-        raise UserError(f"the file has no positions, and how many {model.position!r} ones there are, image_size tells")
+        raise UserError(f"the size of the position embedding {model.position!r} is unknown: pass image_size")
     wanted = parameter_shapes(model, grid, channels)
     flat, rows = {}, []
     for rule in description.rules:
@@ -252,15 +254,15 @@ def _take(
         for path, value in zip(rule.paths, values, strict=True):
             if wanted.get(path) != value.shape:
                 raise UserError(
-                    f"{', '.join(rule.names)}: as {path} it is {list(value.shape)}, where a model of the file's other "
-                    f"arrays has {list(wanted.get(path, ()))}"
+                    f"{', '.join(rule.names)}: {path} would have shape {list(value.shape)}, but by the file's other "
+                    f"arrays it has {list(wanted.get(path, ()))}"
                 )
             flat[path] = value
         rows.append(row)
     rows += [Row("ignored", (name,), (), why) for name, why in description.ignored.items()]
-    rows += _initialise(flat, wanted, description, seed, new_head, model.head_bias)
+    rows += _initialize(flat, wanted, description, seed, new_head, model.head_bias)
     if model.scan:
-        flat, rows = stacked.stack(flat, model.depth), stacked.stack_rows(rows)
+        flat, rows = stack_flat(flat, model.depth), stack_rows(rows)
     report = Report(
         source,
         description.label,
@@ -276,17 +278,17 @@ def _take(
 
 
 def _left_out(rule: Rule, theirs: VisionTransformer, ours: VisionTransformer, new_head: bool) -> str | None:
-    """Why an array of a head is not taken, where it is not."""
+    """Why a rule's arrays are not loaded, if they belong to a head that the model does not have; else None."""
     if not rule.paths[0].startswith("head/"):
         return None
     there, here = heads(theirs.classes), heads(ours.classes)
     name = rule.paths[0].split("/")[1] if "" not in there else ""
     if not here:
-        return "no head is asked for"
+        return "no head was requested"
     if new_head:
         return NEW_HEAD
     if name not in here:
-        return f"there is no head {name!r} in the model" if name else "the model's heads have names"
+        return f"the model has no head {name!r}" if name else "the model's heads have names"
     if there[name] != here[name]:
         return f"the file's head has {there[name]} classes, the model's {here[name]}"
     if theirs.pre_logits != ours.pre_logits:
@@ -307,7 +309,7 @@ def _read(
     for name in rule.names:
         array = arrays[name]
         if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
-            raise UserError(f"{name} is {array.dtype}: parameters are floating-point numbers, not quantised ones")
+            raise UserError(f"{name} is {array.dtype}: parameters must be floating-point numbers, not quantised")
         files.check_finite(f"{source}: {name}", array)
         if array.dtype != np.float32:
             details.append(f"{array.dtype} -> float32")
@@ -316,9 +318,9 @@ def _read(
         raw.append(array)
     try:
         values = rule.form.read(raw)
-    except (ValueError, IndexError) as error:  # shapes that do not go together
+    except (ValueError, IndexError) as error:  # incompatible shapes
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in zip(rule.names, raw, strict=True))
-        raise UserError(f"these do not make {rule.paths[0]} together: {shapes} ({error})") from None
+        raise UserError(f"these arrays cannot be converted to {rule.paths[0]}: {shapes} ({error})") from None
     action, fitted = rule.form.word, []
     for path, value in zip(rule.paths, values, strict=True):
         value, did = _fitted(path, value, description, model, grid, channels)
@@ -336,7 +338,7 @@ def _fitted(
     grid: tuple[int, int] | None,
     channels: int,
 ) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """A parameter made to suit the model's images, and what was done: (action, detail) each."""
+    """A parameter converted to the model's images, and what was done: (action, detail) for each conversion."""
     theirs, did = description.model, []
     first = "embedding/projection/kernel" if theirs.stem is None else "stem/convolution_root/kernel"
     if path == first and channels != description.channels:
@@ -355,7 +357,7 @@ def _fitted(
     return value, did
 
 
-def _initialise(
+def _initialize(
     flat: dict[str, np.ndarray],
     wanted: Mapping[str, tuple[int, ...]],
     description: Description,
@@ -363,13 +365,13 @@ def _initialise(
     new_head: bool,
     head_bias: float,
 ) -> list[Row]:
-    """Makes the heads that the file does not have; anything else that is missing is an error."""
+    """Initializes the heads that the file does not have; other missing parameters are an error."""
     missing = [path for path in wanted if path not in flat]
     foreign = [path for path in missing if not path.startswith("head/")]
     if foreign:
-        raise UserError(f"the file has nothing for {few(foreign)}; nothing was loaded")
+        raise UserError(f"the file has no arrays for {few(foreign)}: nothing was loaded")
     rows = []
-    had = ", ".join(f"{count} classes" for count in heads(description.model.classes).values()) or "no head to take"
+    had = ", ".join(f"{count} classes" for count in heads(description.model.classes).values()) or "no head"
     why = NEW_HEAD if new_head else f"the file has {had}"
     for number, path in enumerate(missing):
         drawn, start = path.endswith("pre_logits/kernel"), head_bias if path.endswith("/logits/bias") else 0.0
@@ -379,17 +381,5 @@ def _initialise(
         else:
             flat[path] = np.full(wanted[path], start, np.float32)
         how = "drawn" if drawn else f"{start:g}" if start else "zero"
-        rows.append(Row("initialised", (), (path,), f"{how}: {why}"))
+        rows.append(Row("initialized", (), (path,), f"{how}: {why}"))
     return rows
-
-
-def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The tree of parameters from their paths."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree

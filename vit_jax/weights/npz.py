@@ -1,11 +1,11 @@
-"""NumPy's .npz archives read with suspicion: nothing is unpickled, and no size is believed before it is checked.
+"""Safe reading of NumPy's .npz archives: nothing is unpickled, and every size is checked before it is used.
 
-An .npz is a zip archive of .npy members (numpy.lib.format). `entries` checks the archive's directory and the header of
-every member against each other and against the file; `read` brings one array, and its check sum. numpy.load does
-neither, holds the data twice while it reads a compressed member, and allocates whatever a header asks for.
+An .npz file is a zip archive of .npy members (numpy.lib.format). `entries` checks the archive's directory and the
+header of every member against each other and against the file; `read` reads one array and verifies its checksum.
+numpy.load checks neither, holds the data twice while it reads a compressed member, and allocates as much memory as a
+header claims.
 
-Both raise ValueError with the reason as a clause that follows the file's name; `vit_jax.weights.files` makes it the
-user's message.
+Both raise ValueError with the reason; `vit_jax.weights.files` turns it into a UserError that names the file.
 """
 
 import dataclasses
@@ -21,30 +21,31 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-_DIRECTORY = 2 * 10**6  # bytes of zip directory that are read: about 15,000 members
-_HEADER = 10_000  # bytes of a member's header, numpy's own limit
-_EXPANDED = 100 * 10**6  # bytes that compressed members may expand to in any file,
-_EXPANSION = 4  # and beyond that so many times the file's size: weights hardly compress, bombs do
+_MAX_DIRECTORY = 2 * 10**6  # bytes of zip directory: about 15,000 members
+_MAX_HEADER = 10_000  # bytes of a member's header, numpy's own limit
+# Compressed members may expand to this many bytes, plus this multiple of the file's size. Weights hardly compress.
+_EXPANDED = 100 * 10**6
+_EXPANSION = 4
 _BLOCK = 2**18
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 
 
 class PickledError(ValueError):
-    """The archive is one that torch.save wrote."""
+    """The archive was written by torch.save."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where one array lies in the archive, and what it is.
+    """The position and format of one array in the archive.
 
     Attributes:
         shape, dtype: of the array as it is returned, in the machine's byte order.
         stored: the dtype in the file.
         fortran_order: the first axis varies fastest.
-        start, size: of the member's data in the file, compressed or not; bytes.
+        start, size: of the member's (possibly compressed) data in the file, bytes.
         header: bytes of the .npy header at the beginning of the (expanded) member.
-        compressed: by deflate; else stored as it is.
+        compressed: with deflate; otherwise uncompressed.
         crc: the CRC-32 of the expanded member.
     """
 
@@ -60,22 +61,22 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the array."""
+        """Size of the array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def entries(file: BinaryIO, size: int) -> dict[str, Entry]:
-    """The arrays of the archive by name, without .npy, in the order of its directory.
+    """The arrays of the archive by name (without .npy), in the order of its directory.
 
     Raises:
-        ValueError: the archive is damaged, lies about itself, or holds something else than plain arrays.
+        ValueError: the archive is corrupt, inconsistent, or contains something other than plain arrays.
     """
     members, end = _directory(file, size)
     expanded = sum(member.file_size for member in members if member.compress_type == zipfile.ZIP_DEFLATED)
     if expanded > _EXPANDED + _EXPANSION * size:
         raise ValueError(
-            f"its {size:,} bytes expand to {expanded:,}, as a zip bomb's do and weights' do not; if it is yours, "
-            "write it again with numpy.savez"
+            f"its {size:,} bytes expand to {expanded:,}, as in a zip bomb; "
+            "if you trust the file, write it again with numpy.savez"
         )
     found: dict[str, Entry] = {}
     covered = 0
@@ -89,27 +90,27 @@ def entries(file: BinaryIO, size: int) -> dict[str, Entry]:
 
 
 def _directory(file: BinaryIO, size: int) -> tuple[list[zipfile.ZipInfo], int]:
-    """The members that the archive lists, their names checked, and where that list begins in the file."""
+    """The members in the archive's directory, with checked names, and the position of the directory in the file."""
     try:
         with zipfile.ZipFile(_Bounded(file, size)) as archive:
             members, end = archive.infolist(), archive.start_dir
     except zipfile.BadZipFile as error:
-        raise ValueError("it is truncated or damaged: its zip directory is missing or broken") from error
+        raise ValueError("truncated or corrupt: its zip directory is missing or invalid") from error
     except (NotImplementedError, OverflowError, UnicodeError, struct.error, EOFError) as error:
-        raise ValueError(f"its zip directory is damaged ({error})") from error
+        raise ValueError(f"its zip directory is corrupt ({error})") from error
     seen = set()
     for member in members:
         _check_member(member)
         if member.orig_filename in seen:
-            raise ValueError(f"it holds two members named {member.orig_filename!r}")
+            raise ValueError(f"two members are named {member.orig_filename!r}")
         seen.add(member.orig_filename)
     if not members:
-        raise ValueError("it holds no arrays")
+        raise ValueError("it contains no arrays")
     return members, end
 
 
 class _Bounded(io.RawIOBase):
-    """The file for zipfile, which would believe any size of directory and make an object of every 46 bytes of it."""
+    """A file wrapper that limits the directory size; zipfile has no limit and creates an object for every 46 bytes."""
 
     def __init__(self, file: BinaryIO, size: int):
         self._file, self._size = file, size
@@ -126,35 +127,35 @@ class _Bounded(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(self._size - self._file.tell(), 0)
         wanted = left if size is None or size < 0 else min(size, left)
-        if wanted > _DIRECTORY:
-            raise ValueError(f"its zip directory has {wanted:,} bytes; at most {_DIRECTORY:,} are read")
+        if wanted > _MAX_DIRECTORY:
+            raise ValueError(f"its zip directory has {wanted:,} bytes; at most {_MAX_DIRECTORY:,} are allowed")
         return self._file.read(wanted)
 
 
 def _check_member(member: zipfile.ZipInfo) -> None:
-    """Raises ValueError unless the member has a plain name and a size that its data can have."""
+    """Raises ValueError unless the member has a plain name and a possible size."""
     name = member.orig_filename
     shown = repr(name[:80])
     if name.endswith(".pkl"):
         raise PickledError
     if len(name) > 512 or not name.isprintable() or "\\" in name:
-        raise ValueError(f"member {shown} has a name that no array has")
+        raise ValueError(f"member {shown} has an invalid name")
     if not name.endswith(".npy"):
-        raise ValueError(f"member {shown} is no .npy array")
+        raise ValueError(f"member {shown} is not a .npy array")
     if any(part in ("", ".", "..", ".npy") for part in name.split("/")) or ":" in name.split("/")[0]:
-        raise ValueError(f"member {shown} has a path for a name")
+        raise ValueError(f"member {shown} has a path as its name")
     if member.flag_bits & _ENCRYPTED:
         raise ValueError(f"member {shown} is encrypted")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"member {shown} is compressed by something else than deflate")
-    # Deflate makes at most 1,032 bytes of one.
+        raise ValueError(f"member {shown} uses a compression other than deflate")
+    # Deflate expands one byte to at most 1,032.
     possible = member.compress_size if member.compress_type == zipfile.ZIP_STORED else 1040 * member.compress_size
     if member.file_size > possible or (possible == member.compress_size != member.file_size):
-        raise ValueError(f"member {shown} claims {member.file_size:,} bytes, more or less than its data can give")
+        raise ValueError(f"member {shown} claims {member.file_size:,} bytes, which its data cannot expand to")
 
 
 def _data_start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
-    """Where the member's data begins, from the header before it, which must name the same member."""
+    """The position of the member's data, from its local header, which must match the directory."""
     file.seek(member.header_offset)
     local = file.read(_LOCAL_HEADER.size)
     if len(local) == _LOCAL_HEADER.size:
@@ -163,62 +164,63 @@ def _data_start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
         encoded = member.orig_filename.encode("utf-8" if member.flag_bits & _UTF8 else "cp437")
         if (signature, name, method, flags & _ENCRYPTED) == (b"PK\x03\x04", encoded, member.compress_type, 0):
             return member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-    raise ValueError(f"member {member.orig_filename!r} is not where the zip directory says, or is another one")
+    raise ValueError(f"member {member.orig_filename!r} does not match the zip directory")
 
 
 def _entry(file: BinaryIO, member: zipfile.ZipInfo, start: int) -> Entry:
     compressed = member.compress_type == zipfile.ZIP_DEFLATED
     file.seek(start)
-    head = file.read(min(member.compress_size, _HEADER + 128))
+    head = file.read(min(member.compress_size, _MAX_HEADER + 128))
     if compressed:
         try:
-            head = zlib.decompressobj(-zlib.MAX_WBITS).decompress(head, _HEADER + 128)
+            head = zlib.decompressobj(-zlib.MAX_WBITS).decompress(head, _MAX_HEADER + 128)
         except zlib.error as error:
-            raise ValueError(f"member {member.filename!r} is damaged ({error})") from error
+            raise ValueError(f"member {member.filename!r} is corrupt ({error})") from error
     shape, fortran_order, stored, header = _npy_header(head, member.filename)
-    held = member.file_size - header
-    asked = math.prod(shape) * stored.itemsize
-    if asked != held:
+    actual = member.file_size - header
+    expected = math.prod(shape) * stored.itemsize
+    if expected != actual:
         raise ValueError(
-            f"member {member.filename!r} lies: {list(shape)} of {stored} takes {asked:,} bytes, and {held:,} are there"
+            f"member {member.filename!r} is inconsistent: {list(shape)} of {stored} takes {expected:,} bytes, "
+            f"but it has {actual:,}"
         )
-    # numpy has no name for bfloat16 and writes it as two bytes without a meaning.
+    # numpy cannot name bfloat16 and writes it as two untyped bytes.
     dtype = np.dtype(ml_dtypes.bfloat16) if stored.kind == "V" else stored.newbyteorder("=")
     return Entry(shape, dtype, stored, fortran_order, start, member.compress_size, header, compressed, member.CRC)
 
 
 def _npy_header(head: bytes, name: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """The array's shape, whether its order is Fortran's, its dtype, and the bytes that all this took.
+    """The array's shape, whether it is in Fortran order, its dtype, and the length of the header in bytes.
 
-    numpy's own reader parses it, as a literal that cannot run anything, and takes whatever shape it finds there.
+    numpy's own reader parses the header as a literal, which cannot execute code, but does not check the shape.
     """
     stream = io.BytesIO(head)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         version = np.lib.format.read_magic(stream)
-        with warnings.catch_warnings(action="ignore"):  # that Python 2 wrote it
-            shape, fortran_order, dtype = readers[version](stream, max_header_size=_HEADER)
-    except Exception as error:  # also SyntaxError, MemoryError and RecursionError of Python's own parser
+        with warnings.catch_warnings(action="ignore"):  # about files written by Python 2
+            shape, fortran_order, dtype = readers[version](stream, max_header_size=_MAX_HEADER)
+    except Exception as error:  # also SyntaxError, MemoryError and RecursionError of Python's parser
         raise ValueError(f"member {name!r} has no readable .npy header") from error
     if dtype.hasobject:
-        raise ValueError(f"member {name!r} holds pickled Python objects, which can run code as they are read")
+        raise ValueError(f"member {name!r} contains pickled Python objects, which can execute code when they are read")
     if dtype.kind not in "biufcSU" and not (dtype.kind == "V" and dtype.itemsize == 2 and not dtype.names):
-        raise ValueError(f"member {name!r} is of {dtype}, which no weight is")
+        raise ValueError(f"member {name!r} has the unsupported dtype {dtype}")
     if dtype.shape or len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
         raise ValueError(f"member {name!r} claims the shape {str(shape)[:80]}")
     return shape, fortran_order, dtype, stream.tell()
 
 
 def read(file: BinaryIO, entry: Entry, out: np.ndarray) -> np.ndarray:
-    """The array of `entry`, in `out`: as many bytes (uint8) as it has.
+    """The array of `entry`, read into `out` (uint8, `entry.nbytes` long).
 
     Raises:
-        ValueError: the member is shorter or longer than it says, or damaged.
+        ValueError: the member is corrupt, or shorter or longer than its header claims.
     """
     file.seek(entry.start)
     crc = _inflate(file, entry, out) if entry.compressed else _copy(file, entry, out)
     if crc != entry.crc:
-        raise ValueError("it is damaged: its check sum differs from the archive's")
+        raise ValueError("corrupt: its checksum differs from the archive's")
     array = out.view(entry.stored)
     if not entry.stored.isnative:
         array = array.byteswap(inplace=True)
@@ -227,7 +229,7 @@ def read(file: BinaryIO, entry: Entry, out: np.ndarray) -> np.ndarray:
 
 
 def _copy(file: BinaryIO, entry: Entry, out: np.ndarray) -> int:
-    """Reads a stored member; returns the CRC-32, taken of each block while the processor's cache still has it."""
+    """Reads an uncompressed member; returns its CRC-32, computed per block while the block is in the CPU cache."""
     crc = zlib.crc32(file.read(entry.header))
     for start in range(0, len(out), _BLOCK):
         block = out[start : start + _BLOCK]
@@ -237,17 +239,17 @@ def _copy(file: BinaryIO, entry: Entry, out: np.ndarray) -> int:
 
 
 def fill(file: BinaryIO, out: np.ndarray) -> None:
-    """Reads as many bytes as `out` (uint8) has; ValueError if the file ends before that."""
+    """Fills `out` (uint8) from the file; ValueError if the file ends before that."""
     done = 0
     while done < len(out):
-        got = file.readinto(memoryview(out)[done:])  # Linux reads at most 2 GB at once
+        got = file.readinto(memoryview(out)[done:])  # Linux reads at most 2 GB per call
         if not got:
-            raise ValueError("the file ends before the array does")
+            raise ValueError("the file ends before the end of the array")
         done += got
 
 
 def _inflate(file: BinaryIO, entry: Entry, out: np.ndarray) -> int:
-    """Expands a member block by block, never beyond what it claims; returns the CRC-32."""
+    """Decompresses a member block by block, never beyond its claimed size; returns its CRC-32."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     left, done, crc = entry.size, -entry.header, 0
     tail = b""
@@ -260,16 +262,16 @@ def _inflate(file: BinaryIO, entry: Entry, out: np.ndarray) -> int:
         try:
             block = inflater.decompress(tail, _BLOCK)
         except zlib.error as error:
-            raise ValueError(f"it is damaged ({error})") from error
+            raise ValueError(f"corrupt ({error})") from error
         tail = inflater.unconsumed_tail
         crc = zlib.crc32(block, crc)
         if done + len(block) > len(out):
-            raise ValueError("it expands to more than it claims")
+            raise ValueError("it expands to more bytes than it claims")
         skipped = min(max(-done, 0), len(block))
         out[done + skipped : done + len(block)] = np.frombuffer(block, np.uint8)[skipped:]
         done += len(block)
     if done != len(out):
-        raise ValueError("it expands to less than it claims")
+        raise ValueError("it expands to fewer bytes than it claims")
     return crc
 
 
@@ -277,7 +279,7 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes an uncompressed archive, as numpy.savez does, in the order of `arrays`; bfloat16 as two bytes each.
 
     Raises:
-        ValueError: an array has a dtype that .npz has no name for, or a name that cannot be one.
+        ValueError: .npz cannot store the dtype of an array, or an array has an invalid name.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
@@ -285,7 +287,7 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
             if array.dtype == ml_dtypes.bfloat16:
                 array = array.view("V2")
             elif array.dtype.kind not in "biufcSU":
-                raise ValueError(f"{name} is of {array.dtype}, which .npz cannot hold; write .safetensors")
+                raise ValueError(f"{name} has dtype {array.dtype}, which .npz cannot store; use .safetensors")
             member = zipfile.ZipInfo(f"{name}.npy")
             _check_member(member)
             with archive.open(member, "w", force_zip64=True) as stream:

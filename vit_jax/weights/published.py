@@ -1,11 +1,12 @@
-"""The published models that have a short name here, and where each is on the Hugging Face hub.
+"""Short names of published models, and their repositories on the Hugging Face hub.
 
-A name is family-model, and an image size where there are several: augreg-b16-384 is a B/16 for images of 384 pixels.
-In `augreg` and `vit`, -in21k is pre-trained on ImageNet-21k, a size alone fine-tuned from that on ImageNet-1k, and
--in1k has seen ImageNet-1k alone; in `deit3`, -in21k is pre-trained on ImageNet-21k and fine-tuned, and a size alone is
-not. `dino`, `dinov2`, `mae` and the `siglip`s but for -in1k are encoders without a classifier.
+A name consists of family and model, and the image size if there are several: augreg-b16-384 is B/16 for images of 384
+pixels. In `augreg` and `vit`, -in21k is pre-trained on ImageNet-21k; a name with an image size only is fine-tuned from
+that on ImageNet-1k; -in1k is trained on ImageNet-1k only. In `deit3`, -in21k is pre-trained on ImageNet-21k and
+fine-tuned on ImageNet-1k; a name with an image size only is trained on ImageNet-1k only. `dino`, `dinov2`, `mae`,
+`siglip` and `siglip2` are encoders without a classifier, except -in1k.
 
-The files are timm's conversions of the authors' own, each in the hub's repository timm/ID, as timm 1.0.31 lists them.
+The files are timm's conversions of the authors' files, in the repositories timm/ID listed by timm 1.0.31.
 """
 
 import dataclasses
@@ -16,9 +17,9 @@ class Published:
     """A model on the Hugging Face hub.
 
     Attributes:
-        hub: its repository there, owner/name.
-        source: whose it is, and the paper.
-        licence: as the repository states it.
+        hub: its repository, owner/name.
+        source: the authors and the paper.
+        licence: as stated in the repository.
     """
 
     hub: str

@@ -1,26 +1,27 @@
-"""What became of every array of a file, and where every array of the model came from."""
+"""A report of what was done with every array of a file, and where every parameter of the model comes from."""
 
 import collections
 import dataclasses
 
+from vit_jax.models.stacking import stacked_path
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights.describe import Decision
 
-# In the order of the table: what needs a look comes last, and is shown even where the table is short.
-ACTIONS = ("taken", "transposed", "reshaped", "fused", "split", "resampled", "adapted", "initialised", "ignored")
-PLAIN = ("taken", "transposed", "reshaped", "fused", "split")
-SHOWN = 4  # rows of one kind and reason, where the table is short
+# In the order of the table. Those in PLAIN leave the values unchanged; rows with others are always shown.
+ACTIONS = ("loaded", "transposed", "reshaped", "fused", "split", "resampled", "adapted", "initialized", "ignored")
+PLAIN = ("loaded", "transposed", "reshaped", "fused", "split")
+SHOWN = 4  # rows with the same action and detail, unless verbose
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One rule's arrays.
+    """What was done with the arrays of one rule.
 
     Attributes:
         action: one of `ACTIONS`.
-        names: the file's arrays; none where ours were initialised.
-        paths: our parameters ('encoder/block_0/mlp/up/kernel'); none where the file's were ignored.
-        detail: from what to what, or why.
+        names: names of the file's arrays; none if the parameters were initialized.
+        paths: paths of our parameters ('encoder/block_0/mlp/up/kernel'); none if the arrays were ignored.
+        detail: the change, or the reason.
     """
 
     action: str
@@ -31,17 +32,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What loading did. Every array of the file and every array of the model is in exactly one row.
+    """The result of loading a file. Every array of the file and every parameter is in exactly one row.
 
     Attributes:
         source: the file.
-        label: whose naming it has.
-        model: the model loaded.
-        image_size: height and width of the images that its table of positions is for; None where any will do.
-        channels: of its images.
-        normalization: of the images it was trained on, as `config.data.normalization` names it.
-        rows: one for each rule, and for what was ignored or initialised.
-        decisions: fields of the model that the arrays do not tell, and who told them.
+        label: its naming convention.
+        model: the loaded model.
+        image_size: height and width of the images that its position embedding is for; None for any size.
+        channels: number of channels of its images.
+        normalization: of the images it was trained on, a value of `config.data.normalization`.
+        rows: one per rule, and one per array that was ignored or initialized.
+        decisions: options of the model that the arrays do not determine, and where their values come from.
         notes: what else a user should know.
     """
 
@@ -56,12 +57,12 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def counts(self) -> dict[str, int]:
-        """Rows of each action there is, in the order of the table."""
+        """The number of rows per action, in the order of the table."""
         found = collections.Counter(row.action for row in self.rows)
         return {action: found[action] for action in ACTIONS if found[action]}
 
     def table(self, verbose: bool = False) -> str:
-        """The report as text: what was changed, left out or made up; with `verbose`, every array."""
+        """The report as text: arrays that were changed, ignored or initialized; with `verbose`, all arrays."""
         arrays = sum(len(row.names) for row in self.rows)
         lines = [f"{self.source}: {self.label}, {arrays} arrays", f"model: {self._model()}"]
         lines += [f"  {one.field} {one.value!r}: {one.source}" for one in self.decisions]
@@ -97,5 +98,22 @@ class Report:
 
 
 def _names(row: Row) -> str:
-    short = lambda names: ", ".join(names if len(names) < 4 else [*names[:2], f"... {names[-1]}"])  # noqa: E731
+    def short(names: tuple[str, ...]) -> str:
+        return ", ".join(names if len(names) < 4 else [*names[:2], f"... {names[-1]}"])
+
     return " -> ".join(short(names) for names in (row.names, row.paths) if names)
+
+
+def stack_rows(rows: list[Row]) -> list[Row]:
+    """The rows for a model whose blocks are stacked: one row per stacked parameter."""
+    merged: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        paths = tuple(dict.fromkeys(map(stacked_path, row.paths)))
+        before = merged.get(paths)
+        if not paths or before is None:
+            merged[paths or row.names] = dataclasses.replace(row, paths=paths)
+            continue
+        action = row.action if before.action in PLAIN else before.action
+        details = "; ".join(dict.fromkeys(filter(None, [before.detail, row.detail])))
+        merged[paths] = Row(action, before.names + row.names, paths, details)
+    return list(merged.values())

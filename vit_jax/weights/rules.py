@@ -1,7 +1,7 @@
-"""What stands between a file's arrays and ours: a rule each, which goes both ways.
+"""Rules that convert a file's arrays into our parameters and back.
 
-A family of files (google, timm, huggingface) is a table of rules made of what a model consists of (`Parts`): the same
-table reads and writes, and so what is written is what was read, bit for bit.
+A naming convention (google, timm, huggingface) is a list of rules, made for the parts that a model has (`Parts`). The
+same rules read and write, so that a file that is read and written again is equal bit for bit.
 """
 
 import dataclasses
@@ -9,19 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.block_config import options_that_affect
+from vit_jax.models.vit import VisionTransformer, position_at
 
 Arrays = Sequence[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How the arrays of a rule become ours, and back.
+    """How the arrays of a rule are converted to our parameters, and back.
 
     Attributes:
-        word: for the report: 'taken', 'transposed', 'reshaped', 'fused' or 'split'.
-        read: the file's arrays to ours, views where they can be.
-        write: ours to the file's, for a model (which knows patch size and heads).
+        word: the action in a report: 'loaded', 'transposed', 'reshaped', 'fused' or 'split'.
+        read: the file's arrays to our parameters, as views if possible.
+        write: our parameters to the file's arrays; the model is needed for its patch size and heads.
     """
 
     word: str
@@ -31,7 +32,7 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The file's arrays `names`, as `form` has it, are our parameters `paths` ('encoder/block_0/mlp/up/kernel')."""
+    """The file's arrays `names` become, by `form`, our parameters `paths` ('encoder/block_0/mlp/up/kernel')."""
 
     names: tuple[str, ...]
     paths: tuple[str, ...]
@@ -43,11 +44,12 @@ class Parts:
     """Which parameters a model has, whatever their sizes.
 
     Attributes:
-        depth: blocks.
-        class_token, registers, positions: whether there is such a token, such tokens, a learned table at the input.
+        depth: number of blocks.
+        class_token, registers, positions: whether there is a class token, registers, a learned table at the input.
         mlp: 'gelu' or 'swiglu'.
-        qkv_bias, qk_norm, layer_scale: as in `VisionTransformer`; the last, whether there is one.
-        map: whether attention pools.
+        qkv_bias, qk_norm: as in `VisionTransformer`.
+        layer_scale: whether there is LayerScale.
+        map: whether there is attention pooling.
         norm_after_pooling: as in `VisionTransformer`.
         head, pre_logits: whether there is a classifier, and a layer before it.
         stem: as in `VisionTransformer`.
@@ -69,7 +71,7 @@ class Parts:
 
     @staticmethod
     def of(model: VisionTransformer) -> "Parts":
-        """Those of a model with a plain table of positions, or none, and one head at most."""
+        """The parts of a model with a learned table of positions or none, and at most one head."""
         return Parts(
             depth=model.depth,
             class_token=model.class_token,
@@ -95,7 +97,7 @@ def _joined(arrays: Arrays, axis: int) -> np.ndarray:
     return np.concatenate(arrays, axis=axis)
 
 
-SAME = _one("taken", lambda array: array, lambda array, model: array)
+SAME = _one("loaded", lambda array: array, lambda array, model: array)
 
 # torch.nn.Linear's weight is [outputs, inputs].
 LINEAR = _one("transposed", lambda array: array.T, lambda array, model: array.T)
@@ -111,10 +113,10 @@ CONVOLUTION = _one(
 )
 PATCH = _one("reshaped", lambda array: array.reshape(-1, array.shape[-1]), lambda array, model: _as_patch(array, model))
 
-# The published files have the scale of a GroupNorm as [1, 1, 1, channels].
+# In the published files, the scale of a GroupNorm is [1, 1, 1, channels].
 CHANNELS = _one("reshaped", lambda array: array.reshape(-1), lambda array, model: array.reshape(1, 1, 1, -1))
 
-# Flax has a product's heads as axes of their own: [width, heads, size], and [heads, size, width] behind the mixture.
+# Flax's projections have an axis for the heads: [width, heads, size], and [heads, size, width] after attention.
 HEADS = _one(
     "reshaped",
     lambda array: array.reshape(array.shape[0], -1),
@@ -133,7 +135,7 @@ def _as_patch(kernel: np.ndarray, model: VisionTransformer) -> np.ndarray:
 
 
 def fused_heads(parts: int) -> Form:
-    """`parts` kernels [width, heads, size] side by side: [width, parts * width]."""
+    """Concatenates `parts` kernels [width, heads, size] to [width, parts * width]."""
     return Form(
         "fused",
         lambda arrays: [_joined([array.reshape(array.shape[0], -1) for array in arrays], 1)],
@@ -142,7 +144,7 @@ def fused_heads(parts: int) -> Form:
 
 
 def fused_heads_bias(parts: int) -> Form:
-    """`parts` biases [heads, size] behind each other."""
+    """Concatenates `parts` biases [heads, size]."""
     return Form(
         "fused",
         lambda arrays: [_joined([array.reshape(-1) for array in arrays], 0)],
@@ -151,33 +153,33 @@ def fused_heads_bias(parts: int) -> Form:
 
 
 def fused_linear(parts: int) -> Form:
-    """`parts` weights of torch.nn.Linear side by side, transposed."""
+    """Concatenates `parts` weights of torch.nn.Linear, transposed."""
     return Form(
         "fused",
-        # Joined as they lie in the file and only then seen the other way round: the fastest copy there is.
+        # Concatenated in the file's layout and then transposed as a view, which is the fastest copy.
         lambda arrays: [_joined(arrays, 0).T],
         lambda ours, model: [part.T for part in np.split(ours[0], parts, axis=1)],
     )
 
 
 def fused_vectors(parts: int) -> Form:
-    """`parts` vectors behind each other."""
+    """Concatenates `parts` vectors."""
     return Form("fused", lambda arrays: [_joined(arrays, 0)], lambda ours, model: np.split(ours[0], parts))
 
 
-# A table without a row for the class token is one with a row of zeros.
+# A table without a row for the class token equals one with a row of zeros.
 CLASS_ROW = Form(
-    "taken",
+    "loaded",
     lambda arrays: [np.concatenate([np.zeros_like(arrays[0][:, :1]), arrays[0]], axis=1)],
     lambda ours, model: [ours[0][:, 1:]],
 )
 
 
 def with_register_rows(class_row: bool) -> Form:
-    """(registers, table with a row for each of them too) <-> (registers that their rows were added to, table without).
+    """Registers and a table with rows for them <-> registers with their rows added, and a table without these rows.
 
-    The registers of our models have no position; added once and for all, their rows do the same. Written, those rows
-    are zeros, so that a file whose rows are not zeros comes back as another one of the same model.
+    Registers of our models have no position embedding, so the rows are added to the registers themselves, which gives
+    the same model. When written, these rows are zeros: a file with other rows does not come back bit for bit.
     """
     first = int(class_row)
 
@@ -190,11 +192,11 @@ def with_register_rows(class_row: bool) -> Form:
         tokens, table = ours
         return [tokens, np.concatenate([table[:, :first], np.zeros_like(tokens), table[:, first:]], axis=1)]
 
-    return Form("taken", read, write)
+    return Form("loaded", read, write)
 
 
 def scanned(rule: Rule, depth: int) -> Rule:
-    """Of a rule for block 0, that of arrays which hold all blocks along a first axis."""
+    """The rule for arrays that hold all blocks along a first axis, from the rule for block 0."""
 
     def read(arrays: Arrays) -> list[np.ndarray]:
         return [one for index in range(depth) for one in rule.form.read([array[index] for array in arrays])]
@@ -204,11 +206,34 @@ def scanned(rule: Rule, depth: int) -> Rule:
         return [np.stack(arrays) for arrays in zip(*blocks, strict=True)]
 
     paths = tuple(path.replace("/block_0/", f"/block_{index}/") for index in range(depth) for path in rule.paths)
-    return Rule(rule.names, paths, Form("split" if rule.form.word == "taken" else rule.form.word, read, write))
+    return Rule(rule.names, paths, Form("split" if rule.form.word == "loaded" else rule.form.word, read, write))
+
+
+def unsupported(model: VisionTransformer, supported: Mapping[str, tuple | None]) -> list[str]:
+    """What a model uses that a naming convention cannot express, as 'option=value'.
+
+    Any option that affects parameters or function and is not listed has to have its default value, so that a new
+    option is refused until a convention supports it.
+
+    Args:
+        model: the model.
+        supported: for each option the values that can be written; None for all values.
+    """
+    found = []
+    for name in options_that_affect(model, "parameters", "function"):
+        value = position_at(model) if name == "position_at" else getattr(model, name)
+        allowed = supported.get(name, ("input" if name == "position_at" else getattr(type(model), name, None),))
+        if allowed is not None and value not in allowed:
+            found.append(f"{name}={value!r}")
+    return found + (["several heads"] if isinstance(model.classes, Mapping) else [])
+
+
+# Options whose every value is in the shapes of a file's arrays, whatever the convention.
+SIZES = dict.fromkeys(("patch_size", "width", "depth", "heads", "mlp_width", "class_token"))
 
 
 def written(rules: Sequence[Rule], ours: Mapping[str, np.ndarray], model: VisionTransformer) -> dict[str, np.ndarray]:
-    """The file's arrays, by name, of all our parameters by path."""
+    """All arrays of a file by name, from all our parameters by path."""
     arrays = {}
     for rule in rules:
         arrays.update(zip(rule.names, rule.form.write([ours[path] for path in rule.paths], model), strict=True))
@@ -216,9 +241,15 @@ def written(rules: Sequence[Rule], ours: Mapping[str, np.ndarray], model: Vision
 
 
 def dense(names: str, path: str, kernel: Form, bias: Form = SAME, parts: Sequence[str] = ("",)) -> list[Rule]:
-    """The rules of a dense layer: `names` has a place '{}' for each of `parts` and ends where kernel or bias begins.
+    """The rules of a dense layer.
 
-    A name that ends in '/' is Flax's (kernel, bias), one that ends in '.' is PyTorch's (weight, bias).
+    Args:
+        names: the start of the arrays' names, up to 'kernel' or 'bias' if it ends in '/' (Flax), up to 'weight' or
+            'bias' if it ends in '.' (PyTorch); '{}' is replaced by each of `parts`.
+        path: of our layer.
+        kernel: conversion of the kernel.
+        bias: conversion of the bias.
+        parts: names of the parts that are fused into our layer.
     """
     first = "kernel" if names.endswith("/") else "weight"
     return [
@@ -228,6 +259,6 @@ def dense(names: str, path: str, kernel: Form, bias: Form = SAME, parts: Sequenc
 
 
 def norm(name: str, path: str, form: Form = SAME) -> list[Rule]:
-    """The rules of a normalisation: scale (PyTorch: weight) and bias."""
+    """The rules of a LayerNorm or GroupNorm: scale (PyTorch: weight) and bias."""
     first = "scale" if name.endswith("/") else "weight"
     return [Rule((f"{name}{first}",), (f"{path}/scale",), form), Rule((f"{name}bias",), (f"{path}/bias",), form)]

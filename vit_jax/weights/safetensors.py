@@ -1,10 +1,9 @@
-"""The safetensors format: eight bytes of length, a JSON header, the arrays' bytes without a gap.
+"""The safetensors format: the length of the header (8 bytes), a JSON header, the arrays' bytes without gaps.
 
-https://github.com/huggingface/safetensors describes it. It is small enough to be read here, so that nothing has to be
-installed, bfloat16 works, and every claim of the header is checked before an array is read.
+Described at https://github.com/huggingface/safetensors. Our own reader needs no further package, supports bfloat16,
+and checks every value in the header before an array is read.
 
-`header` raises ValueError with the reason as a clause that follows the file's name; `vit_jax.weights.files` makes it
-the user's message.
+`header` raises ValueError with the reason; `vit_jax.weights.files` turns it into a UserError that names the file.
 """
 
 import dataclasses
@@ -16,10 +15,10 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-_HEADER = 2 * 10**6  # bytes, about 15,000 arrays; the format allows 100 MB, of which Python would make gigabytes
+_MAX_HEADER = 2 * 10**6  # bytes, about 15,000 arrays; parsing the 100 MB that the format allows takes gigabytes
 _ALIGNMENT = 8
 
-# In the order in which the reference implementation lays arrays out: last first, then by name.
+# The reference implementation stores arrays in the reverse of this order, then by name.
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -43,7 +42,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where one array lies in the file, and what it is; `start` in bytes from the file's beginning."""
+    """The position and format of one array; `start` in bytes from the beginning of the file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -51,7 +50,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the array."""
+        """Size of the array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -59,32 +58,32 @@ def header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], dict[str, str]]
     """The arrays by name, in the order of the header, and the metadata.
 
     Raises:
-        ValueError: the header is damaged or too long, or the arrays do not cover the rest of the file, each byte once.
+        ValueError: the header is invalid or too long, or the arrays do not cover the rest of the file exactly once.
     """
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > size - 8:
-        raise ValueError(f"it is truncated or damaged: a header of {length:,} bytes in a file of {size:,}")
-    if length > _HEADER:
-        raise ValueError(f"its header has {length:,} bytes; at most {_HEADER:,} are read")
+        raise ValueError(f"truncated or corrupt: a header of {length:,} bytes in a file of {size:,}")
+    if length > _MAX_HEADER:
+        raise ValueError(f"its header has {length:,} bytes; at most {_MAX_HEADER:,} are allowed")
     try:
         fields = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError as error:
-        raise ValueError("its header is nested without end") from error
+        raise ValueError("its header is nested too deeply") from error
     except UnicodeDecodeError as error:
-        raise ValueError("its header is no text") from error
+        raise ValueError("its header is not valid UTF-8") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"its header is no JSON ({error})") from error
+        raise ValueError(f"its header is not valid JSON ({error})") from error
     if not isinstance(fields, dict):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its __metadata__ does not name texts")
+        raise ValueError("its __metadata__ is not a mapping of strings")
     spans = {name: _span(name, field) for name, field in fields.items()}
     _check_cover(spans, size - 8 - length)
     found = {name: Entry(shape, dtype, 8 + length + begin) for name, (shape, dtype, begin, _) in spans.items()}
     if not found:
-        raise ValueError("it holds no arrays")
+        raise ValueError("it contains no arrays")
     return found, metadata
 
 
@@ -93,28 +92,30 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in fields if names.count(name) > 1)
-        raise ValueError(f"its header names {twice[:80]!r} twice")
+        raise ValueError(f"its header contains {twice[:80]!r} twice")
     return fields
 
 
 def _span(name: str, field: Any) -> tuple[tuple[int, ...], np.dtype, int, int]:
-    """Shape, dtype, first byte and last of one array; ValueError unless they agree."""
+    """Shape, dtype, first byte and end of one array; ValueError if they are inconsistent."""
     shown = repr(name[:80])
     if not name or len(name) > 512 or not name.isprintable():
-        raise ValueError(f"its header has the name {shown}, which no array has")
+        raise ValueError(f"its header has the invalid name {shown}")
     if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"its header does not give {shown} a dtype, a shape and data_offsets")
+        raise ValueError(f"its header has no dtype, shape and data_offsets for {shown}")
     shape, offsets = field["shape"], field["data_offsets"]
     if not isinstance(field["dtype"], str) or field["dtype"] not in DTYPES:
-        raise ValueError(f"{shown} is of {str(field['dtype'])[:40]!r}, which is not read")
+        raise ValueError(f"{shown} has the unsupported dtype {str(field['dtype'])[:40]!r}")
     if not _counts(shape) or len(shape) > 32:
         raise ValueError(f"{shown} claims the shape {str(shape)[:80]}")
     if not _counts(offsets) or len(offsets) != 2:
         raise ValueError(f"{shown} claims the data_offsets {str(offsets)[:80]}")
     dtype = DTYPES[field["dtype"]]
-    asked, given = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
-    if asked != given:
-        raise ValueError(f"{shown} lies: {shape} of {dtype} takes {asked:,} bytes, and its data_offsets {given:,}")
+    expected, actual = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
+    if expected != actual:
+        raise ValueError(
+            f"{shown} is inconsistent: {shape} of {dtype} takes {expected:,} bytes, but its data_offsets {actual:,}"
+        )
     return tuple(shape), dtype, *offsets
 
 
@@ -123,28 +124,28 @@ def _counts(values: Any) -> bool:
 
 
 def _check_cover(spans: Mapping[str, tuple[tuple[int, ...], np.dtype, int, int]], size: int) -> None:
-    """Raises ValueError unless the arrays cover `size` bytes without a gap or an overlap, as the format demands."""
+    """Raises ValueError unless the arrays cover `size` bytes without gaps or overlaps, as the format requires."""
     covered = 0
     for name, (_, _, begin, end) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if begin != covered:
             raise ValueError(f"{name!r} {'overlaps another array' if begin < covered else 'leaves a gap before it'}")
         covered = end
     if covered > size:
-        raise ValueError(f"it is truncated: its arrays take {covered:,} bytes, and {size:,} are there")
+        raise ValueError(f"truncated: its arrays take {covered:,} bytes, but it has {size:,}")
     if covered < size:
-        raise ValueError(f"it has {size - covered:,} bytes that belong to no array")
+        raise ValueError(f"{size - covered:,} of its bytes belong to no array")
 
 
 def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes the arrays as the reference implementation lays them out: by dtype, the widest first, then by name.
+    """Writes the arrays in the order of the reference implementation: by dtype, the widest first, then by name.
 
     Raises:
-        ValueError: an array has a dtype that the format has no name for, or the name of the metadata.
+        ValueError: the format cannot store the dtype of an array, or an array is named "__metadata__".
     """
     ranks = {dtype: rank for rank, dtype in enumerate(_NAMES)}
     for name, array in arrays.items():
         if _native(array.dtype) not in ranks or name == "__metadata__":
-            raise ValueError(f"{name} of {array.dtype} cannot be written as .safetensors")
+            raise ValueError(f"{name} of {array.dtype} cannot be stored as .safetensors")
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     order = sorted(arrays, key=lambda name: (-ranks[_native(arrays[name].dtype)], name.encode()))
     end = 0

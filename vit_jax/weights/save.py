@@ -1,4 +1,4 @@
-"""Our parameters to a file that others read: Google's .npz, or .safetensors as timm has them, with a config.json."""
+"""Exports parameters in formats that other projects read: Google's .npz, or timm's .safetensors with config.json."""
 
 import json
 import os
@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax import atomic
 from vit_jax.errors import UserError
-from vit_jax.models.positions import POSITIONS, Place
+from vit_jax.models.positions import POSITIONS, TokenLayout
 from vit_jax.models.vit import VisionTransformer, position_at, token_grid
-from vit_jax.weights import files, google, timm
+from vit_jax.weights import files, google, timm, timm_writer
 
-TABLES = ("sincos_2d", "sinusoidal", "learned_2d")  # positions that are a table in the end
+TABLES = ("sincos_2d", "sinusoidal", "learned_2d")  # positions that can be written as a table
 FORMATS = {"google": ".npz", "timm": ".safetensors"}
 
 
@@ -24,79 +25,81 @@ def save(
     image_size: tuple[int, int] | None = None,
     channels: int = 3,
 ) -> tuple[str, ...]:
-    """Writes a model's parameters, whole or not at all: '.npz' in Google's published naming, '.safetensors' in timm's.
+    """Writes a model's parameters to a file: '.npz' with Google's published names, '.safetensors' with timm's.
 
-    Beside a .safetensors file goes the config.json that timm makes the model of; where another file's stands there
-    already, it is left alone and ours is named after the file. The header of the file has the same.
+    With a .safetensors file, config.json is written to the same directory, from which timm creates the model. If there
+    is one of another model, it is kept, and ours is named after the file. The file's header contains the same config.
 
     Args:
-        path: of the file.
-        model: whose parameters they are; scanned or not.
-        parameters: as `model.apply({"params": ...})` takes them.
-        image_size: height and width, pixels; for .safetensors, and for positions that are no table of their own.
-        channels: values a pixel; for .safetensors.
+        path: of the file; its suffix selects the format.
+        model: the model of the parameters, with or without `scan`.
+        parameters: as in `model.apply({"params": ...})`.
+        image_size: height and width in pixels; needed for .safetensors, and for positions that are not a table.
+        channels: of the images; for .safetensors.
 
     Returns:
-        What a reader of the file should know, as it cannot say so itself.
+        Notes for whoever reads the file: what the format cannot express.
 
     Raises:
-        UserError: the name says no format, the model has what the format has no place for, or parameters are missing.
+        UserError: the suffix is unknown, the format cannot express the model, or parameters are missing.
     """
     path = Path(path).expanduser()
     family = format_of(path)
     try:
-        model, flat, told = _with_table(model, flattened(parameters), image_size)
+        model, flat, position_notes = _with_table(model, flattened(parameters), image_size)
         if family == "google":
             arrays, notes = google.write(model, flat)
             files.write_npz(path, _contiguous(arrays))
-            return told + notes
-        arrays, config, notes = timm.write(model, flat, image_size, channels)
+            return position_notes + notes
+        arrays, config, notes = timm_writer.write(model, flat, image_size, channels)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     except KeyError as error:
-        raise UserError(f"{path}: the parameters have no {error.args[0]}: they are not those of the model") from None
-    notes, text = told + notes, json.dumps(config, indent=2)
+        raise UserError(f"{path}: {error.args[0]} is missing: the parameters do not match the model") from None
+    notes = position_notes + notes
     files.write_safetensors(path, _contiguous(arrays), {"format": "pt", timm.OWN: json.dumps(config)})
-    beside = path.with_name(files.CONFIG)
-    if beside.is_file() and not _is_ours(beside):
-        beside = path.with_name(f"{path.stem}.{files.CONFIG}")
-        notes += (f"{files.CONFIG} is another model's here: timm's is {beside.name}",)
+    config_path = path.with_name(files.CONFIG)
+    if config_path.is_file() and not _is_ours(config_path):
+        config_path = path.with_name(f"{path.stem}.{files.CONFIG}")
+        notes += (f"{files.CONFIG} of another model exists: the one for timm is {config_path.name}",)
     try:
-        beside.write_text(text + "\n")
+        atomic.write_json(config_path, config)
     except OSError as error:
-        raise UserError(f"{beside} cannot be written: {error.strerror}; the weights are in {path}") from error
+        raise UserError(f"{config_path} cannot be written: {error.strerror}; the weights are in {path}") from error
     return notes
 
 
 def _with_table(
     model: VisionTransformer, flat: dict[str, np.ndarray], image_size: tuple[int, int] | None
 ) -> tuple[VisionTransformer, dict[str, np.ndarray], tuple[str, ...]]:
-    """The same model with the plain table that its positions amount to, where they are added at the input."""
+    """The same model with its positions as a learned table, if they are computed and added at the input; and notes."""
     kind = model.position
     if kind not in TABLES or position_at(model) != "input" or model.position_width:
         return model, flat, ()
     if image_size is None:
-        raise UserError(f"position {kind!r} becomes a table of one image size: give image_size=(height, width)")
+        raise UserError(
+            f"position {kind!r} is written as a table for one image size\n  pass image_size=(height, width)"
+        )
     grid = token_grid(model, image_size)
     size = model.width // model.heads
-    place = Place(*grid, int(model.class_token), 0, model.width, size, model.heads, model.position_grid)
+    layout = TokenLayout(*grid, int(model.class_token), 0, model.width, size, model.heads, model.position_grid)
     own = {path.removeprefix("positions/"): array for path, array in flat.items() if path.startswith("positions/")}
-    table = POSITIONS[kind](place).apply({"params": own}).table
+    table = POSITIONS[kind](layout).apply({"params": own}).table
     rest = {path: array for path, array in flat.items() if not path.startswith("positions/")}
-    note = f"position {kind!r} is written as the table that it is for images of {image_size[0]}x{image_size[1]}"
+    note = f"position {kind!r} is written as its table for images of {image_size[0]}x{image_size[1]}"
     return model.clone(position="learned", position_grid=None), {**rest, "positions/table": np.asarray(table)}, (note,)
 
 
 def format_of(path: Path, to: str | None = None) -> str:
-    """'google' or 'timm', as the name of the file says.
+    """'google' or 'timm', from the suffix of the file.
 
     Raises:
-        UserError: it says neither, or not what `to` says.
+        UserError: the suffix is of neither, or not that of `to`.
     """
     family = next((name for name, suffix in FORMATS.items() if path.suffix == suffix), None)
     if family is None or to not in (None, family):
         wanted = f"{FORMATS[to]} for {to}" if to else " or ".join(f"{end} ({name})" for name, end in FORMATS.items())
-        raise UserError(f"{path}: the name does not end as the format does\n  allowed: {wanted}")
+        raise UserError(f"{path}: unknown file name suffix {path.suffix!r}\n  allowed: {wanted}")
     return family
 
 
@@ -112,7 +115,7 @@ def _contiguous(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def flattened(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Parameters by path, blocks one by one."""
+    """Parameters by path ('encoder/block_0/mlp/up/kernel'), stacked blocks (`scan`) split into single ones."""
     flat: dict[str, np.ndarray] = {}
 
     def walk(tree: Mapping[str, Any], prefix: str) -> None:

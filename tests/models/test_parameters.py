@@ -1,15 +1,15 @@
-"""What shapes.py reckons against what the model itself makes."""
+"""Parameter shapes from a model of one block, compared with those of the whole model."""
 
 import itertools
 
 import jax
+import jax.numpy as jnp
 import pytest
-from flax.traverse_util import flatten_dict
+from helpers import mostly_slow
 
+from vit_jax.models.parameters import flatten, nested, parameter_shapes
 from vit_jax.models.positions import POSITIONS
-from vit_jax.models.summary import parameter_shapes as made
 from vit_jax.models.vit import VisionTransformer, token_grid
-from vit_jax.weights.shapes import parameter_shapes
 
 FIELDS = [
     {},
@@ -33,10 +33,19 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize("fields", FIELDS, ids=str)
-def test_reckoned_shapes_are_those_of_the_model(fields):
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("fields", mostly_slow(FIELDS, 4), ids=str)
+def test_shapes_are_those_of_the_whole_model(fields, scan):
     small = {"classes": 5, "patch_size": 8, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40}
     model = VisionTransformer(**{**small, **fields})
     size = (32, 64)
-    expected = flatten_dict(jax.tree.map(lambda leaf: leaf.shape, made(model, size, 2)), sep="/")
-    assert parameter_shapes(model, token_grid(model, size), 2) == expected
+    images = jax.ShapeDtypeStruct((1, *size, 2), jnp.float32)
+    expected = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    expected = {path: leaf.shape for path, leaf in flatten(expected).items()}
+    assert parameter_shapes(model.clone(scan=scan), token_grid(model, size), 2) == expected
+
+
+def test_nested_is_the_inverse_of_flatten():
+    tree = {"head": {"logits": {"kernel": 1, "bias": 2}}, "class_token": 3}
+    assert flatten(tree) == {"head/logits/kernel": 1, "head/logits/bias": 2, "class_token": 3}
+    assert nested(flatten(tree)) == tree

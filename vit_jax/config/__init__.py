@@ -1,0 +1,38 @@
+"""Configs: the options (schema.py), reading and changing configs (load.py), and checking them (check.py).
+
+from vit_jax import config
+
+def get_config():
+c = config.default()
+c.train.steps = 1000
+return c
+"""
+
+from vit_jax.config.load import (
+    complete,
+    default,
+    differences,
+    from_dict,
+    load,
+    names,
+    override,
+    read_options,
+    reset_unread,
+)
+from vit_jax.config.option import Option
+from vit_jax.config.schema import INIT_FROM, OPTIONS
+
+__all__ = [
+    "INIT_FROM",
+    "OPTIONS",
+    "Option",
+    "complete",
+    "default",
+    "differences",
+    "from_dict",
+    "load",
+    "names",
+    "override",
+    "read_options",
+    "reset_unread",
+]

@@ -1,0 +1,445 @@
+"""Every option of a config, once: default, type, range, documentation, resume policy, and who reads it."""
+
+import functools
+
+from vit_jax.config.option import CHANGEABLE, FREE, MAX_SEED, NAMES, SEEDS, STEPS, WEIGHTS, AnyOf, Option, When
+
+INIT_FROM = "init_from"  # value of options that are taken from the parameters of checkpoint.init_from
+
+CLASSIFY = When("train.objective", "classify")
+MASKED = When("train.objective", "masked_patches", "masked_autoencoder")
+MASKED_AUTOENCODER = When("train.objective", "masked_autoencoder")
+ADAM = When("optimizer.name", "adamw", "adam")
+RAND_AUGMENT = When("augment.policy", "rand_augment")
+GEOMETRIC_POLICY = When("augment.policy", "rand_augment", "trivial_augment", "auto_augment")
+RESIZED_CROP = When("augment.resized_crop", True)
+ERASING = When("augment.erasing", above=0)
+MIXING = AnyOf(When("augment.mixup", above=0), When("augment.cutmix", above=0))
+NOT_EMBEDDED = When("data.name", other_than=("digits",))
+
+# Options that may differ when a run resumes: reported and recorded, or silently.
+_changeable = functools.partial(Option, resume=CHANGEABLE)
+_free = functools.partial(Option, resume=FREE)
+
+MODEL = {
+    "variant": Option(
+        "Ti/4",
+        str,
+        "Model size (Ti, S, B, L, H), slash, patch size in pixels; a hybrid such as R50+B/16; or init_from: that of "
+        "checkpoint.init_from.",
+    ),
+    "width": Option(None, int, "Token width. None: from the variant.", min=1),
+    "depth": Option(None, int, "Number of encoder blocks. None: from the variant.", min=1),
+    "heads": Option(None, int, "Number of attention heads per block. None: from the variant.", min=1),
+    "mlp_width": Option(None, int, "Hidden width of the MLPs. None: from the variant.", min=1),
+    "class_token": Option(None, bool, "Prepend a learned class token. None: only if pooling needs one."),
+    "registers": Option(0, int, "Number of register tokens: learned tokens that the head does not read.", min=0),
+    "pooling": Option(
+        "token",
+        str,
+        "Input of the head: class token, mean of the patches, or attention pooling (map).",
+        choices=("token", "mean", "map"),
+    ),
+    "position": Option(
+        "learned",
+        str,
+        "Position embedding; see docs/models.md.",
+        choices=("learned", "learned_2d", "sincos_2d", "sinusoidal", "none", "relative", "rotary"),
+    ),
+    "position_at": Option(
+        None,
+        str,
+        "Where positions act: the input, all layers, or all layers with shared parameters. None: depends on position.",
+        choices=("input", "layers", "shared"),
+    ),
+    "position_width": Option(
+        0, int, "Channels of a fixed position embedding that is concatenated to the tokens. 0: added instead.", min=0
+    ),
+    "position_grid": Option(
+        None,
+        int,
+        "Patches per side of the sincos_2d coordinate grid. None: as in the images.",
+        min=1,
+        read_by=When("model.position", "sincos_2d"),
+    ),
+    "mlp": Option("gelu", str, "MLP type.", choices=("gelu", "swiglu")),
+    "gelu": Option(
+        "tanh", str, "GELU: exact or approximate.", choices=("tanh", "exact"), read_by=When("model.mlp", "gelu")
+    ),
+    "qkv_bias": Option(True, bool, "Use biases in the query, key and value projections."),
+    "qk_norm": Option(False, bool, "Normalize queries and keys per head."),
+    "layer_scale": Option(
+        None, float, "Initial value of LayerScale on the residual branches. None: no LayerScale.", above=0
+    ),
+    "parallel": Option(False, bool, "Compute attention and MLP in parallel instead of one after the other."),
+    "layer_norm_epsilon": Option(1e-6, float, "Epsilon added to the variance in LayerNorm.", min=0),
+    "pre_logits": Option(
+        None, int, "Width of a Dense + tanh layer before the classifier. None: no such layer.", min=1, read_by=CLASSIFY
+    ),
+    "head_bias": Option(
+        0.0, float, "Initial bias of the logits. -10 is usual with the sigmoid loss.", read_by=CLASSIFY
+    ),
+    "norm_after_pooling": Option(
+        False,
+        bool,
+        "Apply the final LayerNorm after mean pooling instead of before it.",
+        read_by=(CLASSIFY, When("model.pooling", "mean")),
+    ),
+    "dropout": _changeable(
+        0.0, float, "Dropout rate after the position embedding and after dense layers.", min=0, below=1
+    ),
+    "attention_dropout": _changeable(0.0, float, "Dropout rate on the attention weights.", min=0, below=1),
+    "stochastic_depth": _changeable(
+        0.0, float, "Stochastic depth: drop rate of the last block's branches.", min=0, below=1
+    ),
+    "stochastic_depth_schedule": _changeable(
+        "linear",
+        str,
+        "Stochastic depth rate over the blocks: linear from 0, or constant.",
+        choices=("linear", "constant"),
+        read_by=When("model.stochastic_depth", above=0),
+    ),
+    "remat": _changeable(
+        False,
+        bool,
+        "Recompute block activations in the backward pass. True, full: all of them; dots: all but matmul outputs; "
+        "dots_no_batch: all but outputs of matmuls with parameters.",
+        words=("none", "full", "dots", "dots_no_batch"),
+    ),
+    "scan": Option(False, bool, "Compile one block and scan over depth. Compiles faster."),
+    "attention_kernel": _changeable(
+        "auto",
+        str,
+        "Attention implementation. auto: the fastest for the device and shapes; on a GPU it is timed at startup.",
+        choices=("auto", "plain", "heads_first", "cudnn", "pallas", "pallas_two_pass_64", "pallas_two_pass_32"),
+    ),
+    "dtype": _changeable(
+        "auto",
+        str,
+        "Compute dtype. auto: float32 on CPU, bfloat16 on accelerators. On CPU, bfloat16 applies to matmuls only.",
+        choices=("auto", "float32", "bfloat16"),
+    ),
+}
+
+DATA = {
+    "name": Option("digits", str, "Dataset: digits (built in), folder, arrays, or a TFDS name such as cifar10."),
+    "labels": Option(
+        ("label",),
+        NAMES,
+        "Kinds of label to train on, one head each; for example 'label,coarse_label'.",
+        read_by=CLASSIFY,
+    ),
+    "features": Option(
+        None,
+        str,
+        "Directory of stored features (python -m vit_jax.features) to train heads on. None: train on images.",
+        read_by=CLASSIFY,
+    ),
+    "train": Option("train", str, "Training split in TFDS syntax, for example 'train' or 'train[:98%]'."),
+    "validation": _changeable(None, str, "Validation split, for example 'train[98%:]'. None: no validation."),
+    "test": _changeable(
+        "test", str, "Test split. None: no test evaluation; the validation metrics are reported.", optional=True
+    ),
+    "image_size": Option(None, int, "Image height and width in pixels. None: as stored.", min=1),
+    "dir": _free(
+        None,
+        str,
+        "Data directory of folder, arrays or TFDS. None: TFDS_DATA_DIR or ~/tensorflow_datasets.",
+        read_by=NOT_EMBEDDED,
+    ),
+    "skip_broken": Option(
+        False,
+        bool,
+        "Skip image files that cannot be decoded, and report how many.",
+        read_by=When("data.name", "folder"),
+    ),
+    "cache_dir": _free(None, str, "Directory where decoded datasets are cached. None: ~/.cache/vit_jax/data."),
+    "decoded": _free(
+        True, bool, "Cache decoded images on disk. False: decode them every time they are read.", read_by=NOT_EMBEDDED
+    ),
+    "workers": _free(4, int, "Number of threads that read data not resident on the device. 0: no read-ahead.", min=0),
+    "ahead": _free(2, int, "Number of jitted calls whose data is read ahead.", min=1),
+    "worker_timeout": _free(120.0, float, "Time limit for reading one image, in seconds.", min=0.001),
+    "normalization": Option(
+        "set",
+        str,
+        "Pixel mean and std: of the training split (set), 0.5 (half), of ImageNet, or of the model in init_from.",
+        choices=("set", "half", "imagenet", "init_from"),
+    ),
+    "patches": Option(False, bool, "Feed normalized, flattened patches to the model instead of images."),
+    "resident": _free(
+        "auto", str, "Keep the whole dataset in device memory. auto: if it fits.", choices=("auto", "always", "never")
+    ),
+}
+
+AUGMENT = {
+    "crop_padding": _changeable(0, int, "Random crop after padding each side by this many pixels. 0: off.", min=0),
+    "crop_border": _changeable(
+        "black",
+        str,
+        "Content of the padding: black, or the reflected image.",
+        choices=("black", "reflect"),
+        read_by=When("augment.crop_padding", above=0),
+    ),
+    "resized_crop": _changeable(False, bool, "Random crop of random area and aspect ratio, resized to the image size."),
+    "min_crop_area": _changeable(
+        0.08,
+        float,
+        "Minimum crop area as a fraction of the image.",
+        min=0.01,
+        max=1,
+        read_by=RESIZED_CROP,
+        aliases=("crop_area_least",),
+    ),
+    "max_crop_area": _changeable(
+        1.0,
+        float,
+        "Maximum crop area as a fraction of the image.",
+        min=0.01,
+        max=1,
+        read_by=RESIZED_CROP,
+        aliases=("crop_area_most",),
+    ),
+    "crop_ratio": _changeable(
+        4 / 3, float, "Maximum aspect ratio of the crop, either way.", min=1, read_by=RESIZED_CROP
+    ),
+    "flip": _changeable(False, bool, "Random horizontal flip with probability 0.5."),
+    "rotation": _changeable(0.0, float, "Maximum random rotation, in degrees either way.", min=0, max=180),
+    "scaling": _changeable(0.0, float, "Maximum random zoom in or out, as a fraction of the size.", min=0, below=1),
+    "policy": _changeable(
+        "none",
+        str,
+        "Augmentation policy; see docs/data.md.",
+        choices=("none", "rand_augment", "trivial_augment", "auto_augment", "three_augment"),
+    ),
+    "policy_operations": _changeable(
+        2, int, "RandAugment: number of operations per image (N).", min=1, read_by=RAND_AUGMENT
+    ),
+    "policy_magnitude": _changeable(9.0, float, "RandAugment: magnitude (M).", min=0, max=10, read_by=RAND_AUGMENT),
+    "policy_std": _changeable(
+        0.5, float, "RandAugment: standard deviation of the magnitude.", min=0, read_by=RAND_AUGMENT
+    ),
+    "policy_probability": _changeable(
+        0.5, float, "RandAugment: probability of applying each operation.", min=0, max=1, read_by=RAND_AUGMENT
+    ),
+    "fill": _changeable(
+        "mean",
+        str,
+        "Fill color for pixels from outside the image.",
+        choices=("mean", "black", "grey"),
+        read_by=AnyOf(GEOMETRIC_POLICY, RESIZED_CROP),
+    ),
+    "brightness": _changeable(0.0, float, "Color jitter: brightness factor from 1 - x to 1 + x.", min=0),
+    "contrast": _changeable(0.0, float, "Color jitter: contrast factor from 1 - x to 1 + x.", min=0),
+    "saturation": _changeable(0.0, float, "Color jitter: saturation factor from 1 - x to 1 + x.", min=0),
+    "hue": _changeable(
+        0.0, float, "Color jitter: maximum hue shift either way, as a fraction of the circle.", min=0, max=0.5
+    ),
+    "erasing": _changeable(0.0, float, "Random erasing: probability per image.", min=0, max=1),
+    "erasing_mode": _changeable(
+        "constant",
+        str,
+        "Fill of the erased rectangle: the mean (constant), or normal noise.",
+        choices=("constant", "noise"),
+        read_by=ERASING,
+    ),
+    "min_erasing_area": _changeable(
+        0.02,
+        float,
+        "Minimum erased area as a fraction of the image.",
+        min=0,
+        below=1,
+        read_by=ERASING,
+        aliases=("erasing_area_least",),
+    ),
+    "max_erasing_area": _changeable(
+        1 / 3,
+        float,
+        "Maximum erased area as a fraction of the image.",
+        min=0,
+        below=1,
+        read_by=ERASING,
+        aliases=("erasing_area_most",),
+    ),
+    "erasing_ratio": _changeable(
+        10 / 3, float, "Maximum aspect ratio of the erased rectangle, either way.", min=1, read_by=ERASING
+    ),
+    "mixup": _changeable(0.0, float, "Mixup alpha: mixing weights are drawn from Beta(alpha, alpha). 0: off.", min=0),
+    "cutmix": _changeable(0.0, float, "CutMix alpha: area shares are drawn from Beta(alpha, alpha). 0: off.", min=0),
+    "mix_probability": _changeable(
+        1.0, float, "Probability of applying mixup or CutMix.", min=0, max=1, read_by=MIXING
+    ),
+    "mix_switch": _changeable(
+        0.5,
+        float,
+        "Probability of CutMix instead of mixup when both are on.",
+        min=0,
+        max=1,
+        read_by=(When("augment.mixup", above=0), When("augment.cutmix", above=0)),
+    ),
+    "mix_per": _changeable(
+        "example", str, "Mixing weights per example or per batch.", choices=("example", "batch"), read_by=MIXING
+    ),
+    "repeats": _changeable(
+        1,
+        int,
+        "Repeated augmentation: copies of each example per batch. A pass over the data takes this many epochs.",
+        min=1,
+    ),
+    "test_flip": _changeable(
+        False, bool, "Test-time augmentation: average over the image and its mirror image.", read_by=CLASSIFY
+    ),
+    "test_shift": _changeable(
+        0,
+        int,
+        "Test-time augmentation: average over shifts by this many pixels in four directions.",
+        min=0,
+        read_by=CLASSIFY,
+    ),
+}
+
+OPTIMIZER = {
+    "name": Option("adamw", str, "Optimizer.", choices=("adamw", "adam", "sgd")),
+    "learning_rate": _changeable(1e-3, float, "Peak learning rate.", min=0),
+    "schedule": _changeable(
+        "cosine", str, "Learning-rate schedule after warmup.", choices=("cosine", "linear", "constant")
+    ),
+    "warmup_steps": _changeable(0, int, "Number of steps of linear learning-rate warmup from 0.", min=0),
+    "final_learning_rate": _changeable(
+        0.0, float, "Learning rate at the last step.", min=0, read_by=When("optimizer.schedule", "cosine", "linear")
+    ),
+    "weight_decay": _changeable(
+        0.0, float, "Weight decay, on kernels only. adamw: decoupled; adam and sgd: added to the gradient.", min=0
+    ),
+    "beta1": _changeable(0.9, float, "Adam: decay rate of the first moment.", min=0, below=1, read_by=ADAM),
+    "beta2": _changeable(0.999, float, "Adam: decay rate of the second moment.", min=0, below=1, read_by=ADAM),
+    "epsilon": _changeable(1e-8, float, "Adam: epsilon in the denominator.", min=0, read_by=ADAM),
+    "momentum": _changeable(0.9, float, "SGD: momentum.", min=0, below=1, read_by=When("optimizer.name", "sgd")),
+    "layer_decay": _changeable(
+        1.0, float, "Layer-wise learning-rate decay: factor per block, from the last block down. 1: off.", min=0, max=1
+    ),
+    "gradient_clip": _changeable(None, float, "Maximum global gradient norm. None: no clipping.", min=0),
+    "trained": Option(None, NAMES, "Name patterns of the parameters to train, for example 'head/*'. None: all."),
+    "frozen": Option(
+        None, NAMES, "Name patterns of the parameters to freeze, for example 'embedding/*,positions/*'. None: none."
+    ),
+    "average_decay": Option(
+        0.0,
+        float,
+        "Decay of the exponential moving average of the parameters, which is then evaluated. 0: off.",
+        min=0,
+        below=1,
+    ),
+}
+
+TRAIN = {
+    "seed": Option(0, int, "Random seed of initialization, data order, augmentation and dropout.", min=0, max=MAX_SEED),
+    "seeds": Option(
+        None,
+        SEEDS,
+        "Train several seeds and report mean and std: their number, from train.seed (5), or a list (0,3,7). None: one.",
+    ),
+    "batch_size": Option(
+        128,
+        int,
+        "Examples per step, over all devices and microbatches. auto: the largest that fits in accelerator memory.",
+        min=1,
+        words=("auto",),
+    ),
+    "steps": _changeable(None, int, "Number of training steps. None: set by epochs.", min=1),
+    "epochs": _changeable(None, float, "Number of passes over the training split. None: set by steps.", min=0),
+    "accumulation": _changeable(1, int, "Gradient accumulation: number of microbatches per step.", min=1),
+    "loss_weights": _changeable(
+        None,
+        WEIGHTS,
+        "Weights of the losses of several heads, for example 'label=1,coarse_label=0.5'. None: 1 each.",
+        read_by=CLASSIFY,
+    ),
+    "objective": Option(
+        "classify",
+        str,
+        "Training objective: classification, or masked-image pre-training; see docs/pretraining.md.",
+        choices=("classify", "masked_patches", "masked_autoencoder"),
+    ),
+    "loss": Option(
+        "softmax",
+        str,
+        "Classification loss: softmax cross-entropy, or sigmoid cross-entropy summed over classes.",
+        choices=("softmax", "sigmoid"),
+        read_by=CLASSIFY,
+    ),
+    "masked_share": Option(
+        None,
+        float,
+        "Fraction of patches that are masked. None: 0.5 for masked_patches, 0.75 for masked_autoencoder.",
+        min=0.001,
+        below=1,
+        read_by=MASKED,
+    ),
+    "label_smoothing": _changeable(
+        0.0, float, "Label smoothing: target mass spread over all classes.", min=0, below=1, read_by=CLASSIFY
+    ),
+    "evaluate_every": _changeable(0, int, "Steps between evaluations. 0: evaluate only at the end.", min=0),
+    "evaluation_batch_size": _changeable(None, int, "Examples per evaluation step. None: train.batch_size.", min=1),
+    "steps_per_dispatch": _free(50, int, "Maximum number of training steps per jitted call.", min=1),
+    "max_minutes": _free(None, float, "Save and stop after this many minutes; rerun to resume. None: no limit.", min=0),
+}
+
+DECODER = {
+    "width": Option(128, int, "Token width of the masked autoencoder's decoder.", min=4, read_by=MASKED_AUTOENCODER),
+    "depth": Option(2, int, "Number of decoder blocks.", min=1, read_by=MASKED_AUTOENCODER),
+    "heads": Option(4, int, "Number of attention heads per decoder block.", min=1, read_by=MASKED_AUTOENCODER),
+    "mlp_width": Option(512, int, "Hidden width of the decoder's MLPs.", min=1, read_by=MASKED_AUTOENCODER),
+    "normalize_patches": Option(
+        True, bool, "Reconstruct normalized patches instead of raw pixels.", read_by=MASKED_AUTOENCODER
+    ),
+}
+
+CHECKPOINT = {
+    "every": _free(0, int, "Steps between checkpoints. 0: only at the end and at each new best validation.", min=0),
+    "init_from": Option(
+        None,
+        str,
+        "Initial parameters: a run directory or any file that docs/weights.md lists. None: random initialization.",
+    ),
+    "init_head": Option(
+        "keep",
+        str,
+        "Head of init_from: keep it if its classes match, or start with a new head of zeros.",
+        choices=("keep", "new"),
+    ),
+    "keep": _free(2, int, "Number of newest checkpoints to keep.", min=1),
+    "keep_best": _free(
+        1,
+        int,
+        "Number of best checkpoints to keep in addition, by validation accuracy (or loss if there is none).",
+        min=0,
+    ),
+}
+
+MESH = {
+    "devices": _free(None, int, "Number of devices to use. None: all.", min=1),
+    "distributed": _free(False, bool, "Join a multi-process cluster (jax.distributed.initialize)."),
+}
+
+LOG = {
+    "every": _free(50, int, "Steps between log records; train/... metrics are averaged over them.", min=1),
+    "tensorboard": _free(True, bool, "Write TensorBoard events in addition to metrics.jsonl."),
+    "profile": _free(
+        None, STEPS, "Steps START:STOP to profile; the trace is written to WORKDIR/profile. None: no profile."
+    ),
+}
+
+OPTIONS: dict[str, dict[str, Option]] = {
+    "model": MODEL,
+    "data": DATA,
+    "augment": AUGMENT,
+    "optimizer": OPTIMIZER,
+    "train": TRAIN,
+    "decoder": DECODER,
+    "checkpoint": CHECKPOINT,
+    "mesh": MESH,
+    "log": LOG,
+}
+# Options that no longer exist, and what to do instead. Old config.json files may have them.
+REMOVED = {"train.seeds_at_once": "seeds are trained one after another: leave this option out"}

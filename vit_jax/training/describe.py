@@ -1,0 +1,61 @@
+"""What a run prints about itself."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from clu import parameter_overview
+
+import vit_jax
+from vit_jax.objectives.base import Objective
+from vit_jax.training import progress
+from vit_jax.training.setup import Experiment
+
+
+def versions(mesh: jax.sharding.Mesh) -> str:
+    """Returns 'vit_jax 0.1.0, jax 0.10.2, 1 x cpu (cpu)'."""
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"
+    return f"vit_jax {vit_jax.__version__}, jax {jax.__version__}, {devices}"
+
+
+def experiment(experiment: Experiment) -> str:
+    """Returns the table of parameters, the data, the model, and how many parameters are trained."""
+    model, shapes = experiment.model, experiment.abstract_state().parameters
+    height, width, channels = experiment.image_shape
+    sizes = ", ".join(f"{len(source):,} {role}" for role, source in experiment.sources.items())
+    lines = [
+        parameter_overview.get_parameter_overview(shapes, include_stats=False),
+        f"data: {experiment.config.data.name}, {sizes}, {height}x{width}x{channels}, {_classes(experiment)}",
+        f"model: patch {model.patch_size}, width {model.width}, depth {model.depth}, heads {model.heads}, MLP "
+        f"{model.mlp_width}; {experiment.num_parameters:,} parameters, {experiment.forward_flops / 1e9:.3g} GFLOP per "
+        f"image (forward); compute dtype {model.dtype.name}"
+        + (f", {model.matmul_dtype.name} matmuls" if model.matmul_dtype else "")
+        + f"; attention: {experiment.attention.describe()}",
+    ]
+    if experiment.mask is not None:
+        flags = zip(jax.tree.leaves(experiment.mask), jax.tree.leaves(shapes), strict=True)
+        count = sum(leaf.size for keep, leaf in flags if keep)
+        lines.append(f"trained: {count:,} of {experiment.num_parameters:,} parameters; the others are frozen")
+    return "\n".join(lines)
+
+
+def _classes(experiment: Experiment) -> str:
+    """Returns '10 classes', or '10 classes of label, 2 of parity'."""
+    source = experiment.sources["train"]
+    if not source.others:
+        return f"{source.classes()} classes"
+    first, *rest = source.classes().items()
+    return ", ".join([f"{first[1]} classes of {first[0]}", *(f"{count} of {name}" for name, count in rest)])
+
+
+def start(experiment: Experiment, step: int, workdir: Path) -> str:
+    """Returns 'training for 4,491 steps of 64 images (200.0 epochs), in runs/digits'."""
+    steps, size = experiment.num_steps, experiment.config.train.batch_size
+    begin = f"resuming at step {step:,} of" if step else "training for"
+    return f"{begin} {steps:,} steps of {size} images ({steps / experiment.steps_per_epoch:.1f} epochs), in {workdir}"
+
+
+def result(objective: Objective, summary: dict[str, Any]) -> str:
+    """Returns 'test accuracy 97.50 % (351 of 360) after 4,490 steps, 1:11 of training'."""
+    seconds = progress.clock(summary["seconds"])
+    return f"{objective.summary_line(summary)} after {summary['steps']:,} steps, {seconds} of training"
