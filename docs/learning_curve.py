@@ -36,9 +36,9 @@ def draw(panel: Axes, records: list[list[dict]], name: str, label: str) -> bool:
     """Draws one metric of a run; whether it has it."""
     points = list(curve(records, name))
     if points:
-        steps, means, least, most = zip(*points, strict=True)
+        steps, means, minima, maxima = zip(*points, strict=True)
         (line,) = panel.plot(steps, means, label=label, marker="" if name.startswith("train/") else "o", markersize=4)
-        panel.fill_between(steps, least, most, color=line.get_color(), alpha=0.2, linewidth=0)
+        panel.fill_between(steps, minima, maxima, color=line.get_color(), alpha=0.2, linewidth=0)
     return bool(points)
 
 
