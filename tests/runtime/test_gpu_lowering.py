@@ -34,7 +34,7 @@ SHIPPED = {
     "finetune.py": ["cifar10", "cifar10,adamw", "oxford_flowers102,probe"],
     "pretrain.py": ["imagenet", "cifar100", "mae", "masked-patches"],
 }
-QUICK = {("cifar10.py", ""), ("pretrain.py", "mae")}
+QUICK = {("cifar10.py", "")}
 RECIPES = [
     pytest.param(file, argument, marks=() if (file, argument) in QUICK else pytest.mark.slow)
     for file, arguments in SHIPPED.items()

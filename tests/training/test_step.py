@@ -51,6 +51,7 @@ def accumulate(run, parameters, inputs, targets, microbatches):
     return compiled(inputs, targets)
 
 
+@pytest.mark.slow
 def test_microbatches_sum_to_the_whole_batchs_gradient(toy, make_config):
     run = toy(make_config())
     parameters = run.start().parameters

@@ -315,6 +315,7 @@ def fetched(names, tmp_path, endpoint, **variables):
     return run_command(_FETCH, *names, stderr=subprocess.PIPE, XDG_CACHE_HOME=cache, **variables).splitlines()
 
 
+@pytest.mark.slow
 def test_huggingface_hub_itself(server, tmp_path):
     """Only config.json and the weights are downloaded; then neither the server nor a network is needed."""
     pytest.importorskip("huggingface_hub")

@@ -58,6 +58,7 @@ def test_without_compilation_too(references, name):
     np.testing.assert_allclose(found, recorded["outputs"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_wrong_gelu_or_position_of_the_norm_gives_other_outputs(references, helpers):
     """The recorded outputs differ by more than the tolerance from those of the nearest mistake."""
     for name, wrong in {"hf_vit_tanh": "exact", "timm_vit": "tanh", "timm_map": "exact"}.items():
