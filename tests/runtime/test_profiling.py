@@ -53,7 +53,7 @@ def test_recording_an_update_does_not_change_its_results(toy, make_config, tmp_p
     state, step, profiler = plain.start(), 0, profiling.Profiler((1, 3), tmp_path)
     for count in (1, 2):
         profiler.before(step)
-        outputs = plain.update(state, plain.feed(step, count), np.int32(count))
+        outputs = plain.update(state, plain.feed(step, count), np.int32(count), plain.seed)
         state, step = outputs[0], step + count
         profiler.after(step, outputs)
     jax.tree.map(np.testing.assert_array_equal, state.parameters, expected.parameters)
