@@ -34,6 +34,7 @@ from vit_jax import config as options
 from vit_jax import sharding
 from vit_jax.data.sources import Source
 from vit_jax.models.attention_backends import FALLBACK
+from vit_jax.models.parameters import nested
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives.losses import cross_entropy
 from vit_jax.runtime import attention_choice, hardware
@@ -43,17 +44,6 @@ from vit_jax.training.step import make_update
 
 FIRST = 3  # number of steps whose losses are reported
 ROWS = 10  # maximum number of steps per dispatch of the trainer
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *above, name = path.split("/")
-        here = tree
-        for part in above:
-            here = here.setdefault(part, {})
-        here[name] = value
-    return tree
 
 
 def for_plain_flax(flat: dict[str, np.ndarray], work: Work) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from helpers import (
 )
 
 from vit_jax import commands, main
-from vit_jax.training import run_directory
+from vit_jax.checkpoint import run_files
 
 # Everything that has state between steps is on; the model is small, and checkpoints are frequent.
 SMALL = [
@@ -207,7 +207,7 @@ def test_default_workdirs():
     assert commands.default_workdir("configs/digits.py") == Path("runs/digits")
     assert commands.default_workdir("/some/where/cifar10.py:cpu") == Path("runs/cifar10-cpu")
     assert commands.default_workdir("configs/finetune.py:S/16") == Path("runs/finetune-S_16")
-    assert run_directory.read_summary(Path("/nowhere")) is None
+    assert run_files.read_summary(Path("/nowhere")) is None
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from vit_jax.checkpoint.input_spec import InputSpec
 from vit_jax.data import images as image_files
 from vit_jax.data import normalization
 from vit_jax.data.augment import Augment
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.evaluation import extraction
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives import losses
@@ -221,7 +221,7 @@ def _read(image: Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "heigh
     except PIL.Image.UnidentifiedImageError:
         return "not an image, or a format that Pillow does not support"
     except Exception as error:  # Pillow's decoders raise many types for damaged files
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return one_line(error)
 
 
 def expand(images: Iterable[Image]) -> Iterator[Image]:

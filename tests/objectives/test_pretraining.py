@@ -7,6 +7,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import tiny_config
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
@@ -24,15 +25,12 @@ STEPS = 12
 
 def small(**sections):
     """A masked autoencoder on the digits in which all that could carry over from step to step does."""
-    config = options.default()
-    config.model.update(variant="Ti/2", width=16, depth=1, heads=2, mlp_width=16, dropout=0.1)
-    config.augment.update(crop_padding=1)
+    config = tiny_config(model={"variant": "Ti/2", "dropout": 0.1}, augment={"crop_padding": 1})
     config.optimizer.update(learning_rate=1e-2, warmup_steps=3, average_decay=0.9, weight_decay=0.1)
     config.data.update(train="train[:200]", validation="train[200:250]", test="test[:50]")
     config.train.update(objective="masked_autoencoder", batch_size=32, steps=STEPS, accumulation=2, evaluate_every=4)
     config.checkpoint.update(every=1, keep=STEPS)
-    config.log.update(every=3, tensorboard=False)
-    config.mesh.devices = 1
+    config.log.every = 3
     for section, values in sections.items():
         config[section].update(values)
     if config.train.objective == "masked_autoencoder":

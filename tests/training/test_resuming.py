@@ -326,3 +326,23 @@ def test_run_directories_of_any_name(tmp_path, name, monkeypatch):
     train.train(everything_on(train={"steps": 1}), type(tmp_path)(name))  # relative
     assert (tmp_path / name / run_files.SUMMARY).exists()
     assert np.isfinite(state(tmp_path / name, 1)["parameters"]["class_token"]).all()
+
+
+@pytest.mark.slow
+def test_a_signal_in_a_repeated_last_evaluation_is_a_request(tmp_path, monkeypatch):
+    """A run that was stopped in its last evaluation has something to save again: a signal must not end it at once."""
+    from vit_jax.training.run import Run
+
+    config = everything_on(train={"steps": 6})
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "stop_requested", lambda run: run.step == 6)
+        assert train.train(config, tmp_path) is None
+    evaluate, seen = Run.evaluate, []
+
+    def evaluate_and_look(run, role):
+        seen.append(run.stop.exit_on_signal)
+        return evaluate(run, role)
+
+    monkeypatch.setattr(Run, "evaluate", evaluate_and_look)
+    assert train.train(config, tmp_path)["steps"] == 6
+    assert seen and not any(seen)

@@ -4,11 +4,10 @@ from ml_collections import ConfigDict
 
 from vit_jax import objectives
 from vit_jax.config.load import check_values
+from vit_jax.config.option import MAX_SEED
 from vit_jax.config.schema import INIT_FROM, OPTIONS
 from vit_jax.errors import UserError
 from vit_jax.training import build_model, stored_features
-
-MAX_SEED = 2**31 - 1
 
 
 def check_config(config: ConfigDict) -> None:

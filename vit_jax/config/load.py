@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_dict
 
 from vit_jax.config.option import FIXED, RESUME, ListKind, Option
 from vit_jax.config.schema import OPTIONS, REMOVED
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 # Former key -> key; a key is renamed within its section.
@@ -133,7 +133,9 @@ def load(spec: str) -> ConfigDict:
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"--config={spec}: importing {file} failed: {_one_line(error)}") from error
+        raise UserError(
+            f"--config={spec}: importing {file} failed: {one_line(f'{type(error).__name__}: {error}')}"
+        ) from error
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"--config={spec}: {file} has no function get_config")
     if argument and not inspect.signature(module.get_config).parameters:
@@ -143,7 +145,7 @@ def load(spec: str) -> ConfigDict:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"--config={spec}: {_one_line(error)}") from error
+        raise UserError(f"--config={spec}: {one_line(f'{type(error).__name__}: {error}')}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"--config={spec}: get_config returned {type(config).__name__}, not an ml_collections.ConfigDict"
@@ -154,8 +156,8 @@ def load(spec: str) -> ConfigDict:
     return config if is_ours else from_dict(config.to_dict())
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def _reason(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}", 300)
 
 
 def override(config: ConfigDict, assignment: str) -> str:

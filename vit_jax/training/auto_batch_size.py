@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import config as options
+from vit_jax.checkpoint import run_files
 from vit_jax.data.pipeline import Pipeline
 from vit_jax.errors import UserError
 from vit_jax.models.summary import training_bytes
@@ -35,7 +36,7 @@ def resolve(config: ConfigDict, workdir: Path, mesh: Mesh) -> ConfigDict:
     if config.train.batch_size != AUTO:
         return config
     config = options.from_dict(config.to_dict())
-    old = run_directory.read_config(workdir) if run_directory.has_begun(workdir) else None
+    old = run_files.read_config(workdir) if run_directory.has_begun(workdir) else None
     if old is not None:
         config.train.batch_size = old["train"]["batch_size"]
         return config

@@ -12,6 +12,11 @@ from vit_jax.training import progress
 from vit_jax.training.setup import Experiment
 
 
+def finished(workdir: Path, result: str) -> str:
+    """Returns the lines about a run directory whose run is finished."""
+    return f"{workdir} is finished: {result}\nto train again, use another --workdir or remove this one"
+
+
 def versions(mesh: jax.sharding.Mesh) -> str:
     """Returns 'vit_jax 0.1.0, jax 0.10.2, 1 x cpu (cpu)'."""
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})"

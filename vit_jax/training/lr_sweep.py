@@ -166,7 +166,7 @@ def _train(config: ConfigDict, workdir: Path, deadline: float | None) -> dict[st
     def has_failed() -> bool:
         return multihost.on_rank_0((workdir / recovery.REPORT).exists)
 
-    summary = multihost.on_rank_0(lambda: run_directory.read_summary(workdir))
+    summary = multihost.on_rank_0(lambda: run_files.read_summary(workdir))
     if summary is None and not has_failed():
         if deadline is not None:
             config.train.max_minutes = max(0.0, deadline - time.monotonic()) / 60

@@ -50,10 +50,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """
     mesh, seeds, primary = setup.check(config), seeds_of(config), objectives.make(config).primary_metric
     _claim(workdir, config)
-    summary = run_directory.read_summary(workdir)
+    summary = run_files.read_summary(workdir)
     if summary is not None and summary["seeds"] == seeds and not _unfinished(workdir, config):
-        print(f"{workdir} is finished: {describe_all(summary, primary)}")
-        print("to train again, use another --workdir or remove this one")
+        print(describe.finished(workdir, describe_all(summary, primary)))
         return summary
     print(describe.versions(mesh), flush=True)
     with contextlib.ExitStack() as stack:
@@ -80,8 +79,12 @@ def _train_all(experiment: Experiment, seeds: list[int], workdir: Path, stop: St
     Raises:
         UserError: seeds have failed; the error of the first of them.
     """
-    compile_update: functools.cache = functools.cache(lambda: compile_step(experiment, print))
     failed: dict[int, UserError] = {}
+
+    @functools.cache
+    def compile_update() -> Any:
+        return compile_step(experiment, print)
+
     for seed in seeds:
         directory = workdir_of(workdir, seed)
         shown = Progress(experiment.num_steps, experiment.steps_per_epoch, name=f"seed {seed}")
@@ -106,7 +109,7 @@ def _train_all(experiment: Experiment, seeds: list[int], workdir: Path, stop: St
 
 def _finish(workdir: Path, seeds: list[int], primary: PrimaryMetric) -> dict[str, Any]:
     """Writes and prints the summary of all seeds."""
-    summary = summarize(seeds, [run_directory.read_summary(workdir_of(workdir, seed)) for seed in seeds])
+    summary = summarize(seeds, [run_files.read_summary(workdir_of(workdir, seed)) for seed in seeds])
     atomic.write_json(workdir / run_files.SUMMARY, summary)
     print("\n".join(describe_each(summary, primary)))
     spent = f"{summary['steps']:,} steps each, {progress.clock(summary['seconds'])} of training"
@@ -117,7 +120,7 @@ def _finish(workdir: Path, seeds: list[int], primary: PrimaryMetric) -> dict[str
 
 def _claim(workdir: Path, config: ConfigDict) -> list[str]:
     """As `run_directory.claim`, except that the choice of seeds may change."""
-    config, before = _config_of_all(config), run_directory.read_config(workdir)
+    config, before = _config_of_all(config), run_files.read_config(workdir)
     if before is not None and before.get("train", {}).get("seeds") is not None:
         config.train.seeds = before["train"]["seeds"]
     return run_directory.claim(workdir, config)
@@ -127,7 +130,6 @@ def _config_of_all(config: ConfigDict) -> ConfigDict:
     """Returns the config with `train.seeds` as a tuple of seeds."""
     every = copy.deepcopy(config)
     every.train.update(seed=0, seeds=tuple(seeds_of(config)))
-
     return every
 
 
@@ -138,10 +140,8 @@ def _unfinished(workdir: Path, config: ConfigDict) -> list[int]:
         directory = workdir_of(workdir, seed)
         if not directory.is_dir():
             return False
-        own = copy.deepcopy(config)
-        own.train.update(seed=seed, seeds=None)
-        changes = run_directory.claim(directory, own)
-        return run_directory.read_summary(directory) is not None and not changes
+        changes = run_directory.claim(directory, setup.config_of_seed(config, seed))
+        return run_files.read_summary(directory) is not None and not changes
 
     return [seed for seed in seeds_of(config) if not is_finished(seed)]
 

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from vit_jax import atomic
 from vit_jax import config as options
 from vit_jax.checkpoint import run_files
-from vit_jax.checkpoint.run_files import read_config, read_summary  # noqa: F401
 from vit_jax.errors import UserError
 from vit_jax.runtime.attention_choice import Choice
 from vit_jax.training import environment
@@ -29,7 +28,7 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
         UserError: it cannot be written to, or it holds a run with another config, whose differences are named.
     """
     _check_writable(workdir)
-    old = read_config(workdir)
+    old = run_files.read_config(workdir)
     # Without records or checkpoints there is nothing to lose: the config may change freely.
     if old is None or not has_begun(workdir):
         return []
@@ -122,7 +121,7 @@ def trained_config(workdir: Path) -> ConfigDict:
     Raises:
         UserError: it holds no run or the runs of several seeds, or its config cannot be read.
     """
-    saved = read_config(workdir)
+    saved = run_files.read_config(workdir)
     if saved is None or not (workdir / run_files.CHECKPOINTS).is_dir():
         if own := sorted(path.parent.name for path in workdir.glob(f"seed-*/{run_files.CHECKPOINTS}")):
             raise UserError(f"{workdir} holds the runs of several seeds\n  use one of them: {', '.join(own)}")

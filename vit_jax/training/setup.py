@@ -112,7 +112,7 @@ class Experiment:
         return jax.process_count() == 1 and self.pipelines["train"].resident is not None
 
     @functools.cached_property
-    def scorer(self) -> Any:
+    def scorer(self) -> Callable:
         """The jitted evaluation of `evaluation.exact`."""
         return exact.make_scorer(self.module, self.augment, self.mesh, self.objective)
 
@@ -126,9 +126,7 @@ class Experiment:
 
     def config_of(self, seed: int) -> ConfigDict:
         """Returns the config of a run with this seed alone."""
-        config = copy.deepcopy(self.config)
-        config.train.update(seed=seed, seeds=None)
-        return config
+        return config_of_seed(self.config, seed)
 
     @property
     def network(self) -> nn.Module:
@@ -234,6 +232,13 @@ class Pipelines(dict[str, pipeline.Pipeline]):
         for role in self._experiment.sources:
             self[role]
         return self
+
+
+def config_of_seed(config: ConfigDict, seed: int) -> ConfigDict:
+    """Returns a copy of a config, for a run with this seed alone."""
+    config = copy.deepcopy(config)
+    config.train.update(seed=seed, seeds=None)
+    return config
 
 
 def check(config: ConfigDict) -> Mesh:

@@ -53,11 +53,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     mesh = setup.check(config)
     config = auto_batch_size.resolve(config, workdir, mesh)
     changes = multihost.on_rank_0(lambda: run_directory.claim(workdir, config))
-    summary = multihost.on_rank_0(lambda: run_directory.read_summary(workdir))
+    summary = multihost.on_rank_0(lambda: run_files.read_summary(workdir))
     say = print if multihost.is_rank_0() else _silent
     if summary is not None and not changes:
-        say(f"{workdir} is finished: {describe.result(objectives.make(config), summary)}")
-        say("to train again, use another --workdir or remove this one")
+        say(describe.finished(workdir, describe.result(objectives.make(config), summary)))
         return summary
     say(describe.versions(mesh), flush=True)
     with contextlib.ExitStack() as stack:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, few
 from vit_jax.models.vit import VisionTransformer, pixels_per_patch
 from vit_jax.weights.rules import Rule
 
@@ -126,13 +126,6 @@ def renamed(missing: Iterable[str], names: Iterable[str]) -> str:
     return "".join(f"\n  {near} looks like {name} renamed" for name, near in pairs[:1])
 
 
-def few(names: Iterable[str]) -> str:
-    """Names for a message: the first ones, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
 def check_names(
     file: Iterable[str], rules: Iterable[Rule], ignored: Mapping[str, str], known: Iterable[str], label: str
 ) -> None:
@@ -153,8 +146,8 @@ def check_names(
     left = sorted(file - set(wanted) - set(ignored))
     if not missing and not left:
         return
-    parts = [f"missing: {few(missing)}"] if missing else []
-    parts += [f"unexpected: {few(left)}"] if left else []
+    parts = [f"missing: {few(missing, SHOWN)}"] if missing else []
+    parts += [f"unexpected: {few(left, SHOWN)}"] if left else []
     look = renamed(missing, left) or renamed_back(left, [*known, *wanted])
     raise UserError(f"not a complete model in {label}: {'; '.join(parts)}{look}")
 

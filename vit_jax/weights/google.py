@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, few
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules
-from vit_jax.weights.describe import Choices, Description, Names, check_names, few, pixels_per_patch
+from vit_jax.weights.describe import Choices, Description, Names, check_names, pixels_per_patch
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Parts, Rule, dense, norm
 
@@ -259,7 +259,9 @@ def write(
         UserError: the model has options that Google's files do not support; all of them are named.
     """
     if found := rules.unsupported(model, SUPPORTED):
-        raise UserError(f"Google's .npz does not support {few(found)}\n  write .safetensors, in timm's naming, instead")
+        raise UserError(
+            f"Google's .npz does not support {few(found, 6)}\n  write .safetensors, in timm's naming, instead"
+        )
     arrays = rules.written(_rules(Parts.of(model), PUBLISHED), parameters, model)
     return arrays, tuple(_notes(model))
 

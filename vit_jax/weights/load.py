@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, few
 from vit_jax.models.block_config import options_that_affect, parameter_options
 from vit_jax.models.parameters import heads, nested, parameter_shapes
 from vit_jax.models.positions import POSITIONS
 from vit_jax.models.stacking import stack_flat
 from vit_jax.models.vit import VisionTransformer, position_at, token_grid
 from vit_jax.weights import files, fit, google, hub, huggingface, native, timm
-from vit_jax.weights.describe import Description, few, pair
+from vit_jax.weights.describe import Description, pair
 from vit_jax.weights.report import Report, Row, stack_rows
 from vit_jax.weights.rules import Rule
 
@@ -136,7 +136,7 @@ def _check_same_parameters(theirs: VisionTransformer, model: VisionTransformer) 
         if name not in FITTED and there[name] != here[name]
     ]
     if different:
-        raise UserError(f"its model differs from the one to load into: it has {few(different)}")
+        raise UserError(f"its model differs from the one to load into: it has {few(different, 6)}")
 
 
 def _named(description: Description, model: VisionTransformer) -> Description:
@@ -197,7 +197,7 @@ def _understand(
             if family.recognise(stored.shapes):
                 return source, family.describe(stored, overrides), stored.arrays
         raise UserError(
-            f"not a known Vision Transformer, by the names of its arrays: {few(stored.shapes)}\n"
+            f"not a known Vision Transformer, by the names of its arrays: {few(stored.shapes, 6)}\n"
             "  allowed: files of Google (.npz), timm and Hugging Face (.safetensors), and workdirs of training runs"
         )
 
@@ -369,7 +369,7 @@ def _initialize(
     missing = [path for path in wanted if path not in flat]
     foreign = [path for path in missing if not path.startswith("head/")]
     if foreign:
-        raise UserError(f"the file has no arrays for {few(foreign)}: nothing was loaded")
+        raise UserError(f"the file has no arrays for {few(foreign, 6)}: nothing was loaded")
     rows = []
     had = ", ".join(f"{count} classes" for count in heads(description.model.classes).values()) or "no head"
     why = NEW_HEAD if new_head else f"the file has {had}"

@@ -11,13 +11,13 @@ import numpy as np
 from vit_jax.checkpoint import input_spec, integrity
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.checkpoint.run_files import CHECKPOINTS
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, few
 from vit_jax.models import variants
 from vit_jax.models.parameters import parameter_shapes
 from vit_jax.models.vit import VisionTransformer, token_grid
 from vit_jax.weights import files
 from vit_jax.weights import rules as forms
-from vit_jax.weights.describe import Choices, Description, check_names, few, pixels_per_patch
+from vit_jax.weights.describe import Choices, Description, check_names, pixels_per_patch
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Rule
 
@@ -135,8 +135,8 @@ def describe_file(stored: Stored) -> tuple[Description, Mapping[str, np.ndarray]
     found = integrity.digests(parameters)
     changed = [name for name in {**found, **content["digests"]} if found.get(name) != content["digests"].get(name)]
     if changed:
-        raise UserError(f"the file is corrupt: {few(changed)} changed since it was written")
-    notes = (f"the mean of the parameters of steps {few(map(str, content['steps']))}",)
+        raise UserError(f"the file is corrupt: {few(changed, 6)} changed since it was written")
+    notes = (f"the mean of the parameters of steps {few(map(str, content['steps']), 6)}",)
     size = _image_size(None, content["config"])
     return _description(AVERAGE, parameters, PARAMETERS, [], content["config"], notes, size), parameters
 

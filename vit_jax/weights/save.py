@@ -38,7 +38,7 @@ def save(
         channels: of the images; for .safetensors.
 
     Returns:
-        Notes for whoever reads the file: what the format cannot express.
+        Notes on what the format cannot express.
 
     Raises:
         UserError: the suffix is unknown, the format cannot express the model, or parameters are missing.

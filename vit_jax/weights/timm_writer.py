@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, few
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules
-from vit_jax.weights.describe import few
 from vit_jax.weights.timm import EPSILON, POOLINGS, Spelling, make_rules
 
 # What a file and its config can express: all values of these options (None) or the values listed.
@@ -40,7 +39,7 @@ def write(
     if model.pooling == "map" and model.mlp != "gelu":
         found.append(f"pooling='map' with mlp={model.mlp!r}")
     if found:
-        raise UserError(f"timm's models do not support {few(found)}")
+        raise UserError(f"timm's models do not support {few(found, 6)}")
     if image_size is None:
         raise UserError("timm's models are for one image size: pass image_size=(height, width)")
     rows = "class"
