@@ -8,7 +8,7 @@ set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 venv="$root/.venv"
 
-say() { printf 'run.sh: %s\n' "$*" >&2; }
+say() { printf 'run.sh: %s\n' "$*" >&2 || true; } # standard error may be closed
 
 fail() {
     say "$@"
@@ -48,6 +48,8 @@ ready() {
 
 set_up() {
     ready && return
+    case "$root" in *:*) fail "$root has a colon in its name, which Python's environments cannot have; rename it" ;; esac
+    [ -w "$root" ] || fail "$root cannot be written to, and has no environment (.venv) yet; copy it to another place"
     # Two first calls at the same time must not install into the same directory.
     if command -v flock >/dev/null; then
         exec 9>"$root/.venv.lock"

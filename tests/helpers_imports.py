@@ -10,7 +10,7 @@ COMMANDS = "commands"
 # From bottom to top. A package or module may import what is in its own layer and below. `config` stands for the package
 # but for `config.check`; modules at the top level that no layer names are commands and what only commands share.
 LAYERS = (
-    ("errors", "atomic"),
+    ("errors", "atomic", "arguments", "machine_errors", "terminal", "paths"),
     ("config",),
     ("models",),
     ("data", "sharding", "runtime"),
@@ -22,7 +22,10 @@ LAYERS = (
     (COMMANDS,),
 )
 # What is stricter than the order of the layers: all that these may import besides themselves.
-ALLOWED = {"models": {"errors"}, "data": {"errors", "atomic", "sharding", "runtime"}}
+ALLOWED = {
+    "models": {"errors", "arguments"},
+    "data": {"errors", "atomic", "arguments", "paths", "terminal", "sharding", "runtime"},
+}
 
 
 def modules() -> dict[str, Path]:

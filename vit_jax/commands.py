@@ -1,16 +1,22 @@
 """What the commands share: exit status, config and its overrides, flags that select a trained run, opening that run."""
 
 import argparse
+import atexit
+import contextlib
 import dataclasses
+import functools
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from vit_jax import config as options
+from vit_jax import paths, terminal
 from vit_jax.checkpoint import orbax_logging
 from vit_jax.errors import UserError
 from vit_jax.runtime import cpu_allocator
@@ -37,52 +43,91 @@ class Trained:
     state: "TrainState"
 
 
+def _ends_process(run: Callable[[Callable], int]) -> Callable[[Callable], int]:
+    """Makes the process of a command end with it, without waiting for threads or for what a signal interrupts.
+
+    After a failed save, threads of Orbax wait for minutes, and the interpreter would wait for them at its exit.
+    """
+
+    @functools.wraps(run)
+    def run_and_exit(action: Callable[[], int | None]) -> int:
+        if sys.modules["__main__"].__package__ != "vit_jax":  # called by another program
+            return run(action)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by vit_jax/__init__.py
+            signal.signal(signal.SIGINT, _interrupt)
+        status = run(action)
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+                stream.flush()
+        os._exit(status)
+
+    return run_and_exit
+
+
+def _interrupt(*_: object) -> None:
+    """Raises KeyboardInterrupt at the first Ctrl-C; a second one ends the process at once, without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+@_ends_process
 def finish(action: Callable[[], int | None]) -> int:
-    """Runs a command and returns its exit status; a `UserError` is printed and gives status 2."""
+    """Runs a command as `terminal.finish` does, in a process that computes with JAX; returns its exit status."""
     cpu_allocator.keep_memory()  # before JAX is imported
     orbax_logging.hide_background_errors()
-    try:
-        status = action() or 0
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # the reader closed the pipe; without this, the interpreter would fail again at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return terminal.finish(action)
+
+
+def start_jax() -> None:
+    """Starts JAX's devices, for commands that do not train; settings that the code does not support are overridden.
+
+    Raises:
+        UserError: the devices do not start.
+    """
+    from vit_jax.sharding import devices
+
+    devices.override_settings()
+    devices.start()
 
 
 def take_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Returns the config overrides among a command's arguments, as 'section.key=value', and the other arguments."""
     overrides, rest = [], []
-    remaining = iter(arguments)
-    for argument in remaining:
+    remaining = list(reversed(arguments))
+    while remaining:
+        argument = remaining.pop()
         if argument.startswith("--config."):
             name = argument.removeprefix("--config.")
-            overrides.append(name if "=" in name else f"{name}={next(remaining, '')}")
+            has_value = "=" not in name and remaining and not remaining[-1].startswith("--")
+            overrides.append(f"{name}={remaining.pop()}" if has_value else name)
         else:
             rest.append(argument)
     return overrides, rest
 
 
-def make_config(spec: str, overrides: list[str]) -> ConfigDict:
+def make_config(spec: str, overrides: list[str], workdir: Path | None = None) -> ConfigDict:
     """Returns the config of 'FILE' or 'FILE:ARG' with overrides, complete and checked.
+
+    What the config takes from its initial weights is taken from the run in `workdir` instead, if one has begun there.
 
     Raises:
         UserError: the file or an option is wrong.
     """
     # These import JAX, which --help must not wait for.
     from vit_jax.config.check import check_config
-    from vit_jax.training import init_from
+    from vit_jax.sharding import devices
+    from vit_jax.training import init_from, run_directory
 
+    if workdir is not None:
+        run_directory.check_path(workdir)
     config = options.load(spec)
+    devices.override_settings()
     read_in_file = options.read_options(config)
     typed = {options.override(config, assignment) for assignment in overrides}
-    init_from.complete_config(config)
+    init_from.complete_config(config, workdir)
     # What the file sets and the command line makes pointless, such as mix_probability with mixup=0, is no mistake.
     options.reset_unread(config, read_in_file - typed)
     check_config(config)
@@ -91,13 +136,13 @@ def make_config(spec: str, overrides: list[str]) -> ConfigDict:
 
 def default_workdir(spec: str) -> Path:
     """Returns the default run directory of a config: runs/cifar10-cpu for configs/cifar10.py:cpu."""
-    path, _, argument = spec.partition(":")
+    path, argument = options.split(spec)
     return Path("runs") / "-".join([Path(path).stem, *([argument.replace("/", "_")] if argument else [])])
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
     """Returns an empty parser for `python -m vit_jax.<name>` that prints the description as it is written."""
-    return argparse.ArgumentParser(
+    return terminal.Parser(
         prog=f"python -m vit_jax.{name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -129,13 +174,40 @@ def open_run(flags: argparse.Namespace) -> Trained:
     Raises:
         UserError: there is no run, checkpoint or split as requested, the data is missing, or `--weights` does not fit.
     """
-    from vit_jax.checkpoint.manager import CheckpointManager
-    from vit_jax.training import init_from, run_directory, setup
+    from vit_jax.training import run_directory
 
-    workdir = expand_path(flags.workdir, "--workdir")
+    if getattr(flags, "weights", None) is not None:  # a flag of some commands only
+        paths.check_source(flags.weights, "--weights")
+    workdir = paths.expand(flags.workdir, "--workdir")
+    start_jax()
     config = run_directory.trained_config(workdir)
     config.mesh.devices = config.data.features = None  # all devices; images, even if the run used stored features
     config.data.dir = flags.data_dir or config.data.dir
+    with flags_named({"data.dir": "--data_dir"}):
+        return _open_run(flags, workdir, config)
+
+
+@contextlib.contextmanager
+def flags_named(flags: Mapping[str, str]) -> Iterator[None]:
+    """Names a command's own flags in error messages, for a command in which options of a config cannot be set.
+
+    Args:
+        flags: the flag of an option, by 'section.key'.
+    """
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for name, flag in flags.items():
+            message = re.sub(rf"(--)?config\.{name}\b", flag, message).replace(f"{flag} ({flag})", flag)
+        raise UserError(message) from error
+
+
+def _open_run(flags: argparse.Namespace, workdir: Path, config: ConfigDict) -> Trained:
+    from vit_jax.checkpoint import input_spec
+    from vit_jax.checkpoint.manager import CheckpointManager
+    from vit_jax.training import init_from, run_directory, setup
+
     if flags.batch_size is not None:
         if flags.batch_size < 1:
             raise UserError(f"--batch_size is {flags.batch_size}\n  allowed: an integer of at least 1")
@@ -147,10 +219,15 @@ def open_run(flags: argparse.Namespace) -> Trained:
             f"--split={flags.split}: this run has no {flags.split} split\n  allowed: {known}, or a split expression"
         )
     splits = {"train": config.data.train, flags.split: split}
-    mesh, attention = setup.check_data(config, [split]), run_directory.attention_choice(workdir)
-    run = setup.assemble(config, mesh, setup.load_sources(config, splits), attention=attention, training=False)
     with CheckpointManager(workdir, read_only=True) as checkpoints:
-        state = init_from.restore(run, checkpoints, checkpoints.find("best" if flags.best else flags.step))
+        step = checkpoints.find("best" if flags.best else flags.step)
+        with run_directory.invalid_config_explained(workdir):
+            init_from.check_depth(config, checkpoints.content(step))
+            mesh, attention = setup.check_data(config, [split]), run_directory.attention_choice(workdir)
+            run = setup.assemble(config, mesh, setup.load_sources(config, splits), attention=attention, training=False)
+        if run.objective.needs_labels:
+            input_spec.check_classes(workdir, run.sources["train"].class_names_by_label())
+        state = init_from.restore(run, checkpoints, step)
     weights_file = getattr(flags, "weights", None)  # a flag of some commands only
     if weights_file is not None:
         state = state.replace(parameters=_load_weights(weights_file, run), averaged=None)
@@ -166,18 +243,6 @@ def _load_weights(path: str, run: "Experiment") -> Any:
     if missing:
         raise UserError(f"--weights={path} has no {missing[0]} for this run\n  use a file with the same classes")
     return parameters
-
-
-def expand_path(text: str, flag: str) -> Path:
-    """Returns a path given on the command line, with '~' and '~user' expanded.
-
-    Raises:
-        UserError: there is no such user.
-    """
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{flag}={text}: {error}") from None
 
 
 def parse_step(text: str | None) -> int | str | None:

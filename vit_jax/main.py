@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from vit_jax import commands, config
+from vit_jax import commands, config, paths, terminal
 from vit_jax.config import document
 from vit_jax.errors import UserError
 
@@ -24,7 +24,7 @@ docs/options.md describes all options.
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command's flags; config overrides are removed from the arguments beforehand."""
-    parser = argparse.ArgumentParser(
+    parser = terminal.Parser(
         prog="python -m vit_jax.main",
         usage="%(prog)s --config=FILE[:ARG] [--workdir=DIR] [--config.SECTION.OPTION=VALUE ...]",
         description=DESCRIPTION,
@@ -52,10 +52,25 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     except argparse.ArgumentError as error:
         raise UserError(f"{error}\n  see python -m vit_jax.main --help") from None
     if unknown:
-        raise UserError(f"unknown argument: {unknown[0]}\n  options are --config.SECTION.OPTION=VALUE; see --help")
+        raise _unknown(unknown[0])
     if flags.config is None and not flags.help:
         raise UserError("--config is missing\n  for example: python -m vit_jax.main --config=configs/digits.py")
     return flags, overrides
+
+
+def _unknown(argument: str) -> UserError:
+    """Returns the error for an unknown argument, with what to type in its place."""
+    name, equals, value = argument.lstrip("-").partition("=")
+    near = config.nearest_options(name) if argument.startswith("-") or equals else []
+    if name in ("config", "workdir"):
+        meant = f"--{name}={value}"
+    elif name.endswith(".py") and not equals:
+        meant = f"--config={name}"
+    elif near:
+        meant = f"--config.{near[0]}={value or 'VALUE'}"
+    else:
+        return UserError(f"unknown argument: {argument}\n  options are --config.SECTION.OPTION=VALUE; see --help")
+    return UserError(f"unknown argument: {argument}\n  nearest: {meant}")
 
 
 def show_help(spec: str | None, overrides: list[str]) -> None:
@@ -65,12 +80,12 @@ def show_help(spec: str | None, overrides: list[str]) -> None:
         UserError: the config cannot be loaded, or an override is wrong.
     """
     if spec is None:
-        print(make_parser().format_help(), end="")
+        terminal.output(make_parser().format_help(), end="")
         return
     loaded = config.load(spec)
     for assignment in overrides:
         config.override(loaded, assignment)
-    print(document.describe(loaded, spec))
+    terminal.output(document.describe(loaded, spec))
 
 
 def main(arguments: list[str]) -> int:
@@ -88,16 +103,17 @@ def run(arguments: list[str]) -> None:
     if flags.help:
         show_help(flags.config, overrides)
         return
-    made = commands.make_config(flags.config, overrides)
+    if flags.workdir is not None:
+        workdir = paths.expand(flags.workdir, "--workdir")
+    else:
+        workdir = paths.expand(commands.default_workdir(flags.config), "--config")
+    made = commands.make_config(flags.config, overrides, workdir)
     # Imported only now, so that mistakes on the command line are reported at once.
     from vit_jax.runtime import compilation_cache
     from vit_jax.training import multi_seed, train
 
     compilation_cache.cache_compilations()
     trained = train.train if made.train.seeds is None else multi_seed.train
-    workdir = (
-        commands.expand_path(flags.workdir, "--workdir") if flags.workdir else commands.default_workdir(flags.config)
-    )
     trained(made, workdir)
 
 

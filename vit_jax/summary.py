@@ -5,7 +5,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from vit_jax import commands
+from vit_jax import commands, terminal
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def summarise(flags: argparse.Namespace) -> str:
     from vit_jax.models import summary, variants
     from vit_jax.models.vit import VisionTransformer
 
+    commands.start_jax()
     size = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", flags.image_size)
     if size is None:
         raise UserError(f"--image_size={flags.image_size}\n  allowed: pixels, such as 224 or 224x320 (height x width)")
@@ -131,8 +132,7 @@ def _totals(layers: list["Layer"], flops: int, memory: dict[str, int], batch_siz
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    flags = parse(arguments)
-    return commands.finish(lambda: print(summarise(flags)))
+    return commands.finish(lambda: terminal.output(summarise(parse(arguments))))
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def test_the_command_takes_any_field_and_size(capsys):
         (["B/16", "--set", "dropout=a"], "error: --set dropout=a: not of type float\n  default: 0.0"),
         (["B/16", "--set", "class_token=False"], "error: pooling is 'token' but class_token is False"),
         (["B/16", "--set", "pre_logits=wide"], "error: "),
-        ([], "usage: "),
+        ([], "error: "),
     ],
 )
 def test_a_mistake_ends_the_command_with_what_is_allowed(capsys, arguments, message):

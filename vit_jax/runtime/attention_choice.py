@@ -21,13 +21,12 @@ import jax
 import jax.numpy as jnp
 
 import vit_jax
-from vit_jax import atomic
+from vit_jax import atomic, paths, terminal
 from vit_jax.errors import UserError, one_line
 from vit_jax.models import attention_backends
 from vit_jax.models.attention import Attention
 from vit_jax.models.attention_backends import BACKENDS, FALLBACK, Device, Shape
 from vit_jax.models.encoder import Encoder
-from vit_jax.runtime import compilation_cache
 from vit_jax.runtime.attention_timing import Probe
 from vit_jax.sharding import multihost
 
@@ -184,15 +183,15 @@ def _cached(names: list[str], shapes: Mapping[Shape, int], device: Any, training
     versions = {name: _version(name) for name in LIBRARIES} | {"vit_jax": vit_jax.__version__}
     versions |= {"runtime": getattr(device.client, "platform_version", None), "flags": os.environ.get("XLA_FLAGS")}
     calls = [[dataclasses.asdict(shape), count] for shape, count in shapes.items()]
-    key = json.dumps([device.device_kind, versions, calls, names, training], sort_keys=True)
-    path = compilation_cache.cache_dir() / "attention" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    key = atomic.to_json([device.device_kind, versions, calls, names, training], sort_keys=True)
+    path = paths.cache_dir() / "attention" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     try:
         saved = Choice(**json.loads(path.read_text()))
         if saved.backend in names:
             return dataclasses.replace(saved, reason="cached")
     except (OSError, ValueError, TypeError):
         pass  # missing or damaged: timed again
-    print(f"timing the attention backends {', '.join(names)} (once; saved in {path.parent}) ...", flush=True)
+    terminal.say(f"timing the attention backends {', '.join(names)} (once; saved in {path.parent}) ...")
 
     @functools.cache
     def probe(shape: Shape) -> Probe:

@@ -1,12 +1,13 @@
 """The cache of compiled programs on disk."""
 
+import contextlib
 import hashlib
-import os
 import platform
 from pathlib import Path
 
 import jax
 
+from vit_jax import paths
 from vit_jax.runtime import hardware
 
 
@@ -18,13 +19,18 @@ def cache_compilations() -> None:
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / f"xla-{_processor()}"))
+    directory = paths.cache_dir() / f"xla-{_processor()}"
+    _remove_empty(directory)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def cache_dir() -> Path:
-    """Returns the user's directory for files that can be made again at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit_jax"
+def _remove_empty(directory: Path) -> None:
+    """Removes the empty files that a power failure leaves of programs: JAX would never replace them."""
+    with contextlib.suppress(OSError):
+        for path in directory.glob("*-cache"):
+            if not path.stat().st_size:
+                path.unlink(missing_ok=True)
 
 
 def _processor() -> str:

@@ -4,6 +4,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.errors import UserError
+from vit_jax.sharding import devices as devices_module
 
 
 def make_mesh(devices: int | None) -> Mesh:
@@ -13,9 +14,9 @@ def make_mesh(devices: int | None) -> Mesh:
         devices: number of devices; None for all.
 
     Raises:
-        UserError: there are fewer devices.
+        UserError: there are fewer devices, or they do not start.
     """
-    available = jax.devices()
+    available = devices_module.start()
     if devices is not None and devices > len(available):
         raise UserError(f"config.mesh.devices is {devices}\n  allowed: 1 to {len(available)}, or None for all")
     count = devices or len(available)

@@ -35,7 +35,12 @@ def initialize(distributed: bool) -> None:
 
 def is_rank_0() -> bool:
     """Returns whether this is the process that writes files and prints."""
-    return jax.process_index() == 0
+    return is_alone() or jax.process_index() == 0
+
+
+def is_alone() -> bool:
+    """Returns whether this is the only process; without a cluster no device is started to find out."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def on_rank_0(f: Callable[[], Any]) -> Any:
@@ -50,7 +55,7 @@ def on_rank_0(f: Callable[[], Any]) -> Any:
     Raises:
         UserError: `f` raised it; in all processes.
     """
-    if jax.process_count() == 1:
+    if is_alone():
         return f()
     message: dict[str, Any] = {}
     if is_rank_0():
@@ -66,7 +71,7 @@ def on_rank_0(f: Callable[[], Any]) -> Any:
 
 def any_of(flag: bool) -> bool:
     """Returns whether `flag` is True in any process; all processes must call this together."""
-    if jax.process_count() == 1:
+    if is_alone():
         return flag
     from jax.experimental import multihost_utils
 

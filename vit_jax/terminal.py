@@ -1,0 +1,217 @@
+"""What every command does at its start and end, and printing that cannot end it.
+
+Standard streams may be closed, full, broken, or not UTF-8.
+"""
+
+import argparse
+import codecs
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, Protocol, runtime_checkable
+
+from vit_jax import machine_errors
+from vit_jax.errors import UserError
+
+ERRORS = "vit_jax.terminal"  # the error handler of the streams
+_DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"  # word processors replace hyphens by others
+_lost: list[str] = []  # why standard output has not received all of `output`; at most one
+_absent: list[io.TextIOBase] = []  # streams that stand for those that were closed when the process started
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What a standard stream may be: a file, or what a program has put in its place."""
+
+    def write(self, text: str, /) -> object:
+        """Writes text."""
+
+
+def say(text: str = "", end: str = "\n") -> None:
+    """Prints to standard output, if that is possible: for what is also in files, such as the progress of a run."""
+    write(sys.stdout, text + end)
+
+
+def warn(text: str = "", end: str = "\n") -> None:
+    """Prints to standard error, if that is possible."""
+    write(sys.stderr, text + end)
+
+
+def output(text: str = "", end: str = "\n") -> None:
+    """Prints the result of a command to standard output, if that is possible.
+
+    After a failure nothing more is printed, and `commands.finish` ends the command with the reason (`lost`).
+    """
+    if not _lost and (reason := write(sys.stdout, text + end)) is not None:
+        _lost.append(reason)
+
+
+def finish(action: Callable[[], int | None]) -> int:
+    """Runs a command and returns its exit status; an error that the user can fix is printed and gives status 2.
+
+    If a part of the command's result could not be printed (`output`), the reason is printed too. The status is then 1
+    if its reader closed the pipe, as `head` does, and 2 otherwise.
+    """
+    prepare()
+    try:
+        return _closed(_run(action))
+    except SystemExit as end:  # --help, or a mistake that argparse has found
+        end.code = _closed(end.code)
+        raise
+
+
+def _run(action: Callable[[], int | None]) -> int:
+    try:
+        return action() or 0
+    except UserError as error:
+        warn(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        warn("stopped")
+        return 130
+    except Exception as error:
+        if (message := machine_errors.explain(error)) is None:
+            raise
+        warn(f"error: {message}")
+        return 2
+
+
+def _closed(status: int | None) -> int | None:
+    """Closes the streams; returns the exit status with which the command ends."""
+    if (reason := lost()) is not None:
+        warn(f"error: standard output: {reason}\n  the result was not printed, or not all of it")
+        status = max(status or 0, 1 if reason == os.strerror(errno.EPIPE) else 2)
+    close()
+    return status
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints its help as the result of the command, and its errors in two lines, so that they cannot fail.
+
+    Attributes:
+        may_be_empty: the names of the flags whose value may be an empty text.
+    """
+
+    may_be_empty: tuple[str, ...] = ()
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Returns the flags and the other arguments.
+
+        Raises:
+            UserError: a flag is empty, or begins with a dash in place of hyphens.
+        """
+        for argument in sys.argv[1:] if args is None else args:
+            _check_hyphens(argument)
+        flags, others = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if (
+                action.option_strings
+                and action.dest not in self.may_be_empty
+                and getattr(flags, action.dest, None) == ""
+            ):
+                raise UserError(
+                    f"{action.option_strings[-1]}= is empty\n  give it a value (is a variable of the shell not set?)"
+                    f"{'' if action.required else ', or omit it'}"
+                )
+        return flags, others
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with status 2, and says what is wrong with its arguments."""
+        self.exit(2, f"error: {message}\n  see {self.prog} --help\n")
+
+    def _print_message(self, message: str, file: io.TextIOBase | None = None) -> None:
+        (output if file is sys.stdout else warn)(message, end="")
+
+
+def _check_hyphens(argument: str) -> None:
+    name = argument.lstrip(_DASHES)
+    dashes = argument.removesuffix(name)
+    if dashes.strip("-") and name[:1].isalpha() and not os.path.lexists(argument):
+        raise UserError(f"{argument[:200]} begins with {dashes!r} in place of two hyphens\n  type --{name[:200]}")
+
+
+def lost() -> str | None:
+    """Returns why a part of the `output` could not be printed; None if all of it was."""
+    return _lost[0] if _lost else None
+
+
+def write(stream: Stream | None, text: str) -> str | None:
+    r"""Writes text to a stream and flushes it; returns the reason if that fails, else None.
+
+    Characters that the stream's encoding does not have are written as escapes (\xe9); file names that are not text, as
+    the bytes that they are.
+    """
+    if stream is None or stream in _absent:
+        return os.strerror(errno.EBADF)
+    try:
+        _tolerate(stream)
+        stream.write(text)
+        getattr(stream, "flush", _nothing)()
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:  # closed by the program
+        return str(error)
+    return None
+
+
+def is_live(stream: Stream | None) -> bool:
+    """Returns whether a stream is a terminal on which a line can be overwritten."""
+    try:
+        return bool(getattr(stream, "isatty", _nothing)()) and os.environ.get("TERM") != "dumb"
+    except ValueError:  # closed by the program
+        return False
+
+
+def prepare() -> None:
+    """Makes the standard streams usable; called when a command starts.
+
+    A descriptor that is closed is opened on the null device. Otherwise the next file would get its number, and what
+    libraries print would be written into that file.
+    """
+    _lost.clear()
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # libraries write to it without asking
+            _absent.append(os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            setattr(sys, name, _absent[-1])
+        with contextlib.suppress(OSError, ValueError):
+            _tolerate(getattr(sys, name))
+
+
+def close() -> None:
+    """Flushes the standard streams; one that fails is replaced, because the interpreter would fail at its exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and write(stream, "") is not None:
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: no real file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _nothing() -> None:
+    """Stands for what a stream of a program, such as one that writes to a log, does not have."""
+
+
+def _tolerate(stream: Stream) -> None:
+    if hasattr(stream, "reconfigure") and stream.errors != ERRORS:
+        stream.reconfigure(errors=ERRORS)
+
+
+def _escape(error: UnicodeError) -> tuple[bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    parts = []
+    for character in error.object[error.start : error.end]:
+        byte = ord(character) - 0xDC00  # how Python represents a byte of a file name that is not text
+        parts.append(bytes([byte]) if 0x80 <= byte <= 0xFF else character.encode("ascii", "backslashreplace"))
+    return b"".join(parts), error.end
+
+
+codecs.register_error(ERRORS, _escape)
