@@ -123,7 +123,7 @@ BAD = {
     "train.seeds=2 mesh.distributed=True": ["config.train.seeds", "config.mesh.distributed", "config.train.seed"],
     "train.seeds=2 train.batch_size=auto": ["config.train.seeds", "config.train.batch_size='auto'"],
     "train.seeds=1,2 train.seed=3": ["config.train.seed is 3", "train.seeds=1,2", "0 (the default)"],
-    "train.seeds_at_once=2": ["config.train.seeds_at_once has been removed", "leave this option out"],
+    "train.seeds_at_once=2": ["config.train.seeds_at_once has been removed", "omit it"],
     "train.loss_weights=lable=1": ["config.train.loss_weights is 'lable=1'", "'label=1'"],
     "train.loss_weights=label=0": ["config.train.loss_weights is 'label=0'", "above 0"],
     "log.profile=5:5": ["config.log.profile is '5:5'", "100:110"],

@@ -15,10 +15,12 @@ from vit_jax.config.load import (
     from_dict,
     load,
     names,
+    nearest_options,
     override,
     read_options,
     reset_unread,
 )
+from vit_jax.config.module import split
 from vit_jax.config.option import Option
 from vit_jax.config.schema import INIT_FROM, OPTIONS
 
@@ -32,7 +34,9 @@ __all__ = [
     "from_dict",
     "load",
     "names",
+    "nearest_options",
     "override",
     "read_options",
     "reset_unread",
+    "split",
 ]

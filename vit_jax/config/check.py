@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from vit_jax import objectives
+from vit_jax import objectives, paths
 from vit_jax.config.load import check_values
 from vit_jax.config.option import MAX_SEED
 from vit_jax.config.schema import INIT_FROM, OPTIONS
@@ -18,6 +18,7 @@ def check_config(config: ConfigDict) -> None:
             under the others; the message says which, what was given and what is allowed.
     """
     check_values(config)
+    _check_paths(config)
     _check_length(config)
     _check_sources(config)
     _check_seeds(config)
@@ -26,6 +27,13 @@ def check_config(config: ConfigDict) -> None:
     stored_features.check_config(config)
     _check_augment(config)
     _check_model(config)
+
+
+def _check_paths(config: ConfigDict) -> None:
+    for name in ("data.dir", "data.cache_dir", "data.features", "checkpoint.init_from"):
+        section, key = name.split(".")
+        if config[section][key] is not None:
+            paths.check_source(config[section][key], f"config.{name}")
 
 
 def _check_length(config: ConfigDict) -> None:

@@ -10,7 +10,8 @@ import textwrap
 
 from ml_collections import ConfigDict
 
-from vit_jax.config.load import ROOT
+from vit_jax import terminal
+from vit_jax.config.module import ROOT
 from vit_jax.config.option import Option
 from vit_jax.config.schema import OPTIONS, REMOVED
 
@@ -34,6 +35,8 @@ INTRODUCTION = """\
 Set an option in a config file (`config.train.steps = 1000`) or on the command line (`--config.train.steps=1000`).
 `python -m vit_jax.main --config=FILE --help` shows the options of a config with the values that they have there.
 
+* **Config files** are Python modules: they may import modules of their own directory, also relatively in a package.
+  `get_config()`, or `get_config(ARG)` for `--config=FILE:ARG`, returns the config.
 * **On resume**: whether the option may change when a run resumes. *fixed*: no. *changeable*: yes, and the change is
   printed and recorded in `changes.jsonl`. *free*: yes, silently.
 * **Only with**: the settings under which the option has an effect. With other settings, any value but the default is
@@ -120,7 +123,7 @@ def _row(key: str, option: Option, value: object, changed: bool) -> list[str]:
 def main() -> int:
     """Writes docs/options.md."""
     PATH.write_text(markdown())
-    print(f"wrote {PATH}")
+    terminal.say(f"wrote {PATH}")
     return 0
 
 

@@ -1,19 +1,16 @@
 """Configs from files, from the command line and from config.json; differences between configs."""
 
-import difflib
-import importlib.util
-import inspect
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from vit_jax.arguments import plain, shown
+from vit_jax.config import module
 from vit_jax.config.option import FIXED, RESUME, ListKind, Option
 from vit_jax.config.schema import OPTIONS, REMOVED
-from vit_jax.errors import UserError, one_line
+from vit_jax.errors import UserError, nearest
 
-ROOT = Path(__file__).resolve().parents[2]
 # Former key -> key; a key is renamed within its section.
 ALIASES = {alias: key for keys in OPTIONS.values() for key, one in keys.items() for alias in one.aliases}
 
@@ -25,16 +22,22 @@ class Section(ConfigDict):
         key = ALIASES.get(key, key)
         if self.is_locked and key not in self:
             removed = [remedy for name, remedy in REMOVED.items() if name.endswith(f".{key}")]
-            near = difflib.get_close_matches(key, self.keys(), n=1, cutoff=0.0)
-            raise KeyError(f"option {key} {f'has been removed: {removed[0]}' if removed else f'(nearest: {near[0]})'}")
-        super().__setitem__(key, value)
+            near = [f"nearest: {one}" for one in nearest(key, self.keys())] or [f"allowed: {', '.join(self.keys())}"]
+            raise KeyError(f"option {key} {f'has been removed: {removed[0]}' if removed else f'({near[0]})'}")
+        try:
+            super().__setitem__(key, value if isinstance(value, config_dict.FieldReference) else plain(value))
+        except TypeError:
+            known = [keys[key].allowed() for keys in OPTIONS.values() if key in keys and keys.keys() >= {*self}]
+            if not known:
+                raise
+            raise TypeError(f"option {key} is {shown(value)}; allowed: {known[0]}") from None
 
     def __getitem__(self, key: str) -> Any:
         return super().__getitem__(ALIASES.get(key, key))
 
 
 class ListReference(config_dict.FieldReference):
-    """The field of a list option: converts the text or the list that is assigned to it to a tuple."""
+    """The field of an option with values of several types, such as a list: converts what is assigned to it."""
 
     def __init__(self, one: Option) -> None:
         self._option = one
@@ -50,10 +53,8 @@ class ListReference(config_dict.FieldReference):
 
 
 def _field(one: Option) -> Any:
-    if isinstance(one.kind, ListKind):
+    if isinstance(one.kind, ListKind) or one.words:  # values of two types
         return ListReference(one)
-    if one.words:  # values of two types
-        return config_dict.FieldReference(one.default, field_type=object)
     # A placeholder is None with a type, so that an int assigned to a float option becomes a float.
     return config_dict.placeholder(one.kind) if one.default is None else one.default
 
@@ -117,47 +118,22 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
 def load(spec: str) -> ConfigDict:
     """Returns the config of 'FILE' or 'FILE:ARG': what `get_config()` or `get_config(ARG)` of that Python file returns.
 
-    FILE is relative to the current directory or to the project's, so that configs/... works from anywhere.
-
     Raises:
         UserError: no such file, an error in it, an argument that it does not accept, an option that does not exist or
             is missing, or a value that is not allowed.
     """
-    path, _, argument = spec.partition(":")
-    file = next((p for p in (Path(path).expanduser(), ROOT / path) if p.is_file()), None)
-    if file is None:
-        known = ", ".join(sorted(f"configs/{p.name}" for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__"))
-        raise UserError(f"--config={spec}: no such file: {path}\n  available: {known}")
-    try:
-        module_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(
-            f"--config={spec}: importing {file} failed: {one_line(f'{type(error).__name__}: {error}')}"
-        ) from error
-    if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"--config={spec}: {file} has no function get_config")
-    if argument and not inspect.signature(module.get_config).parameters:
-        raise UserError(f"--config={spec}: get_config of {file} takes no argument\n  given: {argument}")
-    try:
-        config = module.get_config(argument) if argument else module.get_config()
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"--config={spec}: {one_line(f'{type(error).__name__}: {error}')}") from error
+    config = module.call(spec)
+    if isinstance(config, config_dict.FrozenConfigDict):
+        config = config.as_configdict()
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"--config={spec}: get_config returned {type(config).__name__}, not an ml_collections.ConfigDict"
+            f"--config={spec}: get_config returned {type(config).__name__}, not an ml_collections.ConfigDict\n"
+            "  start from vit_jax.config.default(), change its options, and return it"
         )
     check_values(config)
     # A config made by `default` is kept, with the references between its fields.
     is_ours = all(isinstance(section, Section) for section in config.values())
     return config if is_ours else from_dict(config.to_dict())
-
-
-def _reason(error: Exception) -> str:
-    return one_line(f"{type(error).__name__}: {error}", 300)
 
 
 def override(config: ConfigDict, assignment: str) -> str:
@@ -170,7 +146,7 @@ def override(config: ConfigDict, assignment: str) -> str:
     section, _, key = name.partition(".")
     name = f"{section}.{ALIASES.get(key, key)}"
     if name in REMOVED:
-        raise UserError(f"config.{name} has been removed\n  {REMOVED[name]}")
+        raise UserError(f"config.{name} has been removed\n  omit it: {REMOVED[name]}")
     one = find_option(name, text if equals else None)
     if not equals:
         raise UserError(f"config.{name} has no value\n  allowed: {one.allowed()}")
@@ -196,16 +172,28 @@ def find_option(name: str, value: Any) -> Option:
     """Returns the option 'section.key'.
 
     Raises:
-        UserError: there is none; the nearest one is named.
+        UserError: there is none; the one that may be meant is named, or else those of the section.
     """
     if (found := option(name)) is not None:
         return found
-    # A name in the wrong section is as frequent a mistake as a misspelled one.
-    key = name.partition(".")[2]
-    near = [known for known in names() if key and known.split(".")[1] == key]
-    near += difflib.get_close_matches(name, names(), n=1, cutoff=0.0)
-    shown = "" if value is None else f" (given: {value})"
-    raise UserError(f"config.{name} does not exist{shown}\n  nearest: config.{near[0]}: {option(near[0]).doc}")
+    known = OPTIONS.get(name.partition(".")[0], {})
+    if near := nearest_options(name):
+        way_out = f"nearest: config.{near[0]}: {option(near[0]).doc}"
+    else:
+        way_out = f"allowed: {', '.join(known)}" if known else f"allowed: options of {', '.join(OPTIONS)}"
+    text = "" if value is None else f" (given: {shown(value)})"
+    raise UserError(f"config.{shown(name.rstrip('.'))[1:-1]} does not exist{text}\n  {way_out}")
+
+
+def nearest_options(name: str) -> list[str]:
+    """Returns the options, as 'section.key', that a name which is none may mean; the most similar first."""
+    section, _, key = name.partition(".")
+    key, known = key or section, OPTIONS.get(section, {})
+    # A name in the wrong section, or without one, is as frequent a mistake as a misspelled one.
+    near = [one for one in names() if one.split(".")[1] == key]
+    near += [f"{section}.{one}" for one in nearest(key, known)]
+    similar = nearest(key, [one.split(".")[1] for one in names()])
+    return near + [one for one in names() if one.split(".")[1] in similar]
 
 
 def check_values(config: ConfigDict) -> None:
@@ -216,9 +204,10 @@ def check_values(config: ConfigDict) -> None:
     """
     for section, keys in config.items():
         if section not in OPTIONS or not isinstance(keys, ConfigDict):
-            near = difflib.get_close_matches(section, OPTIONS, n=1, cutoff=0.0)[0]
-            raise UserError(f"config.{section} is not a section\n  nearest: config.{near}")
-    values = upgrade(config.to_dict())
+            near = [one for one in nearest(section, OPTIONS) if one != section]
+            way_out = f"nearest: config.{near[0]}" if near else f"allowed: {', '.join(OPTIONS)}"
+            raise UserError(f"config.{section} is not a section\n  {way_out}")
+    values = upgrade(_plain(config))
     for section, keys in values.items():
         for key, value in keys.items():
             find_option(f"{section}.{key}", value).check(f"{section}.{key}", value)
@@ -227,6 +216,26 @@ def check_values(config: ConfigDict) -> None:
         raise UserError(
             f"config.{missing[0]} is missing\n  start from vit_jax.config.default(), which has every option"
         )
+
+
+def _plain(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """Returns a config as nested dictionaries.
+
+    Raises:
+        UserError: an option is a required placeholder without a value.
+    """
+    try:
+        return config.to_dict()
+    except config_dict.RequiredValueError as error:
+        for section, keys in config.items():
+            for key in keys:
+                try:
+                    keys[key]
+                except config_dict.RequiredValueError:
+                    raise UserError(
+                        f"config.{section}.{key} is a required placeholder without a value\n  set it in get_config"
+                    ) from error
+        raise
 
 
 def differences(old: Mapping, new: Mapping, resume: Collection[str] = RESUME) -> list[str]:

@@ -5,14 +5,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
+from vit_jax.arguments import plain, shown
 from vit_jax.errors import UserError
 
 # May an option differ when a run resumes? "fixed": no, the run directory is refused. "changeable": yes, and the change
 # is printed and recorded. "free": yes, silently.
 FIXED, CHANGEABLE, FREE = RESUME = ("fixed", "changeable", "free")
 MAX_SEED = 2**31 - 1
+MAX_INTEGER = 2**31 - 1  # steps and indices are int32 on the device
+MAX_NUMBER = float(np.finfo(np.float32).max)
 
 
 def _items(value: Any, separator: str = ",") -> tuple[Any, ...]:
@@ -144,7 +148,7 @@ class When:
 
     def failing(self, config: ConfigDict) -> str:
         """Returns the setting because of which it does not hold."""
-        return f"{self.option}={_value(config, self.option)!r}"
+        return f"{self.option}={shown(_value(config, self.option))}"
 
 
 class AnyOf:
@@ -251,13 +255,15 @@ class Option:
                 return int(number)
             return self.kind.convert(text) if isinstance(self.kind, ListKind) else self.kind(text)
         except (ValueError, TypeError, KeyError, OverflowError):
-            raise UserError(f"config.{name} is {text!r}\n  allowed: {self.allowed()}") from None
+            raise UserError(f"config.{name} is {shown(text)}\n  allowed: {self.allowed()}") from None
 
     def convert(self, value: Any) -> Any:
-        """Returns a list option's value as a tuple; values that cannot be converted are returned unchanged.
+        """Returns a list option's value as a tuple, and `arguments.plain` values.
 
-        Config files and config.json may thus have text, a list or a tuple; `check` refuses other values.
+        Config files and config.json may thus have text, a list or a tuple. Values that cannot be converted are returned
+        unchanged; `check` refuses them.
         """
+        value = plain(value)
         if value is None or not isinstance(self.kind, ListKind):
             return value
         try:
@@ -271,8 +277,16 @@ class Option:
         Raises:
             UserError: it has the wrong type or is not allowed.
         """
-        if not self._is_allowed(value):
-            raise UserError(f"config.{name} is {value!r}\n  allowed: {self.allowed()}")
+        if self._is_allowed(value):
+            return
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        limit = ""
+        if self.kind in (int, float) and is_number and abs(value) > (largest := self._largest()):
+            limit = f", at most {largest:.8g}" if self.kind is float else f", at most {largest}"
+        raise UserError(f"config.{name} is {shown(value)}\n  allowed: {self.allowed()}{limit}")
+
+    def _largest(self) -> float:
+        return MAX_INTEGER if self.kind is int else MAX_NUMBER
 
     def _is_allowed(self, value: Any) -> bool:
         if value is None:
@@ -291,7 +305,7 @@ class Option:
 
     def _is_in_range(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            abs(value) <= self._largest()  # false for nan
             and (self.min is None or value >= self.min)
             and (self.max is None or value <= self.max)
             and (self.above is None or value > self.above)
@@ -306,7 +320,7 @@ class Option:
 
     def quoted(self, value: Any) -> str:
         """Returns a value as messages show it: strings and lists in quotes."""
-        return repr(self.text(value) if isinstance(value, tuple) else value)
+        return shown(self.text(value) if isinstance(value, tuple) else value)
 
     def unread_reason(self, name: str, config: ConfigDict) -> str | None:
         """Returns why nothing reads the option in a config, and what is allowed; None if it is read."""

@@ -4,6 +4,7 @@ import functools
 
 from vit_jax.config.option import CHANGEABLE, FREE, MAX_SEED, NAMES, SEEDS, STEPS, WEIGHTS, AnyOf, Option, When
 
+MAX_DEPTH, MAX_WIDTH, MAX_SIDE = 1000, 2**20, 2**14
 INIT_FROM = "init_from"  # value of options that are taken from the parameters of checkpoint.init_from
 
 CLASSIFY = When("train.objective", "classify")
@@ -28,12 +29,12 @@ MODEL = {
         "Model size (Ti, S, B, L, H), slash, patch size in pixels; a hybrid such as R50+B/16; or init_from: that of "
         "checkpoint.init_from.",
     ),
-    "width": Option(None, int, "Token width. None: from the variant.", min=1),
-    "depth": Option(None, int, "Number of encoder blocks. None: from the variant.", min=1),
+    "width": Option(None, int, "Token width. None: from the variant.", min=1, max=MAX_WIDTH),
+    "depth": Option(None, int, "Number of encoder blocks. None: from the variant.", min=1, max=MAX_DEPTH),
     "heads": Option(None, int, "Number of attention heads per block. None: from the variant.", min=1),
-    "mlp_width": Option(None, int, "Hidden width of the MLPs. None: from the variant.", min=1),
+    "mlp_width": Option(None, int, "Hidden width of the MLPs. None: from the variant.", min=1, max=MAX_WIDTH),
     "class_token": Option(None, bool, "Prepend a learned class token. None: only if pooling needs one."),
-    "registers": Option(0, int, "Number of register tokens: learned tokens that the head does not read.", min=0),
+    "registers": Option(0, int, "Number of register tokens, which no head reads.", min=0, max=MAX_SIDE),
     "pooling": Option(
         "token",
         str,
@@ -72,9 +73,14 @@ MODEL = {
         None, float, "Initial value of LayerScale on the residual branches. None: no LayerScale.", above=0
     ),
     "parallel": Option(False, bool, "Compute attention and MLP in parallel instead of one after the other."),
-    "layer_norm_epsilon": Option(1e-6, float, "Epsilon added to the variance in LayerNorm.", min=0),
+    "layer_norm_epsilon": Option(1e-6, float, "Epsilon added to the variance in LayerNorm.", above=0),
     "pre_logits": Option(
-        None, int, "Width of a Dense + tanh layer before the classifier. None: no such layer.", min=1, read_by=CLASSIFY
+        None,
+        int,
+        "Width of a Dense + tanh layer before the logits. None: none.",
+        min=1,
+        max=MAX_WIDTH,
+        read_by=CLASSIFY,
     ),
     "head_bias": Option(
         0.0, float, "Initial bias of the logits. -10 is usual with the sigmoid loss.", read_by=CLASSIFY
@@ -140,7 +146,7 @@ DATA = {
     "test": _changeable(
         "test", str, "Test split. None: no test evaluation; the validation metrics are reported.", optional=True
     ),
-    "image_size": Option(None, int, "Image height and width in pixels. None: as stored.", min=1),
+    "image_size": Option(None, int, "Image height and width in pixels. None: as stored.", min=1, max=MAX_SIDE),
     "dir": _free(
         None,
         str,
@@ -157,8 +163,8 @@ DATA = {
     "decoded": _free(
         True, bool, "Cache decoded images on disk. False: decode them every time they are read.", read_by=NOT_EMBEDDED
     ),
-    "workers": _free(4, int, "Number of threads that read data not resident on the device. 0: no read-ahead.", min=0),
-    "ahead": _free(2, int, "Number of jitted calls whose data is read ahead.", min=1),
+    "workers": _free(4, int, "Threads that read data not resident on the device. 0: no read-ahead.", min=0, max=1024),
+    "ahead": _free(2, int, "Number of jitted calls whose data is read ahead.", min=1, max=1024),
     "worker_timeout": _free(120.0, float, "Time limit for reading one image, in seconds.", min=0.001),
     "normalization": Option(
         "set",
@@ -173,7 +179,7 @@ DATA = {
 }
 
 AUGMENT = {
-    "crop_padding": _changeable(0, int, "Random crop after padding each side by this many pixels. 0: off.", min=0),
+    "crop_padding": _changeable(0, int, "Random crop after padding by this many pixels. 0: off.", min=0, max=MAX_SIDE),
     "crop_border": _changeable(
         "black",
         str,
@@ -213,7 +219,7 @@ AUGMENT = {
         choices=("none", "rand_augment", "trivial_augment", "auto_augment", "three_augment"),
     ),
     "policy_operations": _changeable(
-        2, int, "RandAugment: number of operations per image (N).", min=1, read_by=RAND_AUGMENT
+        2, int, "RandAugment: number of operations per image (N).", min=1, max=100, read_by=RAND_AUGMENT
     ),
     "policy_magnitude": _changeable(9.0, float, "RandAugment: magnitude (M).", min=0, max=10, read_by=RAND_AUGMENT),
     "policy_std": _changeable(
@@ -290,11 +296,7 @@ AUGMENT = {
         False, bool, "Test-time augmentation: average over the image and its mirror image.", read_by=CLASSIFY
     ),
     "test_shift": _changeable(
-        0,
-        int,
-        "Test-time augmentation: average over shifts by this many pixels in four directions.",
-        min=0,
-        read_by=CLASSIFY,
+        0, int, "Test-time augmentation: average over four shifts by this many pixels.", min=0, read_by=CLASSIFY
     ),
 }
 
@@ -386,10 +388,10 @@ TRAIN = {
 }
 
 DECODER = {
-    "width": Option(128, int, "Token width of the masked autoencoder's decoder.", min=4, read_by=MASKED_AUTOENCODER),
-    "depth": Option(2, int, "Number of decoder blocks.", min=1, read_by=MASKED_AUTOENCODER),
+    "width": Option(128, int, "Token width of the decoder.", min=4, max=MAX_WIDTH, read_by=MASKED_AUTOENCODER),
+    "depth": Option(2, int, "Number of decoder blocks.", min=1, max=MAX_DEPTH, read_by=MASKED_AUTOENCODER),
     "heads": Option(4, int, "Number of attention heads per decoder block.", min=1, read_by=MASKED_AUTOENCODER),
-    "mlp_width": Option(512, int, "Hidden width of the decoder's MLPs.", min=1, read_by=MASKED_AUTOENCODER),
+    "mlp_width": Option(512, int, "Hidden width of its MLPs.", min=1, max=MAX_WIDTH, read_by=MASKED_AUTOENCODER),
     "normalize_patches": Option(
         True, bool, "Reconstruct normalized patches instead of raw pixels.", read_by=MASKED_AUTOENCODER
     ),
@@ -442,4 +444,4 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "log": LOG,
 }
 # Options that no longer exist, and what to do instead. Old config.json files may have them.
-REMOVED = {"train.seeds_at_once": "seeds are trained one after another: leave this option out"}
+REMOVED = {"train.seeds_at_once": "seeds are trained one after another"}
