@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from vit_jax import commands
+from vit_jax import commands, paths, terminal
 from vit_jax import config as options
 from vit_jax.errors import UserError, few
 
@@ -45,9 +45,10 @@ def _open(workdir: str):
     from vit_jax.checkpoint import run_files
     from vit_jax.checkpoint.manager import CheckpointManager
 
-    path = commands.expand_path(workdir, "WORKDIR")
-    if not (path / run_files.CHECKPOINTS).is_dir():
+    path = paths.expand(workdir, "WORKDIR")
+    if not run_files.has_checkpoints(path):
         raise UserError(f"{workdir} has no checkpoints\n  use a run directory, as in vit_jax.main --workdir=DIR")
+    commands.start_jax()
     return CheckpointManager(path, read_only=True)
 
 
@@ -57,7 +58,7 @@ def list_all(flags: argparse.Namespace) -> int:
 
     manager = _open(flags.workdirs[0])
     best = manager.best()
-    print(f"{'step':>10}  {'written':<19}  {'size':>10}  validation")
+    terminal.output(f"{'step':>10}  {'written':<19}  {'size':>10}  validation")
     for step in manager.steps():
         path = manager.directory / str(step)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -65,7 +66,7 @@ def list_all(flags: argparse.Namespace) -> int:
         metrics = manager.content(step)["metrics"] if manager.has(step) else {}
         shown = ", ".join(_metric(name, value) for name, value in metrics.items()) or "-"
         shown += "  best" if best and best[0] == step else ""
-        print(f"{step:>10,}  {written}  {size / 2**20:>6.1f} MiB  {shown}")
+        terminal.output(f"{step:>10,}  {written}  {size / 2**20:>6.1f} MiB  {shown}")
     return 0
 
 
@@ -80,13 +81,16 @@ def verify(flags: argparse.Namespace) -> int:
     manager = _open(flags.workdirs[0])
     steps = manager.steps() if flags.step is None else [manager.find(flags.step)]
     if not steps:
-        raise UserError(f"{manager.directory} has no checkpoint ({len(manager.corrupt())} were moved away as corrupt)")
+        raise UserError(
+            f"{manager.directory} has no checkpoint ({len(manager.corrupt())} were moved away as corrupt)\n"
+            "  use another run directory, or train this one again"
+        )
     num_corrupt = 0
     for step in steps:
         problem = manager.verify(step)
         num_corrupt += problem is not None
-        print(f"step {step:,}: {problem or 'intact'}")
-    print(f"{len(steps) - num_corrupt} of {len(steps)} are intact")
+        terminal.output(f"step {step:,}: {problem or 'intact'}")
+    terminal.output(f"{len(steps) - num_corrupt} of {len(steps)} are intact")
     return 1 if num_corrupt else 0
 
 
@@ -110,7 +114,9 @@ def diff(flags: argparse.Namespace) -> int:
             rows.append(f"{name}: {shapes[0]} -> {shapes[1]}")
         elif one["digests"].get(name) != two["digests"].get(name):
             rows.append(f"{name}: {shapes[0]}, values differ")
-    print("\n".join(rows) if rows else f"no difference: {len(one['digests'])} arrays and the config are equal")
+    terminal.output(
+        "\n".join(rows) if rows else f"no difference: {len(one['digests'])} arrays and the config are equal"
+    )
     return 1 if rows else 0
 
 
@@ -131,7 +137,7 @@ def restore_config(flags: argparse.Namespace) -> int:
     options.from_dict(config)
     path = manager.directory.parent / run_files.CONFIG
     atomic.write_json(path, config)
-    print(f"{path}: written from the checkpoint of step {step:,}, {sum(map(len, config.values()))} options")
+    terminal.say(f"{path}: written from the checkpoint of step {step:,}, {sum(map(len, config.values()))} options")
     return 0
 
 
@@ -139,9 +145,9 @@ def average(flags: argparse.Namespace) -> int:
     """Writes the mean of the parameters of several checkpoints."""
     from vit_jax.weights import native
 
-    out = commands.expand_path(flags.out or "", "--out")
-    if out.suffix != ".safetensors":
-        raise UserError(f"--out={flags.out}\n  allowed: a file name that ends in .safetensors")
+    out = paths.expand(flags.out, "--out") if flags.out else None
+    if out is None or out.suffix != ".safetensors":
+        raise UserError(f"--out is {flags.out or 'missing'}\n  allowed: a file name that ends in .safetensors")
     if flags.steps is not None and flags.last is not None:
         raise UserError(f"--steps={flags.steps} and --last={flags.last} cannot be combined\n  use one of them")
     manager = _open(flags.workdirs[0])
@@ -153,9 +159,9 @@ def average(flags: argparse.Namespace) -> int:
     else:
         steps = sorted({manager.find(step) for step in _parse_steps(flags.steps)})
     if not steps:
-        raise UserError(f"{manager.directory} has no checkpoint")
+        raise UserError(f"{manager.directory} has no checkpoint\n  allowed: a run directory with checkpoints")
     native.average(manager.directory.parent, steps, out)
-    print(f"{out}: mean of the parameters of {len(steps)} checkpoints, steps {few(map(str, steps), 8)}")
+    terminal.say(f"{out}: mean of the parameters of {len(steps)} checkpoints, steps {few(map(str, steps), 8)}")
     return 0
 
 
@@ -164,8 +170,12 @@ ACTIONS = {"list": list_all, "verify": verify, "diff": diff, "average": average,
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    flags = parse(arguments)
-    return commands.finish(lambda: ACTIONS[flags.action](flags))
+
+    def run() -> int:
+        flags = parse(arguments)
+        return ACTIONS[flags.action](flags)
+
+    return commands.finish(run)
 
 
 if __name__ == "__main__":

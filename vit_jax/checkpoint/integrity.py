@@ -5,14 +5,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vit_jax import atomic
 from vit_jax.errors import UserError, few, one_line
 
 SEAL = "seal"
@@ -34,6 +32,11 @@ def names_and_leaves(tree: Any) -> dict[str, Any]:
 def dtype_and_shape(leaf: Any) -> str:
     """Returns dtype and shape of an array or a jax.ShapeDtypeStruct: 'float32[64,10]'."""
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def shape_of(digest: str) -> tuple[int, ...]:
+    """Returns the shape in a digest: (64, 10) for 'float32[64,10] <sha-256>'."""
+    return tuple(int(size) for size in digest.partition("[")[2].partition("]")[0].split(",") if size)
 
 
 def digest(array: Any) -> str:
@@ -75,24 +78,6 @@ def _json_digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def sync_tree(directory: Path) -> None:
-    """Makes all files in a directory, and the entry of the directory itself, survive a power failure."""
-    for path in (*directory.rglob("*"), directory, directory.parent):
-        atomic.sync(path)
-
-
-def read_digests(path: Path, read: Callable[[], Any]) -> dict[str, str]:
-    """Returns the digests of the arrays that `read` returns.
-
-    Raises:
-        CorruptCheckpoint: `read` raises.
-    """
-    try:
-        return digests(read())
-    except Exception as error:  # Orbax and TensorStore raise many types for files that they cannot parse
-        raise CorruptCheckpoint(f"{path} is corrupt: it cannot be read ({root_cause(error)})") from error
-
-
 def compare_digests(path: Path, written: dict[str, str], found: dict[str, str]) -> None:
     """Raises CorruptCheckpoint if an array is missing or changed. Arrays in `found` alone are ignored."""
     changed = [name for name, text in written.items() if found.get(name) != text]
@@ -124,9 +109,10 @@ def check_shapes(path: Path, stored: dict[str, str], expected: dict[str, Any]) -
 
 
 def root_cause(error: BaseException) -> str:
-    """Returns the message of the innermost exception of a chain, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """Returns the message of the innermost exception of a chain that has one, in one line."""
+    cause = error
+    while (cause := cause.__cause__) is not None:
+        error = cause if str(cause).strip() else error
     # TensorStore puts the system's error number after several lines of paths.
     number = re.search(r"\[os_error_code='(\d+)'\]", " ".join(str(error).split()))
     if number:

@@ -1,9 +1,12 @@
 """Saves and restores checkpoints: in the background, atomically, verified; keeps the newest and the best.
 
 Orbax writes the arrays. This module adds what Orbax leaves to its callers: each checkpoint has digests of its content
-and is verified when it is read; a corrupt checkpoint is moved out of the way and the next older one is used; a failed
-save does not stop training; the newest and the best checkpoints are kept; files and directory entries are synced to
-the disk.
+and is verified when it is read; a save counts once its metadata was read back; a corrupt checkpoint is moved out of the
+way and the next older one is used; a failed save does not stop training; the newest and the best checkpoints are kept;
+files and directory entries are synced to the disk.
+
+A checkpoint is corrupt if its bytes show it (`inventory.explain`). Whatever else keeps it from being read, such as
+missing memory or permission, is raised as a `UserError` with that reason, and nothing is moved.
 
 A checkpoint is a mapping from names to trees of arrays, one of them 'step' (an integer scalar), and a sealed JSON
 object with `metadata` (any JSON), `metrics`, `higher_is_better` and `digests`.
@@ -22,12 +25,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax.checkpoint import integrity, orbax_io, run_files
+from vit_jax import arguments, atomic, paths, terminal
+from vit_jax.checkpoint import integrity, inventory, orbax_io, proof, run_files
 from vit_jax.checkpoint.integrity import CorruptCheckpoint
+from vit_jax.checkpoint.inventory import Unreadable
 from vit_jax.errors import UserError, few
 from vit_jax.sharding import multihost
 
 _REMOVING = "removing-"
+_INCOMPLETE = (f"*{orbax_io.SUFFIX}*", f"{_REMOVING}*", f"{proof.NAME}*")
 
 
 class SaveFailed(Exception):
@@ -54,11 +60,11 @@ class CheckpointManager:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: str | bytes | os.PathLike,
         keep: int = 2,
         keep_best: int = 1,
         read_only: bool = False,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = terminal.say,
     ):
         """Opens WORKDIR/checkpoints, which need not exist yet.
 
@@ -69,14 +75,16 @@ class CheckpointManager:
             read_only: do not remove incomplete checkpoints, which another process may be writing.
             say: prints a line about a corrupt checkpoint.
         """
+        workdir = paths.expand(workdir, "workdir")
         self.directory = workdir.resolve() / run_files.CHECKPOINTS
         self._corrupt_directory = workdir.resolve() / run_files.DAMAGED
         self._keep, self._keep_best, self._say = keep, keep_best, say
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._contents: dict[int, dict[str, Any]] = {}  # a checkpoint's sealed content never changes
+        self._unproved: set[int] = set()  # steps that were written and not yet read back
         if not read_only and jax.process_index() == 0:
-            self._remove_incomplete("*.orbax-checkpoint-tmp*", f"{_REMOVING}*")
+            self._remove_incomplete()
 
     def __enter__(self) -> "CheckpointManager":
         return self
@@ -84,31 +92,38 @@ class CheckpointManager:
     def __exit__(self, *_: object) -> None:
         self._join()
 
-    def _remove_incomplete(self, *patterns: str) -> None:
+    def _remove_incomplete(self) -> None:
         """Removes the incomplete files of a killed process or a failed save."""
-        for pattern in patterns:
-            for path in self.directory.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the next save tries again
+            for path in [path for pattern in _INCOMPLETE for path in self.directory.glob(pattern)]:
+                # Renamed first: a stopped process that wakes up must not rename what is left of it.
+                doomed = path.with_name(f"{_REMOVING}{path.name.removeprefix(_REMOVING)}")
+                os.rename(path, doomed)
+                atomic.remove_tree(doomed)
 
     # --- what there is ----------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Returns the steps of all checkpoints, ascending."""
-        entries = self.directory.iterdir() if self.directory.is_dir() else ()
-        return sorted(int(path.name) for path in entries if path.name.isdigit() and path.is_dir())
+        """Returns the steps of all checkpoints, ascending; UserError if the directory cannot be read."""
+        try:
+            entries = self.directory.iterdir() if self.directory.is_dir() else ()
+            return sorted(int(path.name) for path in entries if run_files.is_step(path.name) and path.is_dir())
+        except OSError as error:
+            raise Unreadable(self.directory, error) from error
 
     def has(self, step: int) -> bool:
-        """Returns whether there is a checkpoint of a step and its metadata is intact; its arrays are not read."""
+        """Returns whether a step's checkpoint has intact metadata, and was read back if this process has saved it."""
         try:
-            return step in self.steps() and bool(self._read_content(step))
+            return step in self.steps() and step not in self._unproved and bool(self._read_content(step))
         except CorruptCheckpoint:
             return False
 
     def corrupt(self) -> list[Path]:
         """Returns the corrupt checkpoints that were moved out of the way."""
-        return sorted(self._corrupt_directory.iterdir()) if self._corrupt_directory.is_dir() else []
+        entries = self._corrupt_directory.iterdir() if self._corrupt_directory.is_dir() else ()
+        return sorted(path for path in entries if run_files.is_step(path.name.split("-")[0]))
 
-    def find(self, step: int | str | None) -> int:
+    def find(self, step: int | np.integer | str | None) -> int:
         """Returns the step of an existing checkpoint.
 
         Args:
@@ -117,7 +132,7 @@ class CheckpointManager:
         Raises:
             UserError: there is no such checkpoint.
         """
-        steps = self.steps()
+        steps, step = self.steps(), arguments.integer("step", step, minimum=None, words=("best", None))
         if step is None and steps:
             return steps[-1]
         if step == "best" and steps:
@@ -175,26 +190,17 @@ class CheckpointManager:
             raise UserError(str(error)) from error
 
     def verify(self, step: int) -> str | None:
-        """Returns what is corrupt in a checkpoint, in one line; None if it is intact. Reads all arrays."""
+        """Returns what is corrupt in a checkpoint, None if it is intact; UserError if it cannot be read otherwise."""
         path = self.directory / str(step)
         try:
-            written = self._read_content(step)["digests"]
-            integrity.compare_digests(path, written, integrity.read_digests(path, lambda: orbax_io.read(path)))
+            inventory.verified(path, self._read_content(step)["digests"], lambda: orbax_io.read(path))
         except CorruptCheckpoint as error:
             return str(error)
         return None
 
     def _read_content(self, step: int) -> dict[str, Any]:
         if step not in self._contents:
-            path = self.directory / str(step)
-            try:
-                content = orbax_io.read_content(path)
-            except Exception as error:  # Orbax raises many types for files that it cannot parse
-                reason = integrity.root_cause(error)
-                raise CorruptCheckpoint(f"{path} is corrupt: its metadata cannot be read ({reason})") from error
-            if not integrity.is_sealed(content):
-                raise CorruptCheckpoint(f"{path} is corrupt: its metadata changed since it was written")
-            self._contents[step] = content
+            self._contents[step] = inventory.read_content(self.directory / str(step))
         return self._contents[step]
 
     # --- saving -----------------------------------------------------------------------------------------------------
@@ -211,7 +217,7 @@ class CheckpointManager:
         Args:
             arrays: trees of arrays by name; 'step' is the step.
             metadata: JSON values, returned by `metadata`.
-            metrics: by name; the first one ranks the checkpoint. NaN values are left out.
+            metrics: by name; the first one ranks the checkpoint. Values that are not finite are left out.
             higher_is_better: whether a larger value of that metric is better.
 
         Raises:
@@ -221,24 +227,29 @@ class CheckpointManager:
         previous, self._error = self._error, None
         # A copy, since the arrays are donated to the next step while this save is in progress.
         copied = jax.tree.map(lambda leaf: np.array(jax.device_get(leaf)), dict(arrays))
-        finite = {name: value for name, value in (metrics or {}).items() if not math.isnan(value)}
+        finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
         content = {"metadata": metadata, "metrics": finite, "higher_is_better": higher_is_better}
         if jax.process_count() > 1:
             self._save_in_cluster(copied, content)
         else:
             self._thread = threading.Thread(target=self._save_alone, args=(copied, content), name="save")
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:  # no further thread can be started
+                self._thread = None
+                self._save_alone(copied, content)
         if previous is not None:
             raise SaveFailed(integrity.root_cause(previous))
 
     def _save_alone(self, arrays: dict[str, Any], content: dict[str, Any]) -> None:
         try:
             path, content = self._seal(arrays, content)
-            if self._make_room(path, content):
+            is_new = self._make_room(path, content)
+            if is_new:
                 orbax_io.write(path, arrays, content)
-            self._finish_save(path)
+            self._finish_save(path, content if is_new else None)
         except BaseException as error:
-            self._fail(int(arrays["step"]), error)
+            self._fail(error)
 
     def _save_in_cluster(self, arrays: dict[str, Any], content: dict[str, Any]) -> None:
         """Saves in the foreground, so that all processes learn of a failure at the same step.
@@ -253,9 +264,9 @@ class CheckpointManager:
             if write:
                 orbax_io.write(path, arrays, content)
             if multihost.is_rank_0():
-                self._finish_save(path)
+                self._finish_save(path, content if write else None)
         except BaseException as error:
-            self._fail(int(arrays["step"]), error)
+            self._fail(error)
         if multihost.any_of(self._error is not None) and self._error is None:
             self._error = SaveFailed("it failed in another process")
 
@@ -279,18 +290,34 @@ class CheckpointManager:
             {**content, "digests": integrity.digests(arrays)}
         )
 
-    def _finish_save(self, path: Path) -> None:
-        integrity.sync_tree(path)
+    def _finish_save(self, path: Path, written: dict[str, Any] | None) -> None:
+        """Reads a checkpoint back, and only then removes older ones; `written` is None if it was there already."""
+        step = int(path.name)
+        self._unproved.add(step)
+        self._contents.pop(step, None)
+        if written is None:
+            atomic.sync_tree(path)
+            atomic.sync(path.parent)
+        found = proof.read_back(path)
+        if written is not None and found[integrity.SEAL] != written[integrity.SEAL]:
+            raise CorruptCheckpoint(f"{path} is corrupt: its metadata differs from what was written")
+        self._unproved.discard(step)
+        self._remove_incomplete()  # of a failed save
         self._remove_old()
 
-    def _fail(self, step: int, error: BaseException) -> None:
+    def _fail(self, error: BaseException) -> None:
         self._error = error
-        self._remove_incomplete(f"{step}.orbax-checkpoint-tmp*")  # the next attempt needs the disk space
+        if isinstance(error, CorruptCheckpoint):
+            for step in self._unproved & {*self.steps()}:
+                self._remove(self.directory / str(step))
+        self._remove_incomplete()  # the next attempt needs the disk space
 
     def _make_room(self, path: Path, content: dict[str, Any]) -> bool:
         """Returns whether a checkpoint must be written. Removes one of the same step that has less information."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        atomic.make_directory(self.directory)
+        if not path.is_dir():
+            if os.path.lexists(path):
+                self._move_away(int(path.name), f"{path} is no directory")
             return True
         with contextlib.suppress(CorruptCheckpoint):
             old = self._read_content(int(path.name))
@@ -304,10 +331,11 @@ class CheckpointManager:
     def _remove(self, path: Path) -> None:
         # Renamed first, so that a process killed here does not leave half a checkpoint under a valid name.
         doomed = self.directory / f"{_REMOVING}{path.name}"
+        atomic.check(path)
         self._contents.pop(int(path.name), None)
-        shutil.rmtree(doomed, ignore_errors=True)
+        atomic.remove_tree(doomed)
         os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        atomic.remove_tree(doomed)
 
     def _remove_old(self) -> None:
         """Removes all checkpoints except the newest and the best."""
@@ -366,11 +394,15 @@ class CheckpointManager:
             self.find(None)
         # If one process of a cluster finds a corrupt file, all of them use the next older checkpoint.
         for step in reversed(multihost.on_rank_0(self.steps)):
-            arrays = problem = None
+            arrays = problem = failure = None
             try:
                 arrays = self._restore(like, step, optional)
             except CorruptCheckpoint as error:
                 problem = str(error)
+            except UserError as error:
+                failure = error
+            if multihost.any_of(failure is not None):
+                raise failure or UserError(f"another process cannot read checkpoint {step}\n  see its message")
             if not multihost.any_of(problem is not None):
                 return arrays
             del arrays  # there may be no memory for two
@@ -387,26 +419,22 @@ class CheckpointManager:
         Raises:
             UserError: they are corrupt.
         """
-        path, found = self.directory / str(step), {}
+        path = self.directory / str(step)
         written = {key: text for key, text in self.content(step)["digests"].items() if key.startswith(f"{name}/")}
-
-        def read() -> dict[str, np.ndarray]:
-            found.update(integrity.names_and_leaves({name: orbax_io.read_part(path, name)}))
-            return found
-
         try:
-            integrity.compare_digests(path, written, integrity.read_digests(path, read))
+            return inventory.verified(
+                path, written, lambda: integrity.names_and_leaves({name: orbax_io.read_part(path, name)})
+            )
         except CorruptCheckpoint as error:
             raise UserError(str(error)) from error
-        return found
 
     def _move_away(self, step: int, problem: str) -> None:
         target, count = self._corrupt_directory / str(step), 0
         while target.exists():
             count += 1
             target = self._corrupt_directory / f"{step}-{count}"
-        self._corrupt_directory.mkdir(exist_ok=True)
-        os.rename(self.directory / str(step), target)
+        atomic.make_directory(self._corrupt_directory)
+        atomic.rename(self.directory / str(step), target)
         self._say(f"warning: {problem}; moved to {target}")
 
     def _restore(self, like: Mapping[str, Any], step: int, optional: Collection[str]) -> dict[str, Any]:
@@ -414,11 +442,4 @@ class CheckpointManager:
         stored = {name.split("/")[0] for name in written}
         wanted = {name: tree for name, tree in like.items() if name in stored or name not in optional}
         integrity.check_shapes(path, written, wanted)
-        arrays: dict[str, Any] = {}
-
-        def read() -> dict[str, Any]:
-            arrays.update(orbax_io.read(path, wanted))
-            return arrays
-
-        integrity.compare_digests(path, written, integrity.read_digests(path, read))
-        return arrays
+        return inventory.verified(path, written, lambda: orbax_io.read(path, wanted))

@@ -4,6 +4,7 @@ import functools
 import logging
 import re
 import sys
+import warnings
 from typing import Any
 
 from absl import logging as absl_logging
@@ -28,12 +29,16 @@ def hide_background_errors() -> None:
 
     def hook(report: Any) -> None:
         code = getattr(report.object, "cr_code", None)  # of a coroutine that was never awaited
-        if str(report.exc_value) != "Event loop is closed" and (code is None or "orbax" not in code.co_filename):
+        half_made = "'_UnixSelectorEventLoop' object has no attribute"  # without files for it
+        if str(report.exc_value).startswith(("Event loop is closed", half_made)):
+            return
+        if code is None or "orbax" not in code.co_filename:
             previous(report)
 
     def is_shown(record: logging.LogRecord) -> bool:
         return not _HIDDEN.search(record.getMessage())
 
     sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
     for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
         logger.addFilter(is_shown)
