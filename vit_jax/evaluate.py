@@ -1,11 +1,12 @@
 """The command `python -m vit_jax.evaluate`."""
 
 import argparse
-import json
+import math
 import sys
 from typing import Any
 
-from vit_jax import commands
+from vit_jax import atomic, commands, terminal
+from vit_jax.errors import few
 
 DESCRIPTION = """\
 Evaluates a trained model on every example of a split, each exactly once, and prints the metrics as one JSON line.
@@ -39,14 +40,15 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
     trained = commands.open_run(flags)
     run, state = trained.run, trained.state
     metrics = run.evaluate(state.for_evaluation(), flags.split)
+    if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        terminal.warn(f"warning: {few(wrong)} is not finite: null in the result")
     evaluated = {"step": int(state.step)} if flags.weights is None else {"weights": flags.weights}
     return {**evaluated, **metrics}
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    flags = parse(arguments)
-    return commands.finish(lambda: print(json.dumps(evaluate(flags))))
+    return commands.finish(lambda: terminal.output(atomic.to_json(evaluate(parse(arguments)))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Read-ahead batches equal resident ones bit for bit, and errors name the example in time."""
 
 import dataclasses
+import errno
 import threading
 import time
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vit_jax import sharding
-from vit_jax.data import lazy_images, order, pipeline, sources
+from vit_jax.data import lazy_images, order, pipeline, sources, stream
 from vit_jax.data.sources import Source
 from vit_jax.data.stream import Reader, Reading, Table, read_ahead
 from vit_jax.errors import UserError
@@ -208,3 +209,39 @@ def test_lazy_images_behave_like_an_array(jpegs):
     np.testing.assert_array_equal(lazy.images[3:9], cached.images[3:9])
     with pytest.raises(IndexError):
         lazy.images.locate(40)
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_with_fewer_threads_than_requested_the_images_are_the_same(jpegs, monkeypatch, started):
+    cached, lazy = jpegs
+    start, left = threading.Thread.start, [started]
+
+    def start_some(thread):
+        if thread.name.startswith("reader") and not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= thread.name.startswith("reader")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    read = read_ahead(lazy, Reading(3), [Table(np.arange(40).reshape(2, 20), 2)] * 3)
+    for _, images in read:
+        np.testing.assert_array_equal(images.reshape(40, *cached.images.shape[1:]), cached.images[:])
+
+
+def test_while_too_many_files_are_open_a_reader_waits(jpegs, monkeypatch):
+    _, lazy = jpegs
+    read, failures = Source.read, [UserError("cannot be read"), OSError(errno.ENFILE, "too many"), None]
+
+    def failing(source, indices):
+        error = failures.pop(0) if failures else None
+        if isinstance(error, UserError):
+            raise error from OSError(errno.EMFILE, "too many")
+        if error is not None:
+            raise error
+        return read(source, indices)
+
+    monkeypatch.setattr(Source, "read", failing)
+    monkeypatch.setattr(stream, "_RETRY", 0.01)
+    ((_, images),) = read_ahead(lazy, Reading(1), [Table(np.arange(4)[None], 1)])
+    np.testing.assert_array_equal(images[0], lazy.images[np.arange(4)])
+    assert not failures

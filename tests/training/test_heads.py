@@ -115,6 +115,7 @@ def gradients(run, parameters, mask):
     return jax.jit(gradient)(parameters)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_trained_part_is_that_of_the_whole(toy, make_config):
     run = toy(make_config(optimizer={"trained": ("head/*", "encoder/norm/*")}))
     parameters = perturbed(run).parameters

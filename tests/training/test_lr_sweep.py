@@ -179,7 +179,7 @@ def test_the_directory_of_another_sweep_is_refused(trainer, tmp_path):
         (["--rates=.1", "--config.data.train=train[:50%]"], "config.data.train is 'train[:50%]'"),
         (["--rates=.1", "--config.data.test=None"], "config.data.test"),
         (["--rates=.1", "--config.trian.steps=5"], "config.train.steps"),
-        (["--rates=.1", "--held_out=0.01"], "it selects no example"),
+        (["--rates=.1", "--held_out=0.01"], "use at least --held_out=1"),
     ],
 )
 def test_mistakes_are_reported_before_training(arguments, message, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Resuming: from any step, on other devices, with another config, after the disk was full."""
 
+import contextlib
 import errno
 import json
 import os
@@ -16,7 +17,8 @@ from vit_jax.checkpoint import run_files
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.config.check import check_config
 from vit_jax.errors import UserError
-from vit_jax.training import setup, tensorboard, train
+from vit_jax.training import records, setup, tensorboard, train
+from vit_jax.training.log import Log
 from vit_jax.training.metrics import MetricsWriter
 
 STEPS = 24
@@ -253,39 +255,50 @@ def test_an_image_that_is_lost_during_training_loses_no_step(tmp_path, capsys, m
     chex.assert_trees_all_equal(state(tmp_path / "run", 12), state(tmp_path / "whole", 12))
 
 
-def test_lines_that_failed_on_a_full_disk_are_written_later(tmp_path):
-    with MetricsWriter(tmp_path, 0, tensorboard=False) as log:
-        log.write(1, {"a": 1.0})
-        log._file.close()
-        log._file = open("/dev/full", "a")  # noqa: SIM115
-        assert log.write(2, {"a": 2.0}) is not None
-        assert log.write(3, {"a": 3.0}) is None
-    assert [(line["step"], line["a"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+@contextlib.contextmanager
+def no_space(monkeypatch):
+    """What is appended to files of records cannot be written, after a part of it was."""
 
-
-class FullFile:
-    """A file on a disk that is full."""
-
-    def truncate(self, size):
-        pass
-
-    seek = truncate
-
-    def write(self, content):
+    def write_half(file):
+        with open(file._path, "ab") as half:
+            half.write(file._backlog[:7])
         raise FULL
 
+    with monkeypatch.context() as patch:
+        patch.setattr(records.RecordFile, "_reopen", write_half)
+        yield
 
-def test_events_that_failed_on_a_full_disk_are_written_later(tmp_path):
+
+def test_lines_that_failed_on_a_full_disk_are_written_later(tmp_path, monkeypatch):
+    with MetricsWriter(tmp_path, 0, tensorboard=False) as log:
+        log.write(1, {"a": 1.0})
+        with no_space(monkeypatch):
+            assert log.write(2, {"a": 2.0}) == log.write(3, {"a": 3.0}) == log.flush() == os.strerror(errno.ENOSPC)
+        assert log.write(4, {"a": 4.0}) is None and log.flush() is None
+    assert [(line["step"], line["a"]) for line in read_metrics(tmp_path)] == [(k, float(k)) for k in (1, 2, 3, 4)]
+
+
+def test_events_that_failed_on_a_full_disk_are_written_later(tmp_path, monkeypatch):
     log = tensorboard.EventFile(tmp_path)
     log.add(1, {"a": 1.0})
-    good, log._file = log._file, FullFile()
-    for step in range(2, 30):
-        with pytest.raises(OSError, match="No space left"):
-            log.add(step, {"a": 1.0 * step})
-    log._file = good
+    with no_space(monkeypatch):
+        for step in range(2, 30):
+            with pytest.raises(OSError, match="No space left"):
+                log.add(step, {"a": 1.0 * step})
     log.add(30, {"a": 30.0})
     log.close()
     assert shown_steps(tmp_path) == list(range(1, 31))
+
+
+@pytest.mark.slow
+def test_nothing_is_saved_before_its_records(whole, tmp_path, monkeypatch, capsys):
+    """A checkpoint of a step whose records are not on the disk would lose them if the run were then killed."""
+    fails = iter([None, None, "metrics.jsonl cannot be written: no space"] + [None] * 100)
+    monkeypatch.setattr(Log, "flush", lambda log: next(fails))
+    train.train(everything_on(), tmp_path)
+    assert "warning: checkpoint save failed, will retry: metrics.jsonl cannot be written" in capsys.readouterr().out
+    saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert saved == set(range(1, STEPS + 1)) - {3}
 
 
 def shown_steps(workdir):
@@ -294,6 +307,15 @@ def shown_steps(workdir):
     content = b"".join(path.read_bytes() for path in sorted(workdir.glob("events.out.tfevents.*")))
     found = [Event.FromString(record[12:-4]) for record in tensorboard.records(content)]
     return [event.step for event in found if event.HasField("summary")]
+
+
+@pytest.mark.parametrize("between", [b"", b"\n", b"\r\n", b"# a note\n", b"\0\0\n", b"[]\n", b"null\n"])
+def test_no_record_is_lost_for_a_line_that_is_none(tmp_path, between):
+    records = [b'{"step": 10, "train/loss": 1.5}\n', b'{"step": 20, "train/loss": 0.5}\n']
+    (tmp_path / "metrics.jsonl").write_bytes(between + records[0] + between + records[1] + b'{"step": 30}\n{"st')
+    with MetricsWriter(tmp_path, 20, tensorboard=False):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(records)
 
 
 def test_tensorboard_events_are_truncated_with_the_lines(tmp_path):

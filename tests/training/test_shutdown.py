@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from vit_jax.errors import UserError
 from vit_jax.training.shutdown import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys, time
+from vit_jax.errors import UserError
 from vit_jax.training.shutdown import StopRequest
 with StopRequest() as stop:
     stop.on_exit = lambda: print("on_exit", flush=True)
@@ -77,3 +79,25 @@ def test_handlers_are_restored():
         assert stop.reason is None and not stop.exit_on_signal
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_without_a_thread_the_handlers_are_restored(monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("threading.Thread.start", fail)
+    with pytest.raises(UserError, match="no further thread can be started"), StopRequest():
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_process_exits_even_if_nothing_can_be_released():
+    code = PROGRAM.replace('lambda: print("on_exit", flush=True)', "lambda: 1 / 0")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "saved"], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 0

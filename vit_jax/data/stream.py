@@ -6,6 +6,7 @@ the threads do not change any batch.
 """
 
 import dataclasses
+import errno
 import queue
 import threading
 import time
@@ -22,6 +23,7 @@ Images = Shaped[np.ndarray, "rows columns *example"]
 
 _CHUNK = 16  # examples that a thread reads per task
 _POLL = 0.05  # seconds between checks for late threads
+_RETRY = 0.5  # seconds between attempts while too many files are open
 _GRACE = 5.0  # seconds that a late thread still has, in case the whole process was suspended
 
 
@@ -106,8 +108,14 @@ class Reader:
         self._error: UserError | None = None
         self._closed = False
         self._workers = [_Worker(number) for number in range(max(1, reading.workers))]
-        for worker in self._workers:
+        self._num_threads = sum(map(self._start, self._workers))
+
+    def _start(self, worker: _Worker) -> bool:
+        try:
             threading.Thread(target=self._work, args=(worker,), name=f"reader {worker.number}", daemon=True).start()
+        except RuntimeError:  # no further thread can be started; the others read, or else `wait`
+            return False
+        return True
 
     def request(self, table: Table) -> Request:
         """Requests the images of a table; returns immediately."""
@@ -122,6 +130,9 @@ class Reader:
         Raises:
             UserError: an example cannot be read, or takes longer than the timeout; names the example and the thread.
         """
+        if not self._num_threads:
+            self._tasks.put(None)
+            self._work(self._workers[0])
         while not request.done.wait(_POLL):
             if self._error is not None:
                 raise self._error
@@ -150,21 +161,40 @@ class Reader:
                     "  check the disk, or increase config.data.worker_timeout"
                 )
 
+    def _read(self, index: int, since: float) -> Shaped[np.ndarray, "*example"]:
+        """Returns an example; while too many files are open, it tries again until the timeout."""
+        while True:
+            try:
+                return self._source.read([index])[0]
+            except (UserError, OSError) as error:
+                if not _is_out_of_files(error) or self._closed or time.monotonic() - since > self._reading.timeout:
+                    raise
+            time.sleep(_RETRY)
+
     def _work(self, worker: _Worker) -> None:
         while (task := self._tasks.get()) is not None and not self._closed and self._error is None:
             request, chunk = task
             try:
                 for offset, index in enumerate(request.table.indices.ravel()[chunk].tolist()):
                     worker.since, worker.index = time.monotonic(), index
-                    request.put(chunk.start + offset, self._source.read([index])[0])
+                    request.put(chunk.start + offset, self._read(index, worker.since))
             except UserError as error:
                 self._error = error
             except BaseException as error:  # decoders and disks raise many types, and none must be lost
                 self._error = UserError(
                     f"reader {worker.number} cannot read {self._source.describe(worker.index)}: "
-                    f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                    f"{type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
+                    "  repair or remove it; the same command then resumes"
                 )
             worker.index = None
+
+
+def _is_out_of_files(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def read_ahead(source: Source, reading: Reading, tables: Iterable[Table]) -> Iterator[tuple[Table, Images]]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import config as options
+from vit_jax import terminal
 from vit_jax.checkpoint import run_files
 from vit_jax.data.pipeline import Pipeline
 from vit_jax.errors import UserError
@@ -24,22 +25,32 @@ AUTO = "auto"
 TIMED_EXAMPLES = 64  # minimum per device, for timing attention backends while the batch size is not known yet
 
 
+def recorded(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """Returns the config with the batch size of the run in `workdir` in place of 'auto', if there is such a run.
+
+    A run that is resumed, perhaps on another machine, keeps its batch size.
+    """
+    old = None
+    if config.train.batch_size == AUTO and run_directory.has_begun(workdir):
+        old = run_files.read_config(workdir)
+    if old is not None:
+        config = options.from_dict(config.to_dict())
+        config.train.batch_size = old["train"]["batch_size"]
+    return config
+
+
 def resolve(config: ConfigDict, workdir: Path, mesh: Mesh) -> ConfigDict:
     """Returns the config with a number in place of 'auto'; a config that has a number is returned as it is.
 
-    The number is that of the run in `workdir`, or else the largest that fits. It is written to config.json, so that a
-    run that is resumed, perhaps on another machine, keeps it.
+    The number is that of the run in `workdir`, or else the largest that fits.
 
     Raises:
         UserError: the device does not report its memory, there are several processes, or no batch size fits.
     """
+    config = recorded(config, workdir)
     if config.train.batch_size != AUTO:
         return config
     config = options.from_dict(config.to_dict())
-    old = run_files.read_config(workdir) if run_directory.has_begun(workdir) else None
-    if old is not None:
-        config.train.batch_size = old["train"]["batch_size"]
-        return config
     limit = memory.device_memory_limit(mesh.devices.flat[0])
     if limit is None or jax.process_count() > 1:
         where = "a cluster" if limit is not None else f"a {mesh.devices.flat[0].platform.upper()}"
@@ -79,14 +90,14 @@ def find(run: Experiment, available: float) -> int:
                 return False
             raise
 
-    print("config.train.batch_size: searching for the largest that fits ...", flush=True)
+    terminal.say("config.train.batch_size: searching for the largest that fits ...")
     found = largest(fits, candidate_sizes(multiple, max(multiple, len(run.sources["train"]))), is_likely)
     if found is None:
         raise UserError(
             f"config.train.batch_size is {AUTO!r}: {multiple} images do not fit into {available / 2**30:.1f} GiB\n"
             "  use a smaller model or image size, or --config.model.remat=full --config.model.scan=True"
         )
-    print(f"config.train.batch_size: {found:,}", flush=True)
+    terminal.say(f"config.train.batch_size: {found:,}")
     return found
 
 

@@ -7,6 +7,7 @@ import jax
 from clu import parameter_overview
 
 import vit_jax
+from vit_jax.data import listing, normalization
 from vit_jax.objectives.base import Objective
 from vit_jax.training import progress
 from vit_jax.training.setup import Experiment
@@ -37,6 +38,12 @@ def experiment(experiment: Experiment) -> str:
         + (f", {model.matmul_dtype.name} matmuls" if model.matmul_dtype else "")
         + f"; attention: {experiment.attention.describe()}",
     ]
+    source = experiment.sources["train"]
+    if experiment.config.data.normalization == "set" and (note := normalization.note(source.mean, source.std)):
+        lines.append(note)
+    if experiment.objective.needs_labels and source.classes() == 1:
+        only = listing.printable(source.class_names[0])
+        lines.append(f"warning: {only!r} is the only class: every prediction is right")
     if experiment.mask is not None:
         flags = zip(jax.tree.leaves(experiment.mask), jax.tree.leaves(shapes), strict=True)
         count = sum(leaf.size for keep, leaf in flags if keep)
@@ -48,7 +55,7 @@ def _classes(experiment: Experiment) -> str:
     """Returns '10 classes', or '10 classes of label, 2 of parity'."""
     source = experiment.sources["train"]
     if not source.others:
-        return f"{source.classes()} classes"
+        return f"{source.classes()} {'class' if source.classes() == 1 else 'classes'}"
     first, *rest = source.classes().items()
     return ", ".join([f"{first[1]} classes of {first[0]}", *(f"{count} of {name}" for name, count in rest)])
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from vit_jax.errors import one_line
 from vit_jax.runtime.attention_choice import Choice
 
 PACKAGES = (
@@ -28,7 +29,7 @@ PACKAGES = (
 
 
 def environment(attention: Choice | None = None) -> dict[str, Any]:
-    """Returns versions, devices, command, git revision and attention backend of a run; None for unknown values."""
+    """Returns versions, devices, command, git revision and attention backend of a run; an unknown value says why."""
     facts: dict[str, Callable[[], Any]] = {
         "command": lambda: " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "python": platform.python_version,
@@ -45,11 +46,11 @@ def environment(attention: Choice | None = None) -> dict[str, Any]:
 
 
 def _fact(f: Callable[[], Any]) -> Any:
-    """Returns what `f` returns, or None if it raises: facts about the machine must never end a run."""
+    """Returns what `f` returns, or the error if it raises: facts about the machine must never end a run."""
     try:
         return f()
-    except Exception:
-        return None
+    except Exception as error:
+        return f"unknown: {one_line(f'{type(error).__name__}: {error}')}"
 
 
 def git_revision() -> str | None:

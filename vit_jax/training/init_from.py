@@ -1,26 +1,35 @@
 """The state that a run starts or resumes from: random parameters, other parameters, or its newest checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vit_jax import config as options
-from vit_jax import weights
+from vit_jax import paths, weights
+from vit_jax.checkpoint import integrity, run_files
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.errors import UserError
 from vit_jax.models import variants
+from vit_jax.models.vit import VisionTransformer
 from vit_jax.sharding import multihost
-from vit_jax.training import stored_features
+from vit_jax.training import initial_weights, run_directory, stored_features
 from vit_jax.training.setup import Experiment
 from vit_jax.training.state import ADDED, TrainState
+from vit_jax.weights import native
+from vit_jax.weights.describe import Description
 
 
-def complete_config(config: ConfigDict) -> None:
+def complete_config(config: ConfigDict, workdir: Path | None = None) -> None:
     """Fills in what the config takes from `checkpoint.init_from`: `model.variant` and `data.normalization`.
 
     Options of the model that are at their defaults become those of the file. Others stay; whether they fit the file's
     parameters is checked when these are loaded.
+
+    Args:
+        config: not checked yet.
+        workdir: run directory. If a run has begun in it, its config.json has these options, and the file is not needed.
 
     Raises:
         UserError: the file cannot be read, or no config describes its model.
@@ -32,23 +41,47 @@ def complete_config(config: ConfigDict) -> None:
     source = value("checkpoint", "init_from")
     if source is None or options.INIT_FROM not in (value("model", "variant"), value("data", "normalization")):
         return
-    overrides = {"heads": config.model.heads} if config.model.heads is not None else {}
-    description = weights.recognise(source, **overrides)
+    if isinstance(source, str):  # else config.check refuses it
+        paths.check_source(source, "config.checkpoint.init_from")
+    begun = None if workdir is None else _begun(workdir, source)
+    if begun is not None:
+        normalization, found = begun["data"]["normalization"], begun["model"]
+    else:
+        overrides = {"heads": config.model.heads} if config.model.heads is not None else {}
+        description = weights.recognise(source, **overrides)
+        normalization, found = weights.named_normalization(source, description, "config.data.normalization"), None
     if config.data.normalization == options.INIT_FROM:
-        config.data.normalization = description.normalization
-    if config.model.variant != options.INIT_FROM:
-        return
+        config.data.normalization = normalization
+    if config.model.variant == options.INIT_FROM:
+        _complete_model(config, _model_options(description, source) if found is None else found)
+
+
+def _begun(workdir: Path, source: str) -> dict[str, Any] | None:
+    """The config of the run that has begun in a directory from these weights; None if there is no such run."""
+    config = run_files.read_config(workdir) if run_directory.has_begun(workdir) else None
+    config = None if config is None else options.complete(config)
+    is_same = config is not None and initial_weights.is_same(workdir, config["checkpoint"]["init_from"], source)
+    return config if is_same else None
+
+
+def _model_options(description: Description, source: str) -> dict[str, Any]:
+    """The options of a config that describe a file's model."""
     try:
         found = variants.options_of(description.model)
     except ValueError as error:
         raise UserError(f"config.checkpoint.init_from is {source}: {error}") from None
-    config.model.variant = found.pop("variant")
-    defaults = {key: option.default for key, option in options.OPTIONS["model"].items()}
     if found["pooling"] == "none":  # the file's head, which reads every token, is not used
-        found["pooling"] = defaults["pooling"]
-    for key, value in found.items():
-        if config.model[key] == defaults[key]:
-            config.model[key] = value
+        found["pooling"] = options.OPTIONS["model"]["pooling"].default
+    return found
+
+
+def _complete_model(config: ConfigDict, found: Mapping[str, Any]) -> None:
+    """Sets the variant, and what else describes a model and is at its default."""
+    config.model.variant = found["variant"]
+    described = variants.options_of(VisionTransformer(classes=None, **variants.fields("Ti/4")))
+    for key in described.keys() - {"variant"}:
+        if config.model[key] == options.OPTIONS["model"][key].default:
+            config.model[key] = found[key]
 
 
 def initial_state(experiment: Experiment, seed: int, say: Callable[[str], Any]) -> TrainState:
@@ -66,6 +99,19 @@ def initial_state(experiment: Experiment, seed: int, say: Callable[[str], Any]) 
     say(str(report))
     stored_features.check_backbone(config, parameters, experiment.sources)
     return experiment.init_state(seed, parameters)
+
+
+def check_depth(config: ConfigDict, content: Mapping[str, Any]) -> None:
+    """Raises ValueError if the model of a config has another number of blocks than the arrays of a checkpoint.
+
+    Args:
+        config: of the run.
+        content: of the checkpoint (`CheckpointManager.content`).
+    """
+    shapes = {name: integrity.shape_of(text) for name, text in content["digests"].items()}
+    model = variants.fields_of_options(config.model.to_dict())
+    backbone = {name: shape for name, shape in shapes.items() if "/decoder/" not in name}
+    native.check_depth(model["depth"], backbone)
 
 
 def restore(experiment: Experiment, checkpoints: CheckpointManager, step: int | None = None) -> TrainState:

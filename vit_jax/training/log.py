@@ -13,7 +13,7 @@ from vit_jax.training.throughput import Throughput
 
 
 class NonFiniteBurst(Exception):
-    """Many steps in a row had a non-finite loss or gradient, and the devices have stopped."""
+    """`BURST` steps in a row, or the last steps of the run, had a non-finite loss or gradient."""
 
 
 class Log:
@@ -69,7 +69,7 @@ class Log:
     def show(self, chunk: Chunk, sums: dict[str, jax.Array]) -> dict[str, float]:
         """Waits for a chunk and shows the progress; returns its metrics, {} if it does not end at a log step."""
         sums = {name: value.item() for name, value in jax.device_get(sums).items()}
-        if sums["nonfinite_streak"] >= BURST:
+        if sums["nonfinite_streak"] >= (1 if chunk.end == self._experiment.num_steps else BURST):
             raise NonFiniteBurst
         names = self._experiment.objective.metrics if sums["count"] else ()
         metrics = {f"train/{name}": sums[name] / sums["count"] for name in names}
@@ -99,6 +99,7 @@ class Log:
         self._writer.truncate(step)
         self.throughput.rewind(step)
 
-    def flush(self) -> None:
-        """Writes all lines to disk."""
-        self._writer.flush()
+    def flush(self) -> str | None:
+        """Writes all lines to the disk; returns None, or why that is not possible yet."""
+        reason = self._writer.flush()
+        return None if reason is None else f"{run_files.METRICS} cannot be written: {reason}"

@@ -71,6 +71,8 @@ def train(
         del state  # its arrays are donated to the first update
         stop.exit_on_signal = logged and update is None  # from here on there is something to save
         try:
+            if update is None:
+                recovery.check_steps(run.state)
             if not logged or update is not None:
                 throughput.start(step)
             if not logged:
@@ -79,6 +81,7 @@ def train(
             if update is not None:
                 train_steps(run, update, Profiler(config.log.profile, workdir))
             results = run.results or run.evaluate(plan.evaluated(experiment.sources, at_end=True)[-1])
+            recovery.check_end(run.state, run.evaluated)
         except Interrupted:
             return run.save_and_stop(workdir)
         except NonFinite:

@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 from vit_jax import atomic, objectives
 from vit_jax import config as options
 from vit_jax.checkpoint import run_files
+from vit_jax.data.splits import EmptySplit
 from vit_jax.errors import UserError
 from vit_jax.sharding import multihost
-from vit_jax.training import recovery, run_directory, setup, train
+from vit_jax.training import initial_weights, recovery, run_directory, setup, train
 from vit_jax.training.shutdown import StopRequest
 
 RESULT = "sweep.json"
@@ -74,6 +75,11 @@ def plan(config: ConfigDict, rates: tuple[float, ...], held_out: float) -> Plan:
         UserError: one of its runs could not start; there is no test split; or no examples can be held out.
     """
     data = config.data
+    if config.train.seeds is not None:
+        raise UserError(
+            f"config.train.seeds is {config.train.seeds}, but a sweep trains one seed, config.train.seed\n"
+            "  omit it, and train the best learning rate with several seeds: python -m vit_jax.main"
+        )
     if data.test is None:
         raise UserError("config.data.test is None\n  set the split on which the final run is evaluated")
     if data.validation is not None:
@@ -88,8 +94,23 @@ def plan(config: ConfigDict, rates: tuple[float, ...], held_out: float) -> Plan:
         splits = f"{data.train}[:{cut}]", f"{data.train}[{cut}:]", data.train
     planned = Plan(config, rates, *splits)
     for checked in (planned.trial(rates[0]), planned.final(rates[0])):
-        setup.check(checked)
+        try:
+            setup.check(checked)
+        except EmptySplit as error:
+            raise _not_held_out(error.sizes.get(data.train, 0), data.train, held_out) or error from None
     return planned
+
+
+def _not_held_out(examples: int, split: str, held_out: float) -> UserError | None:
+    """Returns the error for a percentage of a split that is less than one example; None if no percentage would do."""
+    enough = (percent for percent in range(1, 100) if 0 < round((100 - percent) * examples / 100) < examples)
+    percent = next(enough, None)
+    if percent is None:
+        return None
+    return UserError(
+        f"--held_out={held_out:g} percent of the {examples} examples of {split!r} is less than one example\n"
+        f"  use at least --held_out={percent}, or set config.data.validation"
+    )
 
 
 def sweep(plan: Plan, workdir: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -139,13 +160,18 @@ def _check_workdir(plan: Plan, workdir: Path) -> None:
     if (workdir / run_files.CONFIG).exists():
         raise UserError(f"--workdir={workdir} holds a single run, not a sweep\n  use another --workdir")
     try:
-        saved = json.loads((workdir / RESULT).read_text())
+        saved = json.loads((workdir / RESULT).read_bytes())
         old, splits = saved["config"], saved["splits"]
     except FileNotFoundError:
         return
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise run_files.unreadable(workdir / RESULT, error) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{workdir / RESULT} cannot be read: {error}\n  use another --workdir") from error
     new = {**plan.config.to_dict(), "splits": plan.splits()}
+    before, run = options.complete(old)["checkpoint"]["init_from"], next(workdir.glob("rate-*"), None)
+    if run is not None and initial_weights.is_same(run, before, new["checkpoint"]["init_from"]):
+        new["checkpoint"]["init_from"] = before
     rows = options.differences({**old, "splits": splits}, new, resume=("fixed", "changeable"))
     rows = [row for row in rows if not row.startswith("optimizer.learning_rate:")]
     if rows:
@@ -178,6 +204,8 @@ def _train(config: ConfigDict, workdir: Path, deadline: float | None) -> dict[st
         else:
             if summary is None:
                 return None
+    if summary is not None and not all(value is not None and math.isfinite(value) for value in summary.values()):
+        summary = None  # of an earlier version
     return {"folder": workdir.name} | (summary or {"failed": FAILED})
 
 

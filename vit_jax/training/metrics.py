@@ -2,12 +2,12 @@
 
 import contextlib
 import json
-import os
 from pathlib import Path
 
 from vit_jax import atomic
 from vit_jax.checkpoint import run_files
 from vit_jax.training import tensorboard
+from vit_jax.training.records import RecordFile
 
 
 class MetricsWriter:
@@ -24,18 +24,19 @@ class MetricsWriter:
             step: the last step whose metrics are kept.
             tensorboard: whether to write TensorBoard events too.
             enabled: False to write nothing.
+
+        Raises:
+            OSError: a file cannot be opened or written.
         """
         self._path, self._enabled, self._tensorboard = workdir / run_files.METRICS, enabled, tensorboard
         self._file = self._events = None
-        self._backlog: list[str] = []
         self._open(step)
 
     def _open(self, step: int) -> None:
         if not self._enabled:
             return
         truncate(self._path, step)
-        self._file = open(self._path, "a")  # noqa: SIM115
-        self._complete_size = self._file.seek(0, os.SEEK_END)
+        self._file = RecordFile(self._path)
         if self._tensorboard:
             for path in self._path.parent.glob("events.out.tfevents.*"):
                 tensorboard.truncate(path, step)
@@ -51,76 +52,58 @@ class MetricsWriter:
         """Appends the metrics of a step; returns None, or why they could not be written yet."""
         if self._file is None:
             return None
-        self._backlog.append(json.dumps({"step": step, **metrics}) + "\n")
         if self._events is not None:
             with contextlib.suppress(OSError):  # metrics.jsonl is on the same disk and reports the error
                 self._events.add(step, metrics)
-        return self._write_backlog()
-
-    def _write_backlog(self) -> str | None:
-        text = "".join(self._backlog)
         try:
-            self._file.truncate(self._complete_size)  # drops a partial line of an earlier attempt
-            self._file.write(text)
-            self._file.flush()
+            self._file.append((atomic.to_json({"step": step, **metrics}) + "\n").encode())
         except OSError as error:
-            self._reopen()
             return error.strerror
-        self._complete_size += len(text.encode())
-        self._backlog.clear()
         return None
 
-    def _reopen(self) -> None:
-        # The failed file's buffer would be written, in part, when it is closed: it goes to /dev/null.
-        descriptor = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(descriptor, self._file.fileno())
-        os.close(descriptor)
-        self._file.close()
-        self._file = open(self._path, "a")  # noqa: SIM115
-
     def truncate(self, step: int) -> None:
-        """Drops everything after `step`, to which the run has been rolled back."""
-        if self._file is None:
-            return
-        self.close()
-        self._backlog.clear()
-        self._open(step)
+        """Drops everything after `step`, to which the run has been rolled back.
 
-    def flush(self) -> None:
-        """Writes everything to the disk, so that a checkpoint saved afterwards never has more than the metrics."""
+        Raises:
+            OSError: a file cannot be opened or written.
+        """
         if self._file is not None:
-            if self._backlog:
-                self._write_backlog()
-            with contextlib.suppress(OSError):  # saving the checkpoint reports the error
-                os.fsync(self._file.fileno())
-        if self._events is not None:
-            with contextlib.suppress(OSError):
-                self._events.flush()
+            self.close()
+            self._open(step)
+
+    def flush(self) -> str | None:
+        """Writes everything to the disk, so that a checkpoint saved afterwards never has more than the metrics.
+
+        Returns None, or why that is not possible yet.
+        """
+        try:
+            for file in (self._file, self._events):
+                if file is not None:
+                    file.sync()
+        except OSError as error:
+            return error.strerror
+        return None
 
     def close(self) -> None:
         """Writes what is left, and closes the files."""
-        if self._file is not None:
-            if self._backlog:
-                self._write_backlog()
-            with contextlib.suppress(OSError):
-                self._file.close()
-        if self._events is not None:
-            with contextlib.suppress(OSError):
-                self._events.flush()
-            self._events.close()
+        self.flush()
+        for file in (self._file, self._events):
+            if file is not None:
+                file.close()
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drops the lines of metrics.jsonl after `step`, and a partial last line whose writer was killed."""
-    if not path.exists():
-        return
+    """Drops the lines of metrics.jsonl after `step`, and lines that are no records, such as a partial last one.
+
+    The file is always a new one: a process that was stopped, and wakes up after this one has taken its run over, still
+    writes to the old one.
+    """
     kept = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else ():
         try:
             is_later = json.loads(line)["step"] > step
-        except (ValueError, TypeError, KeyError):
-            break
-        if is_later or not line.endswith("\n"):
-            break
-        kept.append(line)
+        except (ValueError, TypeError, KeyError):  # such as an empty line that an editor has left
+            continue
+        if not is_later and line.endswith("\n"):
+            kept.append(line)
     atomic.write_bytes(path, "".join(kept).encode())

@@ -10,9 +10,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_jax import atomic, objectives
-from vit_jax.checkpoint import run_files
-from vit_jax.errors import UserError
+from vit_jax import atomic, objectives, terminal
+from vit_jax.checkpoint import proof, run_files
+from vit_jax.errors import UserError, os_errors_of_run
 from vit_jax.objectives.base import PrimaryMetric
 from vit_jax.runtime import oom
 from vit_jax.training import describe, progress, run_directory, setup
@@ -48,29 +48,35 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Raises:
         UserError: as `train.train`; if seeds have failed, the error of the first one, after the others are finished.
     """
-    mesh, seeds, primary = setup.check(config), seeds_of(config), objectives.make(config).primary_metric
-    _claim(workdir, config)
+    seeds, primary = seeds_of(config), objectives.make(config).primary_metric
     summary = run_files.read_summary(workdir)
-    if summary is not None and summary["seeds"] == seeds and not _unfinished(workdir, config):
-        print(describe.finished(workdir, describe_all(summary, primary)))
+    is_complete = summary is not None and summary.get("seeds") == seeds
+    if is_complete and not _changes(workdir, config) and not _unfinished(workdir, config):
+        terminal.say(describe.finished(workdir, describe_all(summary, primary)))
         return summary
-    print(describe.versions(mesh), flush=True)
+    mesh = setup.check(config)
+    run_directory.claim(workdir, _recorded_seeds(workdir, config))
+    terminal.say(describe.versions(mesh))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest(config.train.max_minutes))
         stop.on_exit, stop.exit_on_signal = release_all, True
         stack.enter_context(Lock(workdir, stop.exit_without_saving))
-        changes = _claim(workdir, config)  # again: another process may have finished the run in between
-        run_directory.record(workdir, _config_of_all(config), changes, print)
-        (workdir / run_files.SUMMARY).unlink(missing_ok=True)
+        changes = _changes(workdir, config)  # again: another process may have finished the run in between
+        run_directory.record(workdir, _config_of_all(config), changes, terminal.say)
+        atomic.remove(workdir / run_files.SUMMARY)
         if unfinished := _unfinished(workdir, config):
+            proof.prove(workdir_of(workdir, max(unfinished)))
             attention = recorded_attention(workdir_of(workdir, seeds[0]))
             experiment = setup.assemble(config, mesh, setup.load_sources(config), attention=attention)
-            print(describe.experiment(experiment))
+            terminal.say(describe.experiment(experiment))
             if not _train_all(experiment, unfinished, workdir, stop):
                 finished = len(seeds) - len(_unfinished(workdir, config))
-                print(f"{finished} of {len(seeds)} seeds are finished ({stop.reason}): run the same command to resume")
+                terminal.say(
+                    f"{finished} of {len(seeds)} seeds are finished ({stop.reason}): run the same command to resume"
+                )
                 return None
-    return _finish(workdir, seeds, primary)
+    with os_errors_of_run(workdir):
+        return _finish(workdir, seeds, primary)
 
 
 def _train_all(experiment: Experiment, seeds: list[int], workdir: Path, stop: StopRequest) -> bool:
@@ -83,7 +89,7 @@ def _train_all(experiment: Experiment, seeds: list[int], workdir: Path, stop: St
 
     @functools.cache
     def compile_update() -> Any:
-        return compile_step(experiment, print)
+        return compile_step(experiment, terminal.say)
 
     for seed in seeds:
         directory = workdir_of(workdir, seed)
@@ -111,19 +117,24 @@ def _finish(workdir: Path, seeds: list[int], primary: PrimaryMetric) -> dict[str
     """Writes and prints the summary of all seeds."""
     summary = summarize(seeds, [run_files.read_summary(workdir_of(workdir, seed)) for seed in seeds])
     atomic.write_json(workdir / run_files.SUMMARY, summary)
-    print("\n".join(describe_each(summary, primary)))
+    terminal.say("\n".join(describe_each(summary, primary)))
     spent = f"{summary['steps']:,} steps each, {progress.clock(summary['seconds'])} of training"
-    print(f"finished: {describe_all(summary, primary)} after {spent}")
-    print(f"results are in {workdir}: {run_files.SUMMARY}, and those of each seed in seed-K/")
+    terminal.say(f"finished: {describe_all(summary, primary)} after {spent}")
+    terminal.say(f"results are in {workdir}: {run_files.SUMMARY}, and those of each seed in seed-K/")
     return summary
 
 
-def _claim(workdir: Path, config: ConfigDict) -> list[str]:
-    """As `run_directory.claim`, except that the choice of seeds may change."""
+def _changes(workdir: Path, config: ConfigDict) -> list[str]:
+    """As `run_directory.changes`, except that the choice of seeds may change."""
+    return run_directory.changes(workdir, _recorded_seeds(workdir, config))
+
+
+def _recorded_seeds(workdir: Path, config: ConfigDict) -> ConfigDict:
+    """The config with the seeds that config.json has, if it has any."""
     config, before = _config_of_all(config), run_files.read_config(workdir)
     if before is not None and before.get("train", {}).get("seeds") is not None:
         config.train.seeds = before["train"]["seeds"]
-    return run_directory.claim(workdir, config)
+    return config
 
 
 def _config_of_all(config: ConfigDict) -> ConfigDict:
@@ -140,8 +151,7 @@ def _unfinished(workdir: Path, config: ConfigDict) -> list[int]:
         directory = workdir_of(workdir, seed)
         if not directory.is_dir():
             return False
-        changes = run_directory.claim(directory, setup.config_of_seed(config, seed))
-        return run_files.read_summary(directory) is not None and not changes
+        return run_directory.finished(directory, setup.config_of_seed(config, seed)) is not None
 
     return [seed for seed in seeds_of(config) if not is_finished(seed)]
 

@@ -1,10 +1,11 @@
 """What a run prints while it trains."""
 
-import contextlib
 import io
 import math
 import os
 import sys
+
+from vit_jax import terminal
 
 
 class Progress:
@@ -31,7 +32,7 @@ class Progress:
         """
         self._steps, self._steps_per_epoch = steps, steps_per_epoch
         self._stream, self._enabled = stream or sys.stdout, enabled
-        self._live = live and self._stream.isatty()
+        self._live = live and terminal.is_live(self._stream)
         self._prefix = f"{name}: " if name else ""
         self._line_is_open = False
 
@@ -39,7 +40,7 @@ class Progress:
         """Prints the state of the run; not on a terminal, only if the metrics are `recorded` too."""
         if not self._enabled or not (recorded or self._live):
             return
-        width = _terminal_width() - len(self._prefix) if self._live else None
+        width = max(_terminal_width() - len(self._prefix), 1) if self._live else None
         epoch = step / self._steps_per_epoch
         text = self._prefix + progress_line(step, self._steps, epoch, metrics, seconds_left, width)
         self._print(f"\r\x1b[K{text}" if self._live else text + "\n")
@@ -53,15 +54,13 @@ class Progress:
 
     def _print(self, text: str) -> None:
         # Training continues when the terminal is closed or nobody reads the pipe any more.
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-            self._stream.flush()
+        terminal.write(self._stream, text)
 
 
 def _terminal_width() -> int:
     try:
-        return os.get_terminal_size().columns
-    except OSError:
+        return os.get_terminal_size().columns or 120  # 0 columns: unknown
+    except (OSError, ValueError):
         return 120
 
 

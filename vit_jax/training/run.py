@@ -30,6 +30,7 @@ class Run:
         recovery: returns to a checkpoint after non-finite steps.
         logged: False between a step after which the run evaluates and that step's line in metrics.jsonl.
         results: metrics of the last evaluation.
+        evaluated: metrics of the last evaluation of every split.
     """
 
     experiment: Experiment
@@ -42,6 +43,7 @@ class Run:
     recovery: Recovery
     logged: bool = True
     results: dict[str, float | int] = dataclasses.field(default_factory=dict)
+    evaluated: dict[str, float | int] = dataclasses.field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -59,6 +61,7 @@ class Run:
             Interrupted: a stop was requested.
         """
         self.results = self.experiment.evaluate(self.state.for_evaluation(), role, self.stop_requested)
+        self.evaluated |= self.results
         line = self.experiment.objective.describe(role, self.results)
         self.progress.say(f"step {self.step}/{self.experiment.num_steps}  {role}: {line}")
         return self.results

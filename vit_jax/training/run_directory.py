@@ -1,40 +1,66 @@
 """The run directory: whether a config may start or resume a run in it, and what it records about the run."""
 
-import json
+import contextlib
+import errno
 import os
+import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from vit_jax import atomic
 from vit_jax import config as options
 from vit_jax.checkpoint import run_files
-from vit_jax.errors import UserError
+from vit_jax.checkpoint.manager import CheckpointManager
+from vit_jax.errors import UserError, few, one_line
 from vit_jax.runtime.attention_choice import Choice
-from vit_jax.training import environment
+from vit_jax.training import environment, initial_weights
 
 CHANGES = "changes.jsonl"
 MAX_SHOWN = 4  # differences in an error message
 
 
-def claim(workdir: Path, config: ConfigDict) -> list[str]:
-    """Creates the run directory if it does not exist, and checks that the config may be trained in it.
-
-    Returns the options that have changed since the run began and may: 'train.steps: 100 -> 200', ...
+def finished(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
+    """Returns the summary of the run if it is finished and the config has not changed, else None; reads only.
 
     Raises:
-        UserError: it cannot be written to, or it holds a run with another config, whose differences are named.
+        UserError: as `changes`.
+    """
+    check_path(workdir)
+    summary = run_files.read_summary(workdir)
+    return None if summary is None or changes(workdir, config) else summary
+
+
+def claim(workdir: Path, config: ConfigDict) -> list[str]:
+    """Creates the run directory if it does not exist, and returns the `changes` of the config.
+
+    Raises:
+        UserError: it cannot be written to, or as `changes`.
     """
     _check_writable(workdir)
-    old = run_files.read_config(workdir)
+    return changes(workdir, config)
+
+
+def changes(workdir: Path, config: ConfigDict) -> list[str]:
+    """Returns the options that have changed since the run began and may: 'train.steps: 100 -> 200', ...
+
+    Raises:
+        UserError: the directory holds a run with another config, whose differences are named.
+    """
+    old, saved = run_files.read_config(workdir), _saved_config(workdir)
+    old = saved if old is None else old
     # Without records or checkpoints there is nothing to lose: the config may change freely.
     if old is None or not has_begun(workdir):
         return []
     # Options that did not exist when the run began are at their defaults.
-    old, new = options.complete(old), config.to_dict()
-    if refused := options.differences(old, new, resume=("fixed",)):
+    old, saved, new = options.complete(old), options.complete(saved or old), config.to_dict()
+    if initial_weights.is_same(workdir, old["checkpoint"]["init_from"], new["checkpoint"]["init_from"]):
+        new["checkpoint"]["init_from"] = old["checkpoint"]["init_from"]
+        saved["checkpoint"]["init_from"] = old["checkpoint"]["init_from"]
+    if refused := options.differences(saved, new, resume=("fixed",)):
         more = f"; and {len(refused) - MAX_SHOWN} more" if len(refused) > MAX_SHOWN else ""
         raise UserError(
             f"--workdir={workdir} holds a run with another config\n"
@@ -43,9 +69,30 @@ def claim(workdir: Path, config: ConfigDict) -> list[str]:
     return options.differences(old, new, resume=("changeable",))
 
 
+def _saved_config(workdir: Path) -> dict[str, Any] | None:
+    """The config in the newest checkpoint, which holds although config.json was removed or edited; None if none has."""
+    checkpoints = CheckpointManager(workdir, read_only=True)
+    with contextlib.suppress(UserError):  # the checkpoints are read, and their damage reported, later
+        for step in reversed(checkpoints.steps()):
+            if checkpoints.has(step):
+                return checkpoints.metadata(step).get("config")
+    return None
+
+
+def check_path(workdir: Path) -> None:
+    """Raises UserError if there can be no directory of this name: it is too long, below a file, or a loop of links."""
+    try:
+        if not stat.S_ISDIR(os.stat(workdir).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}\n  use another --workdir") from error
+
+
 def _check_writable(workdir: Path) -> None:
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        atomic.make_directory(workdir)
         probe = workdir / f".probe.{os.getpid()}"
         probe.touch()
         probe.unlink(missing_ok=True)
@@ -96,9 +143,11 @@ def record(
     try:
         if changes:
             say(f"the config has changed since this run began: {'; '.join(changes)}")
-            (workdir / run_files.SUMMARY).unlink(missing_ok=True)
-            with open(workdir / CHANGES, "a") as file:
-                file.write(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), "changes": changes}) + "\n")
+            atomic.remove(workdir / run_files.SUMMARY)
+            path, line = workdir / CHANGES, {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "changes": changes}
+            old = path.read_bytes() if path.exists() else b""
+            atomic.write_bytes(path, old + atomic.to_json(line).encode() + b"\n")
+        initial_weights.record(workdir, config.checkpoint.init_from)
         atomic.write_json(workdir / run_files.CONFIG, config.to_dict())
         atomic.write_json(workdir / run_files.ENVIRONMENT, environment.environment(attention))
     except OSError as error:
@@ -108,11 +157,27 @@ def record(
 
 
 def attention_choice(workdir: Path) -> Choice | None:
-    """Returns the attention backend that environment.json records, or None if it records none."""
+    """Returns the attention backend that environment.json records, or None if it records none or is damaged.
+
+    Raises:
+        UserError: the operating system cannot read environment.json.
+    """
     try:
-        return Choice(**json.loads((workdir / run_files.ENVIRONMENT).read_text())["attention"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Choice(**run_files.read_json(workdir / run_files.ENVIRONMENT)["attention"])
+    except (KeyError, TypeError):
         return None
+
+
+@contextlib.contextmanager
+def invalid_config_explained(workdir: Path) -> Iterator[None]:
+    """Turns the ValueError of a model that config.json describes and that cannot be built into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(
+            f"{workdir / run_files.CONFIG} is not valid: {one_line(error)}\n"
+            f"  restore it: python -m vit_jax.checkpoints restore-config {workdir}"
+        ) from error
 
 
 def trained_config(workdir: Path) -> ConfigDict:
@@ -121,9 +186,27 @@ def trained_config(workdir: Path) -> ConfigDict:
     Raises:
         UserError: it holds no run or the runs of several seeds, or its config cannot be read.
     """
+    above = [one for one in list(Path(os.path.abspath(workdir)).parents)[:2] if run_files.has_checkpoints(one)]
+    if above and not run_files.has_checkpoints(workdir):
+        raise UserError(f"{workdir} is a part of the run {above[0]}\n  use that directory; step selects a checkpoint")
+    has_steps = any(workdir.glob(f"{run_files.CHECKPOINTS}/[0-9]*"))
+    # A config.json beside weights is of another project.
+    if workdir.is_file() or (any(workdir.glob("*.safetensors")) and not has_steps):
+        what = "is a file" if workdir.suffix == ".json" else "holds weights"
+        raise UserError(
+            f"{workdir} {what}, not a run\n"
+            f"  use --init={workdir} with vit_jax.predict and vit_jax.transfer, or --weights with vit_jax.evaluate\n"
+            f"  from Python: Predictor(of_file({str(workdir)!r}))"
+        )
     saved = run_files.read_config(workdir)
-    if saved is None or not (workdir / run_files.CHECKPOINTS).is_dir():
-        if own := sorted(path.parent.name for path in workdir.glob(f"seed-*/{run_files.CHECKPOINTS}")):
-            raise UserError(f"{workdir} holds the runs of several seeds\n  use one of them: {', '.join(own)}")
+    if saved is None and _saved_config(workdir) is not None:
+        raise UserError(
+            f"{workdir / run_files.CONFIG} is missing\n"
+            f"  restore it: python -m vit_jax.checkpoints restore-config {workdir}"
+        )
+    if saved is None or not run_files.has_checkpoints(workdir):
+        if below := sorted(path.parent.name for path in workdir.glob(f"*/{run_files.CHECKPOINTS}")):
+            several = "holds the runs of several seeds" if below[0].startswith("seed-") else "holds no run itself"
+            raise UserError(f"{workdir} {several}\n  use one of those in it: {few(below)}")
         raise UserError(f"{workdir} holds no run\n  train one: python -m vit_jax.main --workdir=DIR ...")
     return options.from_dict(saved)

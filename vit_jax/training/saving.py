@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from vit_jax.checkpoint.manager import CheckpointManager, SaveFailed, ranking_score
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.objectives.base import PrimaryMetric
 from vit_jax.sharding import multihost
 from vit_jax.training.state import TrainState
@@ -26,7 +26,7 @@ class Saver:
         primary: PrimaryMetric,
         keep_best: int,
         say: Callable[[str], Any],
-        before_save: Callable[[], Any],
+        before_save: Callable[[], str | None],
     ):
         """Saves to `checkpoints`.
 
@@ -35,13 +35,15 @@ class Saver:
             primary: metric of the validation split by which checkpoints are ranked.
             keep_best: number of best checkpoints that are kept.
             say: prints a line.
-            before_save: is called before each save, to bring to the disk what must be there first.
+            before_save: is called before each save, to bring to the disk what must be there first; returns None, or why
+                that is not possible, and then there is no save.
         """
         self._checkpoints, self._primary, self._keep_best, self._say = checkpoints, primary, keep_best, say
         self._before_save = before_save
         self._metric = f"validation/{primary.name}"
         self._scores: dict[str, float] = {}  # what the newest checkpoint is ranked by
         self._retry_at: float | None = None
+        self._reason = "the checkpoint is missing"  # why the last save failed
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Returns whether these metrics hold a better value of the primary metric than every checkpoint."""
@@ -54,7 +56,9 @@ class Saver:
 
     def save(self, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float]) -> None:
         """Starts a save; if the one before it failed, says so and schedules a retry."""
-        self._before_save()
+        if (reason := multihost.on_rank_0(self._before_save)) is not None:
+            self._warn(SaveFailed(reason))
+            return
         self._retry_at = None
         self._scores = {self._metric: metrics[self._metric]} if self._metric in metrics else {}
         try:
@@ -85,7 +89,7 @@ class Saver:
                 self._checkpoints.wait()
                 if self.has(step):
                     return
-                reason = "the checkpoint is missing"
+                reason = self._reason
             except SaveFailed as error:
                 reason = str(error)
             if attempt:
@@ -108,12 +112,15 @@ class Saver:
         # In a cluster the other processes, which must take part in a save, may not have failed.
         if jax.process_count() > 1:
             return
-        with contextlib.suppress(Exception):
+        try:
             step = int(state.step)
             if step and not self.has(step):
                 self.save(state, metadata, {})
                 self._checkpoints.wait()
-                self._say(f"step {step:,} is saved")
+                if self.has(step):
+                    self._say(f"step {step:,} is saved")
+        except Exception as error:  # the error that ends the run is the one to report
+            self._say(f"warning: the state at this error could not be saved: {one_line(error)}")
 
     def wait(self) -> None:
         """Waits for the save in progress; if it failed, says so and schedules a retry."""
@@ -124,4 +131,4 @@ class Saver:
 
     def _warn(self, error: SaveFailed) -> None:
         self._say(f"warning: checkpoint save failed, will retry: {error}")
-        self._retry_at = time.monotonic() + RETRY_SECONDS
+        self._reason, self._retry_at = str(error), time.monotonic() + RETRY_SECONDS

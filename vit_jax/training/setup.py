@@ -268,6 +268,15 @@ def check_data(config: ConfigDict, splits: list[str]) -> Mesh:
     return mesh
 
 
+def _check_classes(train: Source, loss: str) -> None:
+    for name, names in train.class_names_by_label().items():
+        if len(names) == 1 and loss == "softmax":
+            raise UserError(
+                f"dataset {train.name!r}: there is only one class ({name}: {names[0]}), so nothing can be learned\n"
+                "  expected: two classes or more; set config.data.dir to the folder that contains one folder per class"
+            )
+
+
 def _check_image_size(config: ConfigDict, shape: tuple[int, ...]) -> None:
     model = build_model.build(config.model, classes=2, dtype="float32")
     if config.data.patches and (model.stem is not None or shape[0] != shape[1]):
@@ -338,6 +347,8 @@ def assemble(
     """
     train, on_features = sources["train"], stored_features.in_use(sources)
     image_shape, objective = train.image_shape, objectives.make(config)
+    if training and objective.needs_labels:
+        _check_classes(train, config.train.loss)
     model = build_model.build(config.model, train.classes() if objective.needs_labels else None, dtype=None)
     mean, std = ((), ()) if on_features else normalization.of_source(config.data.normalization, train)
     with attention_choice.recorded_shapes() as calls:

@@ -1,16 +1,18 @@
 """Stopping a run: at a signal, or after a given time. The first signal saves, the second one exits at once."""
 
-import contextlib
 import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+from vit_jax import terminal
+from vit_jax.errors import no_thread
+
+# The last two announce the end of a job on some clusters.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 REPEAT_AFTER = 1.0  # seconds; the same signal within this time is the first one delivered twice (a shell and `timeout`)
 
 
@@ -63,17 +65,24 @@ class StopRequest:
         self._old_handlers = {number: signal.signal(number, _do_nothing) for number in handled}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._receive, name="signals", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._restore()
+            raise no_thread() from error
         return self
 
     def __exit__(self, *_: object) -> None:
         if not hasattr(self, "_thread"):
             return
+        self._closed.set()
+        self._thread.join()
+        self._restore()
+
+    def _restore(self) -> None:
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        self._closed.set()
-        self._thread.join()
         self._receiver.close()
         self._sender.close()
 
@@ -93,18 +102,18 @@ class StopRequest:
         if self.exit_on_signal:
             self._exit(f"{number.name}: stopped; everything is saved", 0)
         self._received, self._reason = (number, now), self._reason or number.name
-        with contextlib.suppress(OSError, ValueError):
-            print(f"{number.name}: saving, then stopping; repeat to exit at once", file=sys.stderr, flush=True)
+        terminal.warn(f"{number.name}: saving, then stopping; repeat to exit at once")
 
     def exit_without_saving(self, text: str) -> None:
         """Prints `text` and ends the process at once, with status 2: another process owns the run directory."""
         self._exit(text, 2)
 
     def _exit(self, text: str, status: int) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            print(f"\n{text}", file=sys.stderr, flush=True)
-        self.on_exit()
-        os._exit(status)
+        terminal.warn(f"\n{text}")
+        try:
+            self.on_exit()
+        finally:
+            os._exit(status)
 
 
 def _do_nothing(*_: object) -> None:

@@ -6,7 +6,6 @@ still those of the whole model, so that its checkpoints classify images.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from vit_jax import config as options
+from vit_jax import paths
 from vit_jax.data import feature_store
 from vit_jax.data.augment import Augment, Targets
 from vit_jax.data.feature_store import FeatureSource
@@ -107,7 +107,7 @@ def check_config(config: ConfigDict) -> None:
 
 def check_files(config: ConfigDict) -> None:
     """Raises UserError if the directory of `config.data.features` has no features of the train split."""
-    feature_store.find(Path(config.data.features).expanduser(), "train")
+    feature_store.find(paths.expand(config.data.features, "config.data.features"), "train")
 
 
 def load(config: ConfigDict, splits: Mapping[str, str]) -> dict[str, Source]:
@@ -120,7 +120,7 @@ def load(config: ConfigDict, splits: Mapping[str, str]) -> dict[str, Source]:
     Raises:
         UserError: the features of a role are missing, damaged, or of other examples or another normalization.
     """
-    directory, labels = Path(config.data.features).expanduser(), config.data.labels
+    directory, labels = paths.expand(config.data.features, "config.data.features"), config.data.labels
     sources: dict[str, Source] = {}
     for role, split in splits.items():
         stored = feature_store.read(feature_store.find(directory, role))

@@ -12,22 +12,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vit_jax import atomic
+from vit_jax.training.records import RecordFile
 
 _HEADER, _FOOTER = 12, 4  # bytes before a record (its length and that number's checksum) and after it (its checksum)
 _FILE_NUMBERS = itertools.count()
 
 
-class EventFile:
+class EventFile(RecordFile):
     """One event file, written without a thread: the thread of tensorboardX's writer dies when the disk is full."""
 
     def __init__(self, workdir: Path):
-        """Opens a file with a unique name."""
+        """Makes a file with a unique name; raises OSError if that is not possible."""
         from tensorboardX.proto.event_pb2 import Event
 
         owner = f"{socket.gethostname()}.{os.getpid()}.{next(_FILE_NUMBERS)}"
-        self._file = open(workdir / f"events.out.tfevents.{time.time():.0f}.{owner}", "wb", buffering=0)  # noqa: SIM115
-        self._backlog = _framed(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        self._complete_size = 0
+        path = workdir / f"events.out.tfevents.{time.time():.0f}.{owner}"
+        atomic.write_bytes(path, _framed(Event(wall_time=time.time(), file_version="brain.Event:2")))
+        super().__init__(path)
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """Appends the metrics of a step.
@@ -39,26 +40,7 @@ class EventFile:
         from tensorboardX.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._backlog += _framed(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-        self.flush()
-
-    def flush(self) -> None:
-        """Writes what could not be written before.
-
-        Raises:
-            OSError: it still cannot be written.
-        """
-        if self._backlog:
-            self._file.truncate(self._complete_size)  # drops a partial event of an earlier attempt
-            self._file.seek(self._complete_size)
-            written = 0
-            while written < len(self._backlog):
-                written += self._file.write(self._backlog[written:])
-            self._complete_size, self._backlog = self._complete_size + len(self._backlog), b""
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        self.append(_framed(Event(wall_time=time.time(), step=step, summary=Summary(value=values))))
 
 
 def _framed(event: object) -> bytes:
@@ -83,7 +65,7 @@ def records(content: bytes) -> Iterator[bytes]:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drops the events after `step`, and a partial last event whose writer was killed."""
+    """Drops the events after `step`, and a partial last event whose writer was killed; always makes a new file."""
     from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
 
@@ -95,7 +77,4 @@ def truncate(path: Path, step: int) -> None:
             break
         if not (event.HasField("summary") and event.step > step):
             kept.append(record)
-    new = b"".join(kept)
-    if new == content:
-        return
-    atomic.write_bytes(path, new)
+    atomic.write_bytes(path, b"".join(kept))

@@ -11,15 +11,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from vit_jax import atomic, objectives
-from vit_jax.checkpoint import input_spec, run_files
+from vit_jax import atomic, objectives, terminal
+from vit_jax.checkpoint import input_spec, proof, run_files
 from vit_jax.checkpoint.input_spec import InputSpec
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.data import normalization
+from vit_jax.errors import os_errors_of_run
 from vit_jax.runtime import oom
 from vit_jax.runtime.attention_choice import Choice
 from vit_jax.sharding import multihost
-from vit_jax.training import auto_batch_size, describe, loop, run_directory, setup, stored_features
+from vit_jax.training import auto_batch_size, describe, loop, recovery, run_directory, setup, stored_features
 from vit_jax.training.lock import Lock, release_all
 from vit_jax.training.progress import Progress
 from vit_jax.training.setup import Experiment
@@ -50,19 +51,23 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             if losses stay non-finite, memory is too small, or the last checkpoint cannot be saved.
     """
     multihost.initialize(config.mesh.distributed)
-    mesh = setup.check(config)
-    config = auto_batch_size.resolve(config, workdir, mesh)
-    changes = multihost.on_rank_0(lambda: run_directory.claim(workdir, config))
-    summary = multihost.on_rank_0(lambda: run_files.read_summary(workdir))
-    say = print if multihost.is_rank_0() else _silent
-    if summary is not None and not changes:
+    config = auto_batch_size.recorded(config, workdir)
+    finished = functools.partial(run_directory.finished, workdir, config)
+    is_cluster = config.mesh.distributed
+    summary = multihost.on_rank_0(finished) if is_cluster else finished()  # shown even if data or devices are gone
+    say = _silent if is_cluster and not multihost.is_rank_0() else terminal.say
+    if summary is not None:
         say(describe.finished(workdir, describe.result(objectives.make(config), summary)))
         return summary
-    say(describe.versions(mesh), flush=True)
+    mesh = setup.check(config)
+    config = auto_batch_size.resolve(config, workdir, mesh)
+    multihost.on_rank_0(lambda: run_directory.claim(workdir, config))
+    say(describe.versions(mesh))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest(config.train.max_minutes))
         stop.on_exit, stop.exit_on_signal = release_all, True
         multihost.on_rank_0(lambda: stack.enter_context(Lock(workdir, stop.exit_without_saving)) and None)
+        proof.prove(workdir)
         experiment = setup.assemble(config, mesh, setup.load_sources(config), attention=recorded_attention(workdir))
         with oom.explained(config, experiment.model, experiment.image_shape):
             say(describe.experiment(experiment))
@@ -81,20 +86,41 @@ def train_seed(
 ) -> dict[str, Any] | None:
     """Trains one seed in a run directory that is locked, and writes summary.json; arguments as of `loop.train`."""
     config = experiment.config_of(seed)
+    with os_errors_of_run(workdir):
+        return _train_seed(experiment, config, workdir, stop, progress, compile_update)
+
+
+def _train_seed(
+    experiment: Experiment,
+    config: ConfigDict,
+    workdir: Path,
+    stop: StopRequest,
+    progress: Progress,
+    compile_update: Callable[[], loop.Update],
+) -> dict[str, Any] | None:
     # Checked again under the lock: another process may have finished the run in between.
     changes = multihost.on_rank_0(lambda: run_directory.claim(workdir, config))
     with CheckpointManager(
         workdir, config.checkpoint.keep, config.checkpoint.keep_best, say=progress.say
     ) as checkpoints:
-        run_directory.check_length(changes, experiment.num_steps, multihost.on_rank_0(checkpoints.steps))
+        saved = multihost.on_rank_0(checkpoints.steps)
+        run_directory.check_length(changes, experiment.num_steps, saved)
+        if saved and experiment.objective.needs_labels:
+            classes = experiment.sources["train"].class_names_by_label()
+            multihost.on_rank_0(lambda: input_spec.check_classes(workdir, classes))
+        if experiment.num_steps not in saved:
+            leaves = jax.tree.leaves(experiment.abstract_state())
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+            multihost.on_rank_0(lambda: proof.check_room(workdir, size))
         multihost.on_rank_0(lambda: _write_inputs(experiment, config, workdir, changes, progress.say))
         try:
-            summary = loop.train(experiment, seed, workdir, checkpoints, stop, progress, compile_update)
+            summary = loop.train(experiment, config.train.seed, workdir, checkpoints, stop, progress, compile_update)
         finally:
             stop.exit_on_signal = True  # everything that can be saved is
     if summary is not None:
         if multihost.is_rank_0():
             atomic.write_json(workdir / run_files.SUMMARY, summary)
+            (workdir / recovery.REPORT).unlink(missing_ok=True)  # of an earlier attempt
         progress.say(f"finished: {describe.result(experiment.objective, summary)}")
         progress.say(f"results are in {workdir}: {', '.join(WRITTEN)}")
     return summary
