@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import http.client
-import os
 import socket
 import sys
 import tarfile
@@ -15,6 +14,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from vit_jax import atomic, paths, terminal
 from vit_jax.errors import UserError
 
 SHAPE = (32, 32, 3)  # height, width, channels of the images
@@ -109,7 +109,7 @@ def read_files(archive: Archive, source: Path) -> dict[str, bytes]:
     Raises:
         UserError: `source` or one of its files is missing, truncated or damaged, or is the Python version.
     """
-    source = source.expanduser()
+    source = paths.expand(source, "--from")
     if not source.exists():
         raise UserError(f"{archive.name}: {source} does not exist\n{expected_files(archive)}")
     if source.is_dir():
@@ -180,7 +180,7 @@ def verify(archive: Archive, path: Path) -> None:
 def _python_version(archive: Archive, source: Path) -> UserError:
     return UserError(
         f"{archive.name}: {source} is the Python (pickle) version\n"
-        f"  the binary version {archive.filename} is required: {archive.url}"
+        f"  use the binary version, {archive.filename}: {archive.url}"
     )
 
 
@@ -228,7 +228,7 @@ def download(archive: Archive, folder: Path) -> Path:
         return path
     check_reachable(archive)
     part = path.with_name(path.name + ".part")
-    print(f"downloading {archive.url}, {archive.size / 1e6:,.0f} MB, to {path}", file=sys.stderr, flush=True)
+    terminal.warn(f"downloading {archive.url}, {archive.size / 1e6:,.0f} MB, to {path}")
     try:
         _fetch(archive, part)
     except urllib.error.HTTPError as error:
@@ -242,7 +242,7 @@ def download(archive: Archive, folder: Path) -> Path:
     except UserError:
         part.unlink()
         raise _different_file(archive) from None
-    os.replace(part, path)
+    atomic.sync_and_rename(part, path)
     return path
 
 
@@ -262,10 +262,10 @@ def _fetch(archive: Archive, part: Path) -> None:
             while have <= archive.size and (block := reply.read(2**20)):
                 file.write(block)
                 have += len(block)
-                if sys.stderr.isatty():
-                    print(f"\r{have / 1e6:,.0f} of {archive.size / 1e6:,.0f} MB", end="", file=sys.stderr, flush=True)
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
+                if terminal.is_live(sys.stderr):
+                    terminal.warn(f"\r{have / 1e6:,.0f} of {archive.size / 1e6:,.0f} MB", end="")
+        if terminal.is_live(sys.stderr):
+            terminal.warn()
 
 
 def _from_command(archive: Archive) -> str:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from vit_jax import atomic
+from vit_jax import atomic, paths, terminal
 from vit_jax.errors import UserError
 
 Fill = Callable[[np.ndarray, np.ndarray], None]  # fill(images, labels) writes every example into the two arrays
 Shape = tuple[int, int, int, int]  # examples, height, width, channels
+_STATISTICS = "mean_std.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class DecodedSplit:
 
 def default_dir() -> Path:
     """Returns $XDG_CACHE_HOME/vit_jax/data, or ~/.cache/vit_jax/data."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vit_jax" / "data"
+    return paths.cache_dir() / "data"
 
 
 def in_memory(shape: Shape, fill: Fill) -> DecodedSplit:
@@ -69,17 +69,17 @@ def open_or_create(folder: Path, shape: Shape, fill: Fill, *, title: str) -> Dec
     Raises:
         UserError: the images do not fit into memory, or another process modifies the cache.
     """
-    arrays = _open(folder, shape)
-    if arrays:
-        return arrays
     try:
-        print(f"decoding {title}: {shape[0]:,} images (only once; cached in {folder})", file=sys.stderr, flush=True)
+        arrays = _open(folder, shape)
+        if arrays:
+            return arrays
+        terminal.warn(f"decoding {title}: {shape[0]:,} images (only once; cached in {folder})")
         _make(folder, shape, fill)
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        if error.errno not in _UNWRITABLE and os.path.isdir(folder.parent):
             raise
         reason = os.strerror(error.errno)
-        print(f"warning: cannot write the cache ({reason}); decoding into memory at every start", file=sys.stderr)
+        terminal.warn(f"warning: cannot write the cache ({reason}); decoding into memory at every start")
         return in_memory(shape, fill)
     arrays = _open(folder, shape)
     if not arrays:
@@ -87,7 +87,10 @@ def open_or_create(folder: Path, shape: Shape, fill: Fill, *, title: str) -> Dec
     return arrays
 
 
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+_UNWRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 def _open(folder: Path, shape: Shape) -> DecodedSplit | None:
@@ -95,8 +98,14 @@ def _open(folder: Path, shape: Shape) -> DecodedSplit | None:
     try:
         images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / "labels.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # missing or truncated
+    except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):  # missing or truncated
         return None
+    except OSError as error:  # not by a cache: decoded into memory if the directory is the reason
+        if error.errno in _UNWRITABLE:
+            raise
+        raise UserError(
+            f"cache {folder} cannot be read: {error.strerror}\n  fix that, or set another config.data.cache_dir"
+        ) from error
     expected = (np.uint8, shape, np.int32, shape[:1])
     if (images.dtype, images.shape, labels.dtype, labels.shape) != expected:
         return None
@@ -119,10 +128,7 @@ def _make(folder: Path, shape: Shape, fill: Fill) -> None:
         images.flush()
         del images
         np.save(scratch / "labels.npy", labels)
-        for path in (*scratch.iterdir(), scratch):
-            atomic.sync(path)
         _put_in_place(scratch, folder, shape)
-        atomic.sync(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -131,7 +137,7 @@ def _put_in_place(scratch: Path, folder: Path, shape: Shape) -> None:
     scratch.chmod(0o755)  # mkdtemp creates private directories, but a cache may be shared
     for _ in range(3):
         try:
-            os.rename(scratch, folder)
+            atomic.sync_and_rename(scratch, folder)
             return
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
@@ -171,13 +177,9 @@ def mean_and_std(arrays: DecodedSplit) -> tuple[tuple[float, ...], tuple[float, 
 
     Sums of 8-bit values and of their squares are exact in float64, so the result does not depend on their order.
     """
-    kept = arrays.folder / "mean_std.json" if arrays.folder else None
-    if kept:
-        try:
-            found = json.loads(kept.read_text())
-            return tuple(found["mean"]), tuple(found["std"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # missing or incomplete: created below
+    known = read_mean_std(arrays.folder, arrays.images.shape[3]) if arrays.folder else None
+    if known:
+        return known
     examples, height, width, channels = arrays.images.shape
     sums, squares = np.zeros((2, height, width, channels))
     for start in range(0, examples, 1024):
@@ -188,9 +190,24 @@ def mean_and_std(arrays: DecodedSplit) -> tuple[tuple[float, ...], tuple[float, 
     mean = sums.sum((0, 1)) / count
     variance = np.maximum(squares.sum((0, 1)) / count - mean**2, 0.0)
     mean, std = tuple((mean / 255).tolist()), tuple((np.sqrt(variance) / 255).tolist())
-    if kept:
-        write(kept, json.dumps({"mean": mean, "std": std}).encode())
+    if arrays.folder:
+        write_mean_std(arrays.folder, mean, std)
     return mean, std
+
+
+def read_mean_std(folder: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Returns the statistics in a cache folder; None if they are missing, damaged or not finite."""
+    try:
+        found = json.loads((folder / _STATISTICS).read_text())
+        mean, std = (tuple(map(float, found[name])) for name in ("mean", "std"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (mean, std) if len(mean) == len(std) == channels and all(map(math.isfinite, mean + std)) else None
+
+
+def write_mean_std(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Writes the statistics into a cache folder, if that can be written."""
+    write(folder / _STATISTICS, atomic.to_json({"mean": mean, "std": std}).encode())
 
 
 def write(path: Path, content: bytes) -> None:

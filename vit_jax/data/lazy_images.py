@@ -2,9 +2,7 @@
 
 import concurrent.futures
 import dataclasses
-import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from vit_jax import atomic
+from vit_jax import atomic, terminal
 from vit_jax.data import cache
 
 _SCAN_CHUNK = 64  # images that a thread decodes per task of a scan
@@ -94,10 +92,10 @@ def scan(records: Records, size: Size, folder: Path | None, title: str) -> Scann
     Raises:
         UserError: an image cannot be read.
     """
-    cached = _open(folder, records.count) if folder else None
+    cached = _open(folder, records.count, size[2]) if folder else None
     if cached:
         return cached
-    print(f"scanning {title}: {records.count:,} images (only once)", file=sys.stderr, flush=True)
+    terminal.warn(f"scanning {title}: {records.count:,} images (only once)")
     labels = np.empty(records.count, np.int32)
 
     def sums(start: int) -> np.ndarray:
@@ -135,14 +133,14 @@ def decode_all(records: Records, images: np.ndarray, labels: np.ndarray) -> None
     map_in_threads(decode, range(0, len(labels), _DECODE_CHUNK))
 
 
-def _open(folder: Path, count: int) -> ScannedSplit | None:
+def _open(folder: Path, count: int, channels: int) -> ScannedSplit | None:
+    statistics = cache.read_mean_std(folder, channels)
     try:
         labels = np.load(folder / "labels.npy", allow_pickle=False)
-        found = json.loads((folder / "mean_std.json").read_text())
-        known = ScannedSplit(labels, tuple(found["mean"]), tuple(found["std"]))
-    except (OSError, ValueError, EOFError, KeyError, TypeError):
+    except (OSError, ValueError, EOFError):
         return None
-    return known if (labels.dtype, labels.shape) == (np.int32, (count,)) else None
+    is_complete = statistics is not None and (labels.dtype, labels.shape) == (np.int32, (count,))
+    return ScannedSplit(labels, *statistics) if is_complete else None
 
 
 def _keep(folder: Path, known: ScannedSplit) -> None:
@@ -153,4 +151,4 @@ def _keep(folder: Path, known: ScannedSplit) -> None:
             np.save(file, known.labels)
     except OSError:
         return
-    cache.write(folder / "mean_std.json", json.dumps({"mean": known.mean, "std": known.std}).encode())
+    cache.write_mean_std(folder, known.mean, known.std)

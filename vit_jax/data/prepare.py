@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from vit_jax import atomic, paths, terminal
 from vit_jax.data.archives import ARCHIVES, SHAPE, Archive, download, expected_files, read_files
 from vit_jax.errors import UserError
 
 
 def default_data_dir() -> Path:
     """Returns $TFDS_DATA_DIR, or ~/tensorflow_datasets, as TFDS does."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return paths.expand(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "TFDS_DATA_DIR")
 
 
 def prepare(archive: Archive, *, data_dir: Path, source: Path | None = None) -> Path:
@@ -66,8 +67,10 @@ def _prepare_locked(archive: Archive, data_dir: Path, source: Path | None) -> Pa
     for stale in folder.parent.glob("incomplete.*"):  # left by a killed process
         if time.time() - stale.stat().st_mtime > 3600:
             shutil.rmtree(stale, ignore_errors=True)
-    print(f"preparing {archive.name} in {folder} (about 15 s)", file=sys.stderr, flush=True)
+    terminal.warn(f"preparing {archive.name} in {folder} (about 15 s)")
     _write(builder, archive, files, names)
+    atomic.sync_tree(folder)
+    atomic.sync(folder.parent)
     return folder
 
 
@@ -158,7 +161,11 @@ supported.
 
 def main(arguments: Sequence[str] | None = None, archives: Mapping[str, Archive] = ARCHIVES) -> int:
     """Runs the command; returns its exit status, 2 for a user error."""
-    parser = argparse.ArgumentParser(
+    return terminal.finish(lambda: _run(arguments, archives))
+
+
+def _run(arguments: Sequence[str] | None, archives: Mapping[str, Archive]) -> None:
+    parser = terminal.Parser(
         prog="python -m vit_jax.data.prepare",
         usage="python -m vit_jax.data.prepare {cifar10,cifar100} [--from PATH] [--data_dir DIR]",
         description=_HELP,
@@ -175,17 +182,9 @@ def main(arguments: Sequence[str] | None = None, archives: Mapping[str, Archive]
         help="output directory (default: $TFDS_DATA_DIR, or ~/tensorflow_datasets)",
     )
     options = parser.parse_args(arguments)
-    try:
-        data_dir = default_data_dir() if options.data_dir is None else options.data_dir.expanduser()
-        folder = prepare(archives[options.name], data_dir=data_dir, source=options.source)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to start again", file=sys.stderr)
-        return 130
-    print(f"{options.name} is prepared in {folder}")
-    return 0
+    data_dir = default_data_dir() if options.data_dir is None else paths.expand(options.data_dir, "--data_dir")
+    folder = prepare(archives[options.name], data_dir=data_dir, source=options.source)
+    terminal.say(f"{options.name} is prepared in {folder}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_jax.data import archives, images, lazy_images
 from vit_jax.data.spec import LABEL, DatasetSpec
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 
 _NAME = re.compile(r"^(?P<set>\w+)(/[\w.\-]+)?(:(?P<version>[\d.*]+))?$")
 _CHUNK = 256  # examples per read of their labels
@@ -65,7 +65,10 @@ def builder_of(name: str, data_dir: Path):
         return None
     except Exception as error:  # TFDS raises many types for files that it cannot read
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"dataset {name!r}: cannot be read from {data_dir}: {reason}") from error
+        raise UserError(
+            f"dataset {name!r}: cannot be read from {data_dir}: {reason}\n"
+            "  prepare it again, or set another config.data.dir"
+        ) from error
     array_record = tfds.core.FileFormat.ARRAY_RECORD
     if array_record not in builder.info.available_file_formats():
         raise _wrong_format(name, builder)
@@ -131,8 +134,8 @@ def _not_prepared(name: str, data_dir: Path, other_names: Collection[str]) -> Us
 
 
 def _fingerprint(builder) -> str:
-    """Returns twelve characters that change when the prepared files change."""
-    digest = hashlib.sha256()
+    """Returns twelve characters that change when the prepared files change, or the rules of decoding."""
+    digest = hashlib.sha256(str(images.RULES).encode())
     for path in sorted(Path(builder.data_dir).iterdir()):
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -148,12 +151,19 @@ def _records(builder, split: str) -> lazy_images.Records:
     def read(index: int, size: lazy_images.Size):
         try:
             example = stored[index]
-            return images.decode(example["image"], size), example["label"]
-        except Exception as error:  # array_record, protobuf and Pillow raise many types for damaged data
-            raise UserError(
-                f"dataset {set_name}: cannot read example {index:,} of {split}: {str(error).partition(chr(10))[0]}\n"
-                f"  remove {builder.data_dir} and prepare it again"
-            ) from error
+            encoded, label = example["image"], example["label"]
+        except Exception as error:  # array_record and protobuf raise many types for damaged data
+            raise unreadable(index, error) from error
+        try:
+            return images.decode(encoded, size), label
+        except images.ImageError as error:
+            raise unreadable(index, error) from error
+
+    def unreadable(index: int, error: Exception) -> UserError:
+        return UserError(
+            f"dataset {set_name}: cannot read example {index:,} of {split}: {one_line(error)}\n"
+            f"  remove {builder.data_dir} and prepare it again"
+        )
 
     return lazy_images.Records(len(stored), read, lambda index: f"example {index:,} of {set_name} {split}")
 
