@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vit_jax import commands
+from vit_jax import commands, paths, terminal
 from vit_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -72,16 +72,15 @@ def compute(flags: argparse.Namespace) -> str:
 
 def _output_path(flags: argparse.Namespace) -> Path:
     if flags.out:
-        return commands.expand_path(flags.out, "--out")
+        return paths.expand(flags.out, "--out")
     if flags.split not in commands.SPLITS:
         raise UserError(f"--split={flags.split} has no default output file\n  add --out=FILE.npz, or --out=DIRECTORY")
-    return commands.expand_path(flags.workdir, "--workdir") / "features" / f"{flags.split}.npz"
+    return paths.expand(flags.workdir, "--workdir") / "features" / f"{flags.split}.npz"
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    flags = parse(arguments)
-    return commands.finish(lambda: print(compute(flags)))
+    return commands.finish(lambda: terminal.say(compute(parse(arguments))))
 
 
 if __name__ == "__main__":

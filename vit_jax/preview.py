@@ -4,13 +4,13 @@ import argparse
 import dataclasses
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from vit_jax import commands
-from vit_jax.errors import UserError
+from vit_jax import commands, paths, terminal
+from vit_jax.data import listing
+from vit_jax.errors import UserError, one_line
 
 DESCRIPTION = """\
 Draws the images of one training step exactly as the model receives them: augmented and mixed with the random keys of
@@ -29,19 +29,14 @@ GAP = 6  # pixels between tiles
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the flags and the overrides as 'section.key=value'; exits with status 2 on a mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.preview",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    overrides, rest = commands.take_overrides(arguments)
+    parser = commands.parser("preview", DESCRIPTION)
     parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="config file, as for training")
-    parser.add_argument("--out", metavar="PNG", required=True, type=Path, help="image file to write")
+    parser.add_argument("--out", metavar="PNG", required=True, help="image file to write")
     parser.add_argument("--step", type=int, default=0, help="training step to draw (default: %(default)s)")
     parser.add_argument("--count", type=int, default=32, help="number of images to draw (default: %(default)s)")
     parser.add_argument("--patches", action="store_true", help="draw gaps between the model's patches")
-    overrides = [argument.removeprefix("--config.") for argument in arguments if argument.startswith("--config.")]
-    return parser.parse_args([a for a in arguments if not a.startswith("--config.")]), overrides
+    return parser.parse_args(rest), overrides
 
 
 def batch(
@@ -83,7 +78,9 @@ def sheet(
 
     With a `patch_size`, white lines separate the patches.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
+
+    from vit_jax import fonts
 
     tiles = [_tile(image, patch_size) for image in images]
     height, width = tiles[0].shape[:2]
@@ -91,11 +88,12 @@ def sheet(
     rows = math.ceil(len(tiles) / columns)
     below = LINE * max(map(len, captions)) + GAP
     canvas = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + below) + GAP), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(LINE - 2)
+    pen = ImageDraw.Draw(canvas)
     for index, (tile, lines) in enumerate(zip(tiles, captions, strict=True)):
         left, top = GAP + index % columns * (width + GAP), GAP + index // columns * (height + below)
         canvas.paste(Image.fromarray(tile), (left, top))
         for row, line in enumerate(lines):
+            font, line = fonts.fit(line, LINE - 2)
             pen.text((left, top + height + LINE * row), _truncate(pen, font, line, width), fill="black", font=font)
     return np.asarray(canvas)
 
@@ -122,7 +120,7 @@ def caption(probabilities: Float[np.ndarray, " classes"], names: tuple[str, ...]
     """Returns up to two lines: the most probable classes above what label smoothing gives to every class."""
     minimum = smoothing / len(names) + 1e-3
     found = [k for k in np.argsort(-probabilities, kind="stable")[:2] if probabilities[k] > minimum]
-    return [f"{100 * probabilities[k]:.0f}%: {names[k]}" for k in found]
+    return [f"{100 * probabilities[k]:.0f}%: {listing.printable(names[k])}" for k in found]
 
 
 def preview(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -133,7 +131,14 @@ def preview(flags: argparse.Namespace, overrides: list[str]) -> None:
     """
     from PIL import Image
 
+    out = paths.expand(flags.out, "--out")
     config = commands.make_config(flags.config, overrides)
+    from vit_jax.training import multi_seed  # imports JAX, which --help must not wait for
+
+    if config.data.features is not None:
+        raise UserError(
+            "config.data.features: a run on stored features reads no images\n  draw a config without data.features"
+        )
     if config.train.batch_size == "auto":
         raise UserError(
             "config.train.batch_size is 'auto', which depends on the device\n"
@@ -144,26 +149,25 @@ def preview(flags: argparse.Namespace, overrides: list[str]) -> None:
             f"--step={flags.step} --count={flags.count}\n"
             f"  allowed: a step of at least 0, and 1 to {config.train.batch_size} images (config.train.batch_size)"
         )
+    seeds = multi_seed.seeds_of(config)
+    config.train.seed = seeds[0] if seeds else config.train.seed
     images, probabilities, names, patch_size = batch(config, flags.step)
     smoothing = config.train.label_smoothing
     captions = [caption(row, names, smoothing) for row in probabilities[: flags.count]]
     drawn = sheet(images[: flags.count], captions, patch_size if flags.patches else None)
     try:
-        Image.fromarray(drawn).save(flags.out, optimize=True)
+        Image.fromarray(drawn).save(out, optimize=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"--out={flags.out} cannot be written: {error}") from error
-    print(f"wrote {flags.out}: {flags.count} images of step {flags.step}, {drawn.shape[1]}x{drawn.shape[0]} pixels")
+        raise UserError(
+            f"--out={flags.out} cannot be written: {one_line(error)}\n  use a file name that ends in .png"
+        ) from error
+    which = f"step {flags.step}" + (f" of seed {seeds[0]}" if seeds else "")
+    terminal.say(f"wrote {flags.out}: {flags.count} images of {which}, {drawn.shape[1]}x{drawn.shape[0]} pixels")
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    flags, overrides = parse(arguments)
-    try:
-        preview(flags, overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return commands.finish(lambda: preview(*parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from vit_jax import commands
+from vit_jax import commands, paths, terminal
 from vit_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -43,7 +43,7 @@ def reconstruct(
     """Returns images, visible patches and reconstructions in 8 bits; and the mean loss over them, as in evaluation.
 
     Raises:
-        UserError: the run did not train a masked autoencoder.
+        UserError: the run did not train a masked autoencoder, or its outputs are not finite.
     """
     import jax
     import jax.numpy as jnp
@@ -69,6 +69,8 @@ def reconstruct(
         return unpatchify(run.objective.pixels(outputs, patches), size, run.image_shape[:2]), hidden, loss
 
     pixels, hidden, loss = jax.device_get(jax.jit(predict)(jnp.asarray(images)))
+    if not np.isfinite(pixels).all():
+        raise UserError(f"{trained.workdir}: the outputs of the model are not finite\n  use another --step")
     pixels = np.round(255 * (pixels * np.float32(run.augment.std) + np.float32(run.augment.mean)))
     predicted = np.clip(pixels, 0, 255).astype(np.uint8)
     is_hidden = _patches_to_pixels(hidden, size, run.image_shape[:2])
@@ -115,7 +117,7 @@ def draw(flags: argparse.Namespace) -> str:
             f"--count is {flags.count}\n  allowed: 1 to {num_images:,}, the number of images in {flags.split}"
         )
     rows, loss = reconstruct(trained, flags.split, flags.count)
-    out = commands.expand_path(flags.out, "--out") if flags.out else trained.workdir / "reconstructions.png"
+    out = paths.expand(flags.out, "--out") if flags.out else trained.workdir / "reconstructions.png"
     try:
         Image.fromarray(sheet(rows)).save(out, optimize=True)
     except (OSError, ValueError) as error:
@@ -126,8 +128,7 @@ def draw(flags: argparse.Namespace) -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    flags = parse(arguments)
-    return commands.finish(lambda: print(draw(flags)))
+    return commands.finish(lambda: terminal.say(draw(parse(arguments))))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vit_jax import commands
+from vit_jax import commands, paths, terminal
 from vit_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -34,7 +34,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--held_out",
         metavar="PERCENT",
         type=float,
-        default=2.0,
         help="part of the training split to hold out, if the config has no validation split (default: 2)",
     )
     return parser.parse_args(rest), overrides
@@ -65,9 +64,20 @@ def sweep(arguments: list[str]) -> None:
     """
     flags, overrides = parse(arguments)
     rates = read_rates(flags.rates)
-    if not 0 < flags.held_out < 100:
+    held_out = 2.0 if flags.held_out is None else flags.held_out
+    if not 0 < held_out < 100:
         raise UserError(f"--held_out={flags.held_out:g}\n  allowed: a percentage above 0 and below 100")
-    config = commands.make_config(flags.config, overrides)
+    if any(override.startswith("optimizer.learning_rate=") for override in overrides):
+        raise UserError(
+            "--config.optimizer.learning_rate is not used by a sweep\n  set the learning rates with --rates"
+        )
+    workdir = paths.expand(flags.workdir, "--workdir") if flags.workdir is not None else _default_workdir(flags.config)
+    config = commands.make_config(flags.config, overrides, next(workdir.glob("rate-*"), None))
+    if flags.held_out is not None and config.data.validation is not None:
+        raise UserError(
+            f"--held_out={flags.held_out:g} is not used: config.data.validation is {config.data.validation!r}\n"
+            "  omit --held_out, or set config.data.validation=None"
+        )
     # Imported late, so that mistakes in the arguments are reported at once.
     from vit_jax.runtime import compilation_cache
     from vit_jax.sharding import multihost
@@ -78,10 +88,9 @@ def sweep(arguments: list[str]) -> None:
 
     def say(text: str) -> None:
         if multihost.is_rank_0():
-            print(text, flush=True)
+            terminal.say(text)
 
-    workdir = commands.expand_path(flags.workdir, "--workdir") if flags.workdir else _default_workdir(flags.config)
-    plan = lr_sweep.plan(config, rates, flags.held_out)
+    plan = lr_sweep.plan(config, rates, held_out)
     content = lr_sweep.sweep(plan, workdir, lambda text: say(f"sweep: {text}"))
     if content is None:
         say("sweep: stopped; run the same command again to resume")
@@ -152,7 +161,7 @@ def _write_report(workdir: Path, content: dict[str, Any]) -> None:
     finished = [trial for trial in content["trials"] if "failed" not in trial]
     points = [(trial["learning_rate"], factor * trial[f"validation/{metric}"]) for trial in finished]
     try:
-        (workdir / "sweep.md").write_text(table(content) + "\n")
+        (workdir / "sweep.md").write_text(table(content) + "\n", encoding="utf-8")
         image = chart.draw(points, "learning rate", f"validation {metric}{unit}", content["best"])
         image.save(workdir / "sweep.png")
     except OSError as error:

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_jax import commands
+from vit_jax import commands, paths, terminal
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
     from vit_jax.evaluation.frozen_features import Examples, Settings
 
+# The flags for what elsewhere are options of a config.
+FLAGS = {"data.dir": "--data_dir", "data.image_size": "--image_size", "data.labels": "--label"}
 DESCRIPTION = """\
 Measures how good the frozen features of a backbone are for a dataset, in three ways: least squares from a few examples
 per class (few-shot), k nearest neighbours, and a linear probe.
@@ -27,6 +29,15 @@ The features are computed once and stored in OUT/features. Every test example is
 nothing else. The results are printed as a table and written to OUT/transfer.json (docs/transfer.md).
 """
 RESULTS = "transfer.json"
+METHOD_FLAGS = {
+    "fewshot": ("shots", "draws", "fewshot_l2"),
+    "knn": ("neighbours", "temperature"),
+    "probe": ("probe_l2", "held_out"),
+}
+# What only the computation of features reads.
+COMPUTING_FLAGS = (
+    *("step", "pooling", "pre_logits", "data", "data_dir", "train", "test", "image_size", "normalize", "batch_size"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +153,17 @@ def parse_settings(flags: argparse.Namespace) -> "Settings":
     )
 
 
+def check_unused(flags: argparse.Namespace) -> None:
+    """Raises UserError if a flag is set that the chosen methods, or `--features`, do not use."""
+    defaults = parse(["--init=none"])
+    unused = {name: method for method, names in METHOD_FLAGS.items() for name in names if method not in flags.methods}
+    unused |= dict.fromkeys(COMPUTING_FLAGS, "--init") if flags.features else {}
+    for name, reader in unused.items():
+        if getattr(flags, name) != getattr(defaults, name):
+            where = "--init; stored features have it already" if reader == "--init" else f"--methods={reader}"
+            raise UserError(f"--{name} is only used with {where}\n  omit --{name}")
+
+
 def _parse_numbers(name: str, text: str, kind: Callable[[str], float], minimum: float) -> tuple:
     try:
         found = tuple(sorted({kind(part) for part in text.split(",")}))
@@ -162,10 +184,12 @@ def measure(flags: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         UserError: the backbone, the data or a flag is wrong, or the results cannot be written.
     """
     settings = parse_settings(flags)
+    check_unused(flags)
     from vit_jax import atomic
     from vit_jax.evaluation import frozen_features
     from vit_jax.runtime import compilation_cache
 
+    commands.start_jax()
     compilation_cache.cache_compilations()
     problem = (_read_features if flags.features else _compute_features)(flags, settings)
     results = frozen_features.evaluate(problem.train, problem.test, len(problem.class_names), settings)
@@ -184,7 +208,7 @@ def _read_features(flags: argparse.Namespace, settings: "Settings") -> Problem:
     from vit_jax.data import feature_store
     from vit_jax.evaluation import frozen_features
 
-    directory = commands.expand_path(flags.features, "--features")
+    directory = paths.expand(flags.features, "--features")
     train, test = (feature_store.read(feature_store.find(directory, role)) for role in ("train", "test"))
     if train.backbone != test.backbone:
         raise UserError(f"{train.path} and {test.path} were computed by different backbones\n  recompute one of them")
@@ -198,7 +222,7 @@ def _read_features(flags: argparse.Namespace, settings: "Settings") -> Problem:
     frozen_features.check(settings, sources[0].labels, class_names)
     about = {"init": str(directory), "data": train.about["name"], "train": sources[0].split, "test": sources[1].split}
     examples = (frozen_features.Examples(source.images, source.labels) for source in sources)
-    out = commands.expand_path(flags.out, "--out") if flags.out else directory
+    out = paths.expand(flags.out, "--out") if flags.out else directory
     return Problem(out, about, *examples, class_names)
 
 
@@ -211,7 +235,8 @@ def _compute_features(flags: argparse.Namespace, settings: "Settings") -> Proble
     name, data_dir, trained_size = _dataset(flags)
     splits, labels = (flags.train, flags.test), (flags.label,)
     # The default image size is that of the backbone, which is not loaded before the data is known to be there.
-    *_, channels = sources.check(name, splits, data_dir=data_dir, image_size=flags.image_size or 1, labels=labels)
+    with commands.flags_named(FLAGS):
+        *_, channels = sources.check(name, splits, data_dir=data_dir, image_size=flags.image_size or 1, labels=labels)
     if flags.normalize is not None:
         normalization.constants(flags.normalize, channels, "--normalize")
     backbone = extraction.load(
@@ -224,7 +249,8 @@ def _compute_features(flags: argparse.Namespace, settings: "Settings") -> Proble
     )
     normalize = flags.normalize or backbone.normalization
     size = flags.image_size or backbone.image_size or trained_size
-    loaded = [sources.load(name, split, data_dir=data_dir, image_size=size, labels=labels) for split in splits]
+    with commands.flags_named(FLAGS):
+        loaded = [sources.load(name, split, data_dir=data_dir, image_size=size, labels=labels) for split in splits]
     frozen_features.check(settings, loaded[0].labels, loaded[0].class_names)
     out, mesh, examples = _output_directory(flags, name), sharding.make_mesh(None), []
     for role, source in zip(("train", "test"), loaded, strict=True):
@@ -259,7 +285,7 @@ def _dataset(flags: argparse.Namespace) -> tuple[str, str | None, tuple[int, int
     from vit_jax.checkpoint.run_files import CHECKPOINTS
     from vit_jax.training import run_directory
 
-    init = commands.expand_path(flags.init, "--init")
+    init = paths.expand(flags.init, "--init")
     config = run_directory.trained_config(init) if (init / CHECKPOINTS).is_dir() else None
     if config is None:
         if flags.data is None:
@@ -273,8 +299,8 @@ def _dataset(flags: argparse.Namespace) -> tuple[str, str | None, tuple[int, int
 
 def _output_directory(flags: argparse.Namespace, data: str) -> Path:
     if flags.out:
-        return commands.expand_path(flags.out, "--out")
-    init, data = commands.expand_path(flags.init, "--init"), re.sub(r"[^\w.-]+", "_", data)
+        return paths.expand(flags.out, "--out")
+    init, data = paths.expand(flags.init, "--init"), re.sub(r"[^\w.-]+", "_", data)
     if init.is_dir():
         return init / "transfer" / data
     return Path("runs") / "transfer" / re.sub(r"[^\w.-]+", "_", init.name) / data
@@ -305,11 +331,10 @@ def table(content: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    flags = parse(arguments)
 
     def run() -> None:
-        path, content = measure(flags)
-        print(f"{table(content)}\nresults: {path}")
+        path, content = measure(parse(arguments))
+        terminal.say(f"{table(content)}\nresults: {path}")
 
     return commands.finish(run)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 
-from vit_jax.data import geometry, mixing, operations
+from vit_jax.data import geometry, mixing, normalization, operations
 from vit_jax.data.mixing import mixup
 from vit_jax.data.no_fuse import no_fuse
 from vit_jax.data.operations import CODES, Chain
@@ -56,7 +56,7 @@ class Augment:
 
     Attributes:
         mean: per channel, of pixels scaled to [0, 1].
-        std: likewise.
+        std: likewise; replaced by its `normalization.divisors`.
         crop_padding: pixels of padding per side before a random crop to the original size; 0 disables it.
         crop_border: content of the padding: 'black', or 'reflect' for the mirrored image.
         resized_crop: crop a window of random area and aspect ratio, and resize it to the original size.
@@ -123,6 +123,9 @@ class Augment:
     test_shift: int = 0
     arrange: Callable[[jax.Array], jax.Array] | None = None
     dtype: Dtype = jnp.float32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "std", normalization.divisors(self.std))
 
     def __call__(
         self, key: PRNGKeyArray, images: Images, targets: Targets

@@ -15,17 +15,19 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from vit_jax import atomic
+from vit_jax import atomic, paths
+from vit_jax.data import finite
+from vit_jax.data.labels import check_range
 from vit_jax.data.sources import LabelSet, Source
 from vit_jax.data.spec import LABEL
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, few
 
 SUFFIX = ".npz"
 
@@ -113,6 +115,7 @@ def write(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray], sour
             os.posix_fallocate(file.fileno(), 0, os.path.getsize(scratch / "features.npy"))
         start = 0
         for block in blocks:
+            _check_finite(f"{path} is not written", block, start, source.ids)
             features[start : start + len(block)] = block
             start += len(block)
         features.flush()
@@ -158,7 +161,7 @@ def _metadata(source: Source, about: dict) -> dict[str, np.ndarray]:
     names = {kind: list(label_set.class_names) for kind, label_set in sets.items()}
     about = {**about, "name": source.name, "split": source.split, "class_names": names}
     labels = {_key(kind): label_set.labels for kind, label_set in sets.items()}
-    return {**labels, "ids": np.array(source.ids()), "about": np.array(json.dumps(about))}
+    return {**labels, "ids": np.array(source.ids()), "about": np.array(atomic.to_json(about))}
 
 
 def _finish(path: Path, scratch: Path, features: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
@@ -171,7 +174,7 @@ def _finish(path: Path, scratch: Path, features: np.ndarray, arrays: dict[str, n
     before = scratch.with_name(f"{scratch.name}.before")
     if path.exists():
         os.rename(path, before)
-    os.rename(scratch, path)
+    atomic.sync_and_rename(scratch, path)
     shutil.rmtree(before, ignore_errors=True)
 
 
@@ -179,12 +182,13 @@ def _key(kind: str) -> str:
     return "labels" if kind == LABEL else f"labels_{kind}"
 
 
-def read(path: Path) -> StoredFeatures:
+def read(path: str | bytes | os.PathLike) -> StoredFeatures:
     """Returns the features of a file or directory written by `write`.
 
     Raises:
         UserError: it does not exist, is damaged, or is something else.
     """
+    path = paths.expand(path, "path")
     try:
         if path.is_dir():
             files = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in path.glob("*.npy")}
@@ -194,7 +198,14 @@ def read(path: Path) -> StoredFeatures:
                 arrays = {name: stored[name] for name in stored.files}
         about = json.loads(str(arrays["about"]))
         labels = {kind: arrays[_key(kind)] for kind in about["class_names"]}
-        return StoredFeatures(path, arrays["features"], labels, arrays["ids"], about)
+        if {len(array) for array in (arrays["ids"], *labels.values())} != {len(arrays["features"])}:
+            raise ValueError("features, labels and ids differ in their number of examples")
+        if arrays["features"].dtype.kind != "f" or any(array.dtype.kind not in "iu" for array in labels.values()):
+            raise ValueError("features must be floats, and labels integers")
+        if arrays["features"].dtype != np.float32:
+            with np.errstate(over="ignore"):  # an infinity is found below
+                arrays["features"] = arrays["features"].astype(np.float32)
+        stored = StoredFeatures(path, arrays["features"], labels, arrays["ids"], about)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist\n  create it: python -m vit_jax.features --help") from error
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
@@ -202,6 +213,28 @@ def read(path: Path) -> StoredFeatures:
         raise UserError(
             f"{path} does not contain readable features: {reason}\n  create it: python -m vit_jax.features --help"
         ) from error
+    _check_finite(str(path), stored.features, 0, stored.ids.tolist)
+    for kind, values in labels.items():
+        check_range(values, about["class_names"][kind], f"{path}: {_key(kind)}")
+    return stored
+
+
+def _check_finite(where: str, features: np.ndarray, first: int, ids: Callable[[], list[str]]) -> None:
+    """Raises UserError if features have a NaN or an infinity; names their examples.
+
+    Args:
+        where: the file.
+        features: of some examples.
+        first: index of the first of them.
+        ids: returns the ids of all examples.
+    """
+    rows = finite.not_finite_rows(features)
+    if len(rows):
+        named = few([ids()[first + row] for row in rows])
+        raise UserError(
+            f"{where}: the features of {len(rows):,} examples are not finite: {named}\n"
+            "  recompute them with other parameters: python -m vit_jax.features --help"
+        )
 
 
 def find(folder: Path, role: str) -> Path:

@@ -1,20 +1,28 @@
 """Image directories: PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg, or PATH/CLASS/*.jpg without stored splits."""
 
+import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import os
-import sys
+import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
+import PIL
 
-from vit_jax.data import cache, images, lazy_images
+from vit_jax import atomic, terminal
+from vit_jax.data import cache, images, lazy_images, listing
+from vit_jax.data.listing import LeftOut
 from vit_jax.data.spec import LABEL, DatasetSpec
-from vit_jax.errors import UserError, one_line
+from vit_jax.errors import UserError, few
 
 SPLITS = ("train", "validation", "val", "test")
-_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError)  # raised by Pillow for bytes it cannot read
+# Folders such as Train and Test, or seg_train and seg_test.
+_TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
+_HELD_OUT = re.compile(r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval(uation)?)(?![a-z])")
 
 
 def dataset_spec(root: Path, skip_lists: Path | None) -> DatasetSpec:
@@ -27,15 +35,20 @@ def dataset_spec(root: Path, skip_lists: Path | None) -> DatasetSpec:
     Raises:
         UserError: as `find`; or there are no files.
     """
-    class_names, files = find(root)
+    class_names, files, notes = find(root)
     if not files:
-        raise UserError(f"dataset 'folder': the class directories of {root} contain no files")
+        reasons = "".join(f"\n  {note}" for note in [*notes.values()][:1])
+        raise UserError(
+            f"dataset 'folder': the class directories of {root} contain no files{reasons}\n"
+            "  add images to them, or set another config.data.dir"
+        )
     key = f"folder-{fingerprint(root, [file for split in files.values() for file in split])}"
     if skip_lists is not None:
         files = {
             split: skip_broken(root, found, skip_lists / key / f"{split}-broken.json") for split, found in files.items()
         }
-        key += "-whole"
+        kept = "\n".join(name for found in files.values() for name, _ in found).encode(errors="surrogateescape")
+        key += f"-whole-{hashlib.sha256(kept).hexdigest()[:12]}"
 
     def split_records(split: str) -> lazy_images.Records:
         return records(root, files[split])
@@ -44,57 +57,189 @@ def dataset_spec(root: Path, skip_lists: Path | None) -> DatasetSpec:
         lazy_images.decode_all(split_records(split), images_out, labels_out)
 
     sizes = {split: len(found) for split, found in files.items()}
-    return DatasetSpec("folder", sizes, {LABEL: class_names}, (None, None, 3), key, decode, split_records)
+    shape, classes = (None, None, 3), {LABEL: class_names}
+    return DatasetSpec("folder", sizes, classes, shape, key, decode, split_records, notes=notes)
 
 
-def find(root: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]]]:
-    """Returns the sorted class names, and for each split its files, relative to `root`, with their class indices.
+def find(root: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]], dict[str, str]]:
+    """Returns the sorted class names; the files of each split, relative to `root`, with their class indices; and notes.
 
     Files are sorted by a hash of their paths: any slice of a split is a random sample of it, and adding a file does not
-    change the order of the others.
+    change the order of the others. Links are followed. Folders whose names differ only in their Unicode form (an accent
+    is part of the letter, or follows it) are one class. The note of a split says what was left out of it.
 
     Raises:
         UserError: the directory does not exist, has no classes, or a split has a class that train does not have.
     """
     if not root.is_dir():
-        raise UserError(f"dataset 'folder': directory {root} does not exist (config.data.dir)")
-    splits = {name: root / name for name in SPLITS if (root / name).is_dir()} if (root / "train").is_dir() else {}
-    splits = splits or {"train": root}
-    classes = {name: _class_directories(path) for name, path in splits.items()}
-    names = sorted({*classes["train"]})
-    for split, found in classes.items():
-        unknown = sorted({*found} - {*names})
-        if unknown:
-            raise UserError(f"dataset 'folder': {splits[split] / unknown[0]} is a class that train does not have")
+        raise UserError(
+            f"dataset 'folder': directory {root} does not exist\n  set config.data.dir to the directory of the images"
+        )
+    _check_readable(root)
+    top = LeftOut(root)
+    present, loose = listing.entries(root, top)
+    splits = _splits(root, {entry.name for entry in present})
+    if "train" in {entry.name for entry in present}:
+        for entry in (*present, *loose):
+            if entry.name not in splits:
+                top.add("outside the splits", entry.path)
+    left_out = {name: top if name == "train" else LeftOut(root) for name in splits}
+    classes = {}
+    for name, path in splits.items():
+        _check_readable(path)
+        classes[name], loose = _class_directories(path, left_out[name] if path != root else LeftOut(root))
+        for entry in loose:
+            left_out[name].add("outside the class folders", entry.path)
+    names = _check_classes(splits, classes)
+    files, notes = {}, {}
+    for split, path in splits.items():
+        files[split] = _files(root, path, [classes[split].get(_key(name), []) for name in names], left_out[split])
+        notes[split] = _note(names, files[split], classes[split], left_out[split])
+    kept = {split: found for split, found in files.items() if found}
+    return tuple(names), kept, {split: note for split, note in notes.items() if note}
+
+
+def _splits(root: Path, present: set[str]) -> dict[str, Path]:
+    """Returns the directory of each stored split; a directory without `train` is that of its classes."""
+    if "train" in present:
+        return {name: root / name for name in SPLITS if name in present}
+    lowered = {name.lower() for name in present}
+    if _are_splits(lowered) or (lowered and all(map(_HELD_OUT.fullmatch, lowered))):
+        raise UserError(
+            f"dataset 'folder': the folders of {root} are splits without 'train': {few(sorted(present))}\n"
+            f"  rename them: {', '.join(SPLITS)}"
+        )
+    return {"train": root}
+
+
+def _are_splits(names: set[str]) -> bool:
+    """Returns whether folders with these names look like splits: one for training, one held out, otherwise alike."""
+    lowered = [name.lower() for name in names]
+    trained = {_TRAIN.sub("", name) for name in lowered if _TRAIN.search(name)}
+    return bool(trained & {_HELD_OUT.sub("", name) for name in lowered if _HELD_OUT.search(name)})
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        os.scandir(path).close()
+    except OSError as error:
+        raise UserError(
+            f"dataset 'folder': {listing.printable(str(path))} cannot be read: {error.strerror}\n"
+            "  change its permissions, or use another config.data.dir"
+        ) from error
+
+
+def _class_directories(path: Path, left_out: LeftOut) -> tuple[dict[str, list[str]], list[os.DirEntry]]:
+    """Returns the names of the folders of each class, by its `_key`, and the files outside them."""
+    folders, files = listing.entries(path, left_out)
+    classes: dict[str, list[str]] = {}
+    for entry in folders:
+        classes.setdefault(_key(entry.name), []).append(entry.name)
+    return classes, files
+
+
+def _key(name: str) -> str:
+    """Returns a class name in one Unicode form, by which folders are compared."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _check_classes(splits: dict[str, Path], classes: dict[str, dict[str, list[str]]]) -> list[str]:
+    """Returns the sorted class names, which are the names of the folders in train."""
+    names = sorted(folders[0] for folders in classes["train"].values())
     if not names:
         raise UserError(
             f"dataset 'folder': {splits['train']} has no subdirectories\n"
-            "  expected: one subdirectory per class that contains its images"
+            "  expected: one subdirectory per class that contains its images; for a class called train: train/train"
         )
-    files = {split: _files(root, path, names) for split, path in splits.items()}
-    return tuple(names), {split: found for split, found in files.items() if found}
+    for split, found in classes.items():
+        unknown = sorted({*found} - {*classes["train"]})
+        if unknown:
+            same = [name for name in names if name.strip().casefold() == unknown[0].strip().casefold()]
+            way_out = (
+                f"it has {same[0]!r}: use the same name" if same else "remove the folder, or add the class to train"
+            )
+            path = listing.printable(str(splits[split] / found[unknown[0]][0]))
+            raise UserError(f"dataset 'folder': {path} is a class that train does not have\n  {way_out}")
+    for split, found in classes.items():
+        for name in sorted(itertools.chain.from_iterable(found.values())):
+            _check_inner(splits[split] / name, {*classes["train"]} - {_key(name)})
+    return names
 
 
-def _class_directories(path: Path) -> list[str]:
-    return [entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")]
+def _check_inner(path: Path, others: set[str]) -> None:
+    """Checks that the folders in a class are not splits, nor other classes: they would be mixed."""
+    inner = {entry.name for entry in listing.entries(path, LeftOut(path))[0]}
+    shown = listing.printable(str(path))
+    if _are_splits(inner):
+        raise UserError(
+            f"dataset 'folder': {shown}, the folder of a class, contains splits: {few(sorted(inner))}\n"
+            "  expected: SPLIT/CLASS/IMAGE below config.data.dir; for the splits in this folder, set it to this folder"
+        )
+    if _HELD_OUT.fullmatch(path.name.lower()) and others & {*map(_key, inner)}:
+        raise UserError(
+            f"dataset 'folder': {shown} is a split beside classes: it contains {few(sorted(inner))}\n"
+            "  move the classes beside it to a folder called train"
+        )
 
 
-def _files(root: Path, path: Path, names: list[str]) -> list[tuple[str, int]]:
+def _files(root: Path, path: Path, folders: list[list[str]], left_out: LeftOut) -> list[tuple[str, int]]:
+    """Returns the files of a split with the indices of their classes.
+
+    Args:
+        root: of the dataset.
+        path: of the split.
+        folders: the names of the folders of each class.
+        left_out: what is left out is added to it.
+    """
     found = []
-    for label, name in enumerate(names):
-        if (path / name).is_dir():
-            for directory, subdirectories, files in os.walk(path / name):
-                subdirectories[:] = [inner for inner in subdirectories if not inner.startswith(".")]
-                relative = os.path.relpath(directory, root)
-                found += [(f"{relative}/{file}", label) for file in files if not file.startswith(".")]
+    for label, names in enumerate(folders):
+        for name in names:
+            directory = path / name
+            below = listing.files_below(directory, left_out, listing.parents_of(directory, root))
+            relative, prefix = str(directory.relative_to(root)), len(str(directory))
+            found += [(relative + file[prefix:], label) for file in below]
     return sorted(found, key=lambda file: hashlib.sha256(file[0].encode(errors="surrogateescape")).digest())
 
 
+def _note(
+    names: list[str], files: list[tuple[str, int]], classes: dict[str, list[str]], left_out: LeftOut
+) -> str | None:
+    """Returns one line: what was left out of a split, classes without images, and folders that are one class."""
+    counts = collections.Counter(label for _, label in files)
+    empty = [name for label, name in enumerate(names) if not counts[label]]
+    merged = [folders[0] for folders in classes.values() if len(folders) > 1]
+    alike = collections.Counter(name.casefold() for name in classes)
+    cased = [name for name in classes if alike[name.casefold()] > 1]
+    parts = [left_out.describe() or ""]
+    inner = {os.path.basename(os.path.dirname(name)) for name, _ in files} - {*itertools.chain(*classes.values())}
+    if len(names) == 1 and inner:
+        parts.append(
+            f"all images are one class, {listing.printable(names[0])}, although it has folders "
+            f"({few(map(listing.printable, sorted(inner)))}); if these are classes, "
+            f"set config.data.dir to {listing.printable(names[0])}"
+        )
+    reasons = {"without images": empty, "in folders of two Unicode forms": merged, "that differ only in case": cased}
+    for reason, shown in reasons.items():
+        if shown:
+            parts.append(f"{len(shown):,} {'class' if len(shown) == 1 else 'classes'} {reason}: ")
+            parts[-1] += few(map(listing.printable, shown))
+    return "; ".join(filter(None, parts)) or None
+
+
 def fingerprint(root: Path, files: list[tuple[str, int]]) -> str:
-    """Returns twelve characters that change when a file is added, removed, resized or modified."""
-    digest = hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape"))
+    """Returns twelve characters that change when a file is added, removed, resized or modified.
+
+    They also change with the rules by which images are decoded.
+    """
+    digest = hashlib.sha256(f"{images.RULES} {root.resolve()}".encode(errors="surrogateescape"))
     for name, _ in files:
-        stat = os.stat(root / name)
+        try:
+            stat = os.stat(root / name)
+        except OSError as error:
+            path = listing.printable(str(root / name))
+            raise UserError(
+                f"{path} cannot be read: {error.strerror}\n  change its permissions, or remove it"
+            ) from error
         digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:12]
 
@@ -106,51 +251,66 @@ def records(root: Path, files: list[tuple[str, int]]) -> lazy_images.Records:
         name, label = files[index]
         try:
             return images.decode(root / name, size), label
-        except _DAMAGED as error:
-            raise _broken(root / name, error) from error
+        except images.ImageError as error:
+            raise UserError(
+                f"{listing.printable(str(root / name))} cannot be read as an image: {error}\n"
+                "  remove it, or set config.data.skip_broken=True to skip unreadable files"
+            ) from error
 
     return lazy_images.Records(len(files), read, lambda index: str(root / files[index][0]))
 
 
-def _broken(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path} is not an image or is damaged: {one_line(error)}\n"
-        "  remove it, or set config.data.skip_broken=True to skip unreadable files"
-    )
-
-
 def skip_broken(root: Path, files: list[tuple[str, int]], kept: Path | None) -> list[tuple[str, int]]:
-    """Returns the files that can be decoded; prints the number of the others and the names of three to stderr.
+    """Returns the files that can be decoded; prints the number of the others, and three of them with the reason.
 
     Args:
         root: directory that the files are relative to.
         files: all files, with their class indices.
-        kept: file that caches the list of broken files; None for no cache.
+        kept: file that caches the broken files and the reasons; None for no cache.
+
+    Raises:
+        UserError: none can be decoded, or the machine cannot read a file now.
     """
-    try:
-        broken = {*json.loads(kept.read_text())}
-    except (AttributeError, OSError, ValueError):
-        broken = _find_broken(root, files)
-        if kept:
+    broken = _read_broken(kept) if kept else None
+    if broken is None:
+        broken, is_final = _find_broken(root, files)
+        if kept and is_final:
             with contextlib.suppress(OSError):
                 kept.parent.mkdir(parents=True, exist_ok=True)
-            cache.write(kept, json.dumps(sorted(broken)).encode())
+            cache.write(kept, atomic.to_json({"pillow": PIL.__version__, "broken": broken}).encode())
     if broken:
-        named = ", ".join(sorted(broken)[:3]) + (", ..." if len(broken) > 3 else "")
-        print(f"skipping {len(broken):,} of {len(files):,} files that cannot be decoded: {named}", file=sys.stderr)
+        named = [f"  {listing.printable(name)}: {reason}" for name, reason in sorted(broken.items())]
+        if len(broken) == len(files):
+            raise UserError(
+                f"{root}: none of {len(files):,} files can be decoded, for example\n{named[0]}\n"
+                "  convert them, or set another config.data.dir"
+            )
+        more = [f"  and {len(named) - 3:,} more"] if len(named) > 3 else []
+        summary = f"skipping {len(broken):,} of {len(files):,} files that cannot be decoded:"
+        terminal.warn("\n".join([summary, *named[:3], *more]))
     return [file for file in files if file[0] not in broken]
 
 
-def _find_broken(root: Path, files: list[tuple[str, int]]) -> set[str]:
-    from PIL import Image
+def _read_broken(kept: Path) -> dict[str, str] | None:
+    """Returns what is cached, unless another version of Pillow, which may read more, has found it."""
+    try:
+        found = json.loads(kept.read_text())
+        return found["broken"] if found["pillow"] == PIL.__version__ else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
-    def is_broken(index: int) -> bool:
+
+def _find_broken(root: Path, files: list[tuple[str, int]]) -> tuple[dict[str, str], bool]:
+    """Returns the files that cannot be decoded with the reasons, and whether none of them may be readable later."""
+    broken, is_final = {}, []
+
+    def check(index: int) -> None:
+        name, _ = files[index]
         try:
-            with Image.open(root / files[index][0]) as image:
-                image.load()
-        except _DAMAGED:
-            return True
-        return False
+            images.load(root / name, 3)
+        except images.ImageError as error:
+            broken[name] = str(error)
+            is_final.append(error.is_final)
 
-    results = lazy_images.map_in_threads(is_broken, range(len(files)))
-    return {files[index][0] for index, broken in enumerate(results) if broken}
+    lazy_images.map_in_threads(check, range(len(files)))
+    return broken, all(is_final)

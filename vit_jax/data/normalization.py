@@ -10,6 +10,21 @@ IMAGENET: Statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CONSTANTS = ("half", "imagenet")
 NAMES = ("set", *CONSTANTS)  # statistics of the train split of the dataset; 0.5 and 0.5; ImageNet's
 OPTION = "config.data.normalization"
+MIN_STD = 1e-5  # of pixels in [0, 1]: a channel that varies less is constant, up to the rounding of its statistics
+
+
+def divisors(std: tuple[float, ...]) -> tuple[float, ...]:
+    """Returns what the pixels of each channel are divided by: its standard deviation, or 1 if it is constant.
+
+    Every normalization of pixels divides by this, so a channel that is the same everywhere becomes 0.
+    """
+    return tuple(value if value >= MIN_STD else 1.0 for value in std)
+
+
+def note(mean: tuple[float, ...], std: tuple[float, ...]) -> str | None:
+    """Returns a line that names the constant channels of a dataset, or None if there are none."""
+    constant = [f"{channel} (always {255 * mean[channel]:.4g})" for channel, value in enumerate(std) if value < MIN_STD]
+    return f"constant channels, not divided by their std of 0: {', '.join(constant)}" if constant else None
 
 
 def constants(name: str, channels: int, option: str = OPTION) -> Statistics | None:
@@ -35,9 +50,9 @@ def constants(name: str, channels: int, option: str = OPTION) -> Statistics | No
 
 
 def of_source(name: str, source: Source, option: str = OPTION) -> Statistics:
-    """Returns `constants`, or for 'set' the statistics of the source.
+    """Returns `constants`, or for 'set' the mean and the `divisors` of the source.
 
     Raises:
         UserError: as `constants`.
     """
-    return constants(name, len(source.mean), option) or (source.mean, source.std)
+    return constants(name, len(source.mean), option) or (source.mean, divisors(source.std))

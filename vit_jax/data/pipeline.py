@@ -179,7 +179,5 @@ def _room(mesh: Mesh) -> float:
     device = mesh.local_devices[0]
     if device.platform == "cpu":
         # CPU devices share the memory.
-        import psutil
-
-        return RESIDENT_SHARE * psutil.virtual_memory().available / len(mesh.local_devices)
+        return RESIDENT_SHARE * memory.free_host_memory() / len(mesh.local_devices)
     return RESIDENT_SHARE * memory.free_device_memory(device)

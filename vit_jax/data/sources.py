@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int32, Integer, UInt8
 
+from vit_jax import arguments, paths, terminal
 from vit_jax.data import archives, arrays, cache, digits, folder, lazy_images, prepare, tfds
 from vit_jax.data import splits as split_expressions
+from vit_jax.data.labels import check_range
 from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.errors import UserError
 
-ImageSize = int | tuple[int, int] | None
+ImageSize = int | np.integer | tuple[int, int] | None
 # The user's own files: function(data_dir, skip_lists).
 LOCAL: dict[str, Callable[[Path, Path | None], DatasetSpec]] = {
     "folder": folder.dataset_spec,
@@ -102,8 +104,8 @@ class Source:
     def read(
         self, indices: Integer[np.ndarray, " batch"] | Sequence[int]
     ) -> UInt8[np.ndarray, "batch height width channels"] | Float32[np.ndarray, "batch *features"]:
-        """Returns the images at `indices`, copied into memory."""
-        return np.asarray(self.images[np.asarray(indices, np.intp)])
+        """Returns the images at `indices`, copied into memory; a mask or numbers that are no indices are refused."""
+        return np.asarray(self.images[arguments.indices("indices", indices, len(self))])
 
     def describe(self, index: int) -> str:
         """Returns where an example is stored, for error messages."""
@@ -117,11 +119,11 @@ def load(
     name: str,
     split: str,
     *,
-    data_dir: str | os.PathLike | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    data_dir: str | bytes | os.PathLike | None = None,
+    cache_dir: str | bytes | os.PathLike | None = None,
     image_size: ImageSize = None,
-    decoded: bool = True,
-    skip_broken: bool = False,
+    decoded: bool | np.bool_ = True,
+    skip_broken: bool | np.bool_ = False,
     labels: Sequence[str] = (LABEL,),
 ) -> Source:
     """Returns the source of a split expression; on first use, decodes the set (and downloads and prepares CIFAR).
@@ -141,19 +143,29 @@ def load(
 
     Raises:
         UserError: the set is unknown, not prepared, or has no images and labels of the supported kind; the split
-            expression is malformed; the set lacks a kind of label; or images differ in size without `image_size`.
+            expression is malformed; the set lacks a kind of label; images differ in size without `image_size`; or an
+            argument has the wrong type.
     """
+    name, split, labels = (
+        arguments.text("name", name),
+        arguments.text("split", split),
+        arguments.names("labels", labels),
+    )
+    decoded, skip_broken = arguments.boolean("decoded", decoded), arguments.boolean("skip_broken", skip_broken)
     data_dir = _data_dir(name, data_dir)
     archive = _missing_archive(name, data_dir)
     if archive:
         split_expressions.parse(split, archive.sizes)  # report mistakes before a download
         _check_labels(name, archive.label_keys, labels)
         prepare.prepare(archive, data_dir=data_dir)
-    root = cache.default_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    root = cache.default_dir() if cache_dir is None else paths.expand(cache_dir, "config.data.cache_dir")
     spec = _dataset_spec(name, data_dir, root if skip_broken else None)
     _check_labels(name, spec.class_names, labels)
-    pieces = split_expressions.parse(split, spec.sizes)
+    pieces = split_expressions.parse(split, spec.sizes, spec.notes)
     size = _target_size(spec, image_size)
+    for part in dict.fromkeys(piece.split for piece in pieces):
+        if part in spec.notes:
+            terminal.warn(f"{name} {part}: {spec.notes[part]}")
     if not decoded and spec.records is not None:
         return _load_lazily(spec, split, pieces, size, root, labels)
     reference = _statistics_split(spec, pieces)
@@ -210,6 +222,7 @@ def _label_sets(
             raise UserError(
                 f"dataset {spec.name!r}: split {split!r} has examples without a {kind}\n  choose another split"
             )
+        check_range(labels, spec.class_names[kind], f"dataset {spec.name!r}: split {split!r}, {kind}")
         sets[kind] = LabelSet(labels, spec.class_names[kind])
     return sets.pop(kinds[0]), sets
 
@@ -274,7 +287,7 @@ def check(
     _check_labels(name, spec.class_names, labels)
     size = _target_size(spec, image_size)
     for split in splits:
-        split_expressions.parse(split, spec.sizes)
+        split_expressions.parse(split, spec.sizes, spec.notes)
     return (*size, spec.shape[2])
 
 
@@ -283,10 +296,16 @@ def label_kinds(name: str, data_dir: str | os.PathLike | None = None) -> tuple[s
     return tuple(_dataset_spec(name, _data_dir(name, data_dir), None).class_names)
 
 
-def _data_dir(name: str, data_dir: str | os.PathLike | None) -> Path:
+def _data_dir(name: str, data_dir: str | bytes | os.PathLike | None) -> Path:
     if name in LOCAL and data_dir is None:
         raise UserError(f"dataset {name!r}: config.data.dir is not set\n  set it to the directory of the dataset")
-    return prepare.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    if name in BUILT_IN and data_dir is not None:
+        raise UserError(
+            f"dataset {name!r} is part of the package: no data directory is used\n  given: {data_dir}; omit it"
+        )
+    if data_dir is not None:
+        return paths.expand(data_dir, "config.data.dir")
+    return Path() if name in BUILT_IN else prepare.default_data_dir()  # which a user without a home does not have
 
 
 def _missing_archive(name: str, data_dir: Path) -> archives.Archive | None:
@@ -315,10 +334,8 @@ def _target_size(spec: DatasetSpec, image_size: ImageSize) -> tuple[int, int]:
 def _size(shape: tuple[int | None, int | None, int], image_size: ImageSize) -> tuple[int, int]:
     if image_size is None:
         return shape[:2]
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(height, width) < 1:
-        raise UserError(f"config.data.image_size is {image_size}\n  allowed: at least 1 pixel")
-    return height, width
+    size = arguments.size("config.data.image_size", image_size)
+    return (size, size) if isinstance(size, int) else size
 
 
 def _decoded_split(spec: DatasetSpec, split: str, size: tuple[int, int], root: Path) -> cache.DecodedSplit:

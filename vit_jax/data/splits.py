@@ -4,10 +4,17 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
+from vit_jax import arguments
 from vit_jax.errors import UserError
 
 _PART = re.compile(r"^(?P<split>[\w-]+)(\[(?P<slice>[\d\w%:.-]+)\])?$")
 _BOUND = re.compile(r"^((?P<value>-?[\d_.]+)(?P<unit>%|shard)?)?$")
+
+
+class EmptySplit(UserError):
+    """A split expression selects no example; `sizes` are the numbers of examples of the stored splits."""
+
+    sizes: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +26,7 @@ class Piece:
     stop: int
 
 
-def parse(expression: str, sizes: Mapping[str, int]) -> tuple[Piece, ...]:
+def parse(expression: str, sizes: Mapping[str, int], notes: Mapping[str, str] | None = None) -> tuple[Piece, ...]:
     """Returns the non-empty pieces that a split expression selects, in order.
 
     Syntax and rounding are those of https://www.tensorflow.org/datasets/splits: a percentage is rounded to the closest
@@ -29,13 +36,15 @@ def parse(expression: str, sizes: Mapping[str, int]) -> tuple[Piece, ...]:
     Args:
         expression: for example `train`, `train[:98%]`, `train[500:]`, `train[:-500]`, `train[10%:20%]+test`.
         sizes: number of examples of each stored split.
+        notes: what was left out of each split, for the error of a split that does not exist.
 
     Raises:
         UserError: the expression is malformed, names an unknown split, exceeds a split, or selects no example.
     """
     pieces: list[Piece] = []
+    expression = arguments.text("split", expression)
     for part in re.split(r"\s*\+\s*", expression):
-        for piece in _parse_part(part, expression, sizes):
+        for piece in _parse_part(part, expression, sizes, notes or {}):
             if piece.start >= piece.stop:
                 continue
             if pieces and (pieces[-1].split, pieces[-1].stop) == (piece.split, piece.start):
@@ -43,11 +52,13 @@ def parse(expression: str, sizes: Mapping[str, int]) -> tuple[Piece, ...]:
             else:
                 pieces.append(piece)
     if not pieces:
-        raise _error(expression, "it selects no example", sizes)
+        error = EmptySplit(str(_error(expression, "it selects no example", sizes)))
+        error.sizes = sizes
+        raise error
     return tuple(pieces)
 
 
-def _parse_part(part: str, expression: str, sizes: Mapping[str, int]) -> list[Piece]:
+def _parse_part(part: str, expression: str, sizes: Mapping[str, int], notes: Mapping[str, str]) -> list[Piece]:
     match = _PART.match(part)
     if not match:
         raise _error(expression, f"{part!r} does not have the form train, train[:98%] or train[500:]", sizes)
@@ -55,7 +66,8 @@ def _parse_part(part: str, expression: str, sizes: Mapping[str, int]) -> list[Pi
     if split == "all" and bounds is None:
         return [Piece(name, 0, size) for name, size in sizes.items()]
     if split not in sizes:
-        raise _error(expression, f"there is no split {split!r}", sizes)
+        note = notes.get(split) or notes.get("train")  # where what is outside all splits is named
+        raise _error(expression, f"there is no split {split!r}" + (f" ({note})" if note else ""), sizes)
     size = sizes[split]
     if bounds is None:
         return [Piece(split, 0, size)]

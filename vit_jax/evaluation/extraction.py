@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import sys
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from vit_jax import sharding, weights
+from vit_jax import arguments, paths, sharding, terminal, weights
 from vit_jax.data import feature_store, normalization, pipeline
 from vit_jax.data.augment import Augment
 from vit_jax.data.feature_store import StoredFeatures
@@ -39,6 +39,7 @@ class Backbone:
         image_size: height and width that the position embeddings are for; None if any size works.
         normalization: of the images in training, a value of `config.data.normalization`.
         description: one line about the origin of the parameters.
+        statistics: mean and std of these images, if recorded beside the file.
     """
 
     model: VisionTransformer
@@ -47,16 +48,17 @@ class Backbone:
     image_size: tuple[int, int] | None
     normalization: str
     description: str
+    statistics: normalization.Statistics | None = None
 
 
 def load(
-    init: str,
+    init: str | bytes | os.PathLike,
     *,
-    step: int | str | None = None,
+    step: int | np.integer | str | None = None,
     pooling: str | None = None,
     pre_logits: str | None = None,
-    image_size: int | None = None,
-    channels: int | None = None,
+    image_size: int | np.integer | None = None,
+    channels: int | np.integer | None = None,
 ) -> Backbone:
     """Returns the backbone of one of our runs, or of any file that `weights.load` reads.
 
@@ -71,6 +73,9 @@ def load(
     Raises:
         UserError: as `weights.load`; or the model does not allow this pooling, or has no layer before the logits.
     """
+    init = arguments.path("init", init)
+    if pooling not in (None, "token", "mean"):
+        raise UserError(f"pooling is {arguments.shown(pooling)}\n  allowed: 'token', 'mean' or None")
     overrides = {"step": step, "image_size": image_size, "channels": channels}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if pre_logits is None:
@@ -97,7 +102,7 @@ def load(
     parameters = {name: part for name, part in parameters.items() if name != "head"}
     notes = "; ".join(report.notes)
     description = f"{report.label} ({notes})" if notes else report.label
-    return Backbone(model, parameters, layer, report.image_size, report.normalization, description)
+    return Backbone(model, parameters, layer, report.image_size, report.normalization, description, report.statistics)
 
 
 def prepare_for_device(
@@ -164,7 +169,13 @@ def extract(
 
 
 def load_or_compute(
-    path: Path, backbone: Backbone, source: Source, mesh: Mesh, *, normalize: str | None = None, batch_size: int = 256
+    path: str | bytes | os.PathLike,
+    backbone: Backbone,
+    source: Source,
+    mesh: Mesh,
+    *,
+    normalize: str | None = None,
+    batch_size: int | np.integer = 256,
 ) -> StoredFeatures:
     """Returns the features of every example of a source: read from `path` if it holds them, else computed and written.
 
@@ -179,7 +190,11 @@ def load_or_compute(
     Raises:
         UserError: the file cannot be written, or `path` is something other than features.
     """
-    mean, std = normalization.of_source(normalize or backbone.normalization, source, "--normalize")
+    path, batch_size = paths.expand(path, "path"), arguments.integer("batch_size", batch_size)
+    recorded = None if normalize else backbone.statistics
+    mean, std = recorded or normalization.of_source(normalize or backbone.normalization, source, "--normalize")
+    if mean == source.mean and (note := normalization.note(source.mean, source.std)):
+        terminal.warn(note)
     image_shape = tuple(source.images.shape[1:])
     about = {
         "image_shape": list(image_shape),
@@ -190,9 +205,9 @@ def load_or_compute(
     }
     known = _read_if_same(path, {**about, "name": source.name, "split": source.split})
     if known is not None:
-        print(f"features of {source.name} {source.split}: reading {path}", file=sys.stderr, flush=True)
+        terminal.warn(f"features of {source.name} {source.split}: reading {path}")
         return known
-    print(f"features of {source.name} {source.split}: computing {len(source):,} ...", file=sys.stderr, flush=True)
+    terminal.warn(f"features of {source.name} {source.split}: computing {len(source):,} ...")
     feature_store.check_path(path)
     shape = (len(source), *features_shape(backbone.model, backbone.parameters, image_shape))
     augment = Augment(mean, std, dtype=backbone.model.dtype)

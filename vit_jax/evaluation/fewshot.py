@@ -1,8 +1,11 @@
 """Few-shot accuracy of frozen features: least squares on a few examples per class (arXiv 2010.11929, section 4.1)."""
 
-import numpy as np
-from jaxtyping import Float, Int, Integer
+from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Array, Int, Integer, Num
+
+from vit_jax import arguments
 from vit_jax.errors import UserError
 from vit_jax.evaluation import linear_classifier
 from vit_jax.evaluation.linear_classifier import LinearClassifier
@@ -13,7 +16,11 @@ L2_PER_FEATURE = 4 / 3
 
 
 def draw(
-    labels: Integer[np.ndarray, " examples"], classes: int, shots: int, seed: int, draw_index: int
+    labels: Integer[Array | np.ndarray, " examples"] | Sequence[int],
+    classes: int | np.integer,
+    shots: int | np.integer,
+    seed: int | np.integer,
+    draw_index: int | np.integer,
 ) -> Int[np.ndarray, " drawn"]:
     """Returns the indices of `shots` random examples of each class, without replacement, ordered by class.
 
@@ -28,8 +35,13 @@ def draw(
         draw_index: which draw.
 
     Raises:
-        UserError: a class has fewer than `shots` examples.
+        UserError: a class has fewer than `shots` examples, or an argument has the wrong type.
     """
+    classes, shots = arguments.integer("classes", classes), arguments.integer("shots", shots)
+    seed, draw_index = (
+        arguments.integer(name, value, minimum=0) for name, value in (("seed", seed), ("draw_index", draw_index))
+    )
+    labels = arguments.labels("labels", labels, classes=classes)
     counts = np.bincount(labels, minlength=classes)
     if counts.min() < shots:
         rarest = int(counts.argmin())
@@ -43,10 +55,10 @@ def draw(
 
 
 def fit(
-    features: Float[np.ndarray, "examples width"],
-    labels: Integer[np.ndarray, " examples"],
-    classes: int,
-    l2: float | None = None,
+    features: Num[Array | np.ndarray, "examples width"] | Sequence[Sequence[float]],
+    labels: Integer[Array | np.ndarray, " examples"] | Sequence[int],
+    classes: int | np.integer,
+    l2: float | np.floating | None = None,
 ) -> LinearClassifier:
     """Returns the regularized least-squares fit of standardized features to targets in {-1, 1}^classes.
 
@@ -58,8 +70,13 @@ def fit(
         labels: of the training examples.
         classes: number of classes.
         l2: above 0; None for `L2_PER_FEATURE` times the width.
+
+    Raises:
+        UserError: an argument has the wrong type or shape, or a label is no class.
     """
-    l2 = L2_PER_FEATURE * features.shape[1] if l2 is None else l2
+    features, classes = arguments.matrix("features", features), arguments.integer("classes", classes)
+    labels = arguments.labels("labels", labels, len(features), classes)
+    l2 = L2_PER_FEATURE * features.shape[1] if l2 is None else arguments.number("l2", l2)
     mean, std = linear_classifier.standardization(features)
     inputs = (np.asarray(features, np.float64) - mean) / std
     targets = 2.0 * (labels[:, None] == np.arange(classes)) - 1.0

@@ -2,13 +2,14 @@
 
 import dataclasses
 import statistics
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from vit_jax.errors import UserError
+from vit_jax import terminal
+from vit_jax.data import finite
+from vit_jax.errors import UserError, few
 from vit_jax.evaluation import fewshot, knn, linear_probe
 
 METHODS = ("fewshot", "knn", "probe")
@@ -79,7 +80,16 @@ def evaluate(train: Examples, test: Examples, classes: int, settings: Settings) 
     """Returns all results by name: 'fewshot/5/accuracy', 'knn/20/accuracy', 'probe/accuracy', 'test/examples', ...
 
     Every method scores every test example once; no choice depends on the test split.
+
+    Raises:
+        UserError: a feature is not finite.
     """
+    for role, examples in (("train", train), ("test", test)):
+        if len(rows := finite.not_finite_rows(examples.features)):
+            raise UserError(
+                f"the features of {len(rows):,} examples of {role} are not finite: {few(map(str, rows))}\n"
+                "  recompute them, or use another backbone"
+            )
     results: dict[str, object] = {
         "train/examples": len(train.labels),
         "test/examples": len(test.labels),
@@ -129,7 +139,7 @@ def _evaluate_probe(train: Examples, test: Examples, classes: int, settings: Set
     choice = probe.choose(settings.probe_l2, settings.seed, settings.held_out)
     if len(settings.probe_l2) > 2 and choice.l2 in (min(settings.probe_l2), max(settings.probe_l2)):
         message = f"linear probe: the chosen L2 constant, {choice.l2:g}, is at the end of the grid; see --probe_l2"
-        print(message, file=sys.stderr)
+        terminal.warn(message)
     fit = probe.fit(choice.l2)
     return {
         "probe/accuracy": _accuracy(fit.classifier.predict(test.features), test.labels),

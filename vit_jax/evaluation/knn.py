@@ -1,11 +1,15 @@
 """k-nearest-neighbour classification of frozen features by cosine similarity (DINO, arXiv 2104.14294, section 4.1)."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Int, Integer, Num
+
+from vit_jax import arguments
+from vit_jax.errors import UserError
 
 TEMPERATURE = 0.07  # as in DINO
 # Sizes of the blocks of queries and bank examples whose similarities are in memory at a time.
@@ -14,10 +18,10 @@ _BANK = 16384
 
 
 def nearest(
-    bank: Float[np.ndarray, "examples width"],
-    queries: Float[np.ndarray, "queries width"],
-    count: int,
-    block: int = _BANK,
+    bank: Num[Array | np.ndarray, "examples width"] | Sequence[Sequence[float]],
+    queries: Num[Array | np.ndarray, "queries width"] | Sequence[Sequence[float]],
+    count: int | np.integer,
+    block: int | np.integer = _BANK,
 ) -> tuple[Float[np.ndarray, "queries count"], Int[np.ndarray, "queries count"]]:
     """Returns the `count` most similar bank examples of each query: cosine similarities, largest first, and indices.
 
@@ -29,7 +33,17 @@ def nearest(
         queries: features to find neighbours for.
         count: number of neighbours, at most the size of the bank.
         block: bank examples per block; does not change the result.
+
+    Raises:
+        UserError: an argument has the wrong type or shape, or `count` is larger than the bank.
     """
+    bank, queries = arguments.matrix("bank", bank), arguments.matrix("queries", queries)
+    count, block = arguments.integer("count", count), arguments.integer("block", block)
+    if count > len(bank) or queries.shape[1] != bank.shape[1]:
+        raise UserError(
+            f"count is {count}, bank is {arguments.shown(bank)}, queries is {arguments.shown(queries)}\n"
+            "  allowed: a count of at most the size of the bank, and features of the same width"
+        )
     rows = min(_QUERIES, len(queries))
     padded = np.pad(np.asarray(queries, np.float32), ((0, -len(queries) % rows), (0, 0)))
     query_blocks = _normalize(jnp.asarray(padded)).reshape(-1, rows, queries.shape[1])
@@ -74,10 +88,10 @@ def _merge_block(
 
 
 def votes(
-    similarities: Float[np.ndarray, "queries count"],
-    labels: Integer[np.ndarray, "queries count"],
-    classes: int,
-    temperature: float | None = TEMPERATURE,
+    similarities: Num[Array | np.ndarray, "queries count"] | Sequence[Sequence[float]],
+    labels: Integer[Array | np.ndarray, "queries count"] | Sequence[Sequence[int]],
+    classes: int | np.integer,
+    temperature: float | np.floating | None = TEMPERATURE,
 ) -> Float[np.ndarray, "queries classes"]:
     """Returns the sum of the neighbours' votes for each class; the prediction is its argmax.
 
@@ -87,7 +101,13 @@ def votes(
         classes: number of classes.
         temperature: the weight of a vote is exp(similarity / temperature), divided here by that of the nearest
             neighbour, which does not change the argmax and cannot overflow; None for equal weights (majority vote).
+
+    Raises:
+        UserError: an argument has the wrong type or shape, or a label is no class.
     """
+    similarities, classes = arguments.matrix("similarities", similarities), arguments.integer("classes", classes)
+    flat = arguments.labels("labels", np.ravel(labels), similarities.size, classes)
+    labels = flat.reshape(similarities.shape)
     weights = np.ones(labels.shape)
     if temperature is not None:
         weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)

@@ -1,11 +1,15 @@
 """A linear classifier of features: the result of few-shot regression and of the linear probe."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Num
+
+from vit_jax import arguments
+from vit_jax.errors import UserError
 
 MIN_STD = 1e-5  # added to every standard deviation, so that a constant feature becomes 0 and not infinite
 _BLOCK = 8192  # examples per device call
@@ -27,8 +31,17 @@ class LinearClassifier:
     kernel: Float[Array | np.ndarray, "width classes"]
     bias: Float[Array | np.ndarray, " classes"]
 
-    def predict(self, features: Float[np.ndarray, "examples width"]) -> Int[np.ndarray, " examples"]:
-        """Returns the class with the largest logit, the first one among equals; in blocks, to limit memory."""
+    def predict(
+        self, features: Num[Array | np.ndarray, "examples width"] | Sequence[Sequence[float]]
+    ) -> Int[np.ndarray, " examples"]:
+        """Returns the class with the largest logit, the first one among equals; in blocks, to limit memory.
+
+        Raises:
+            UserError: the features have the wrong type or width.
+        """
+        features = arguments.matrix("features", features)
+        if features.shape[1] != len(self.mean):
+            raise UserError(f"features is {arguments.shown(features)}\n  allowed: a width of {len(self.mean)}")
         blocks = [features[start : start + _BLOCK] for start in range(0, len(features), _BLOCK)]
         return np.concatenate([np.asarray(_predict(self, np.asarray(block, np.float32))) for block in blocks])
 

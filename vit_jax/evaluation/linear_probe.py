@@ -1,14 +1,16 @@
 """Linear probe: multinomial logistic regression on frozen features; L2 is chosen on held-out training examples."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
+from vit_jax import arguments
+from vit_jax.errors import UserError
 from vit_jax.evaluation import linear_classifier
 from vit_jax.evaluation.linear_classifier import LinearClassifier
 
@@ -56,9 +58,18 @@ class Probe:
     """Logistic regressions on one set of features, which is standardized and sent to the device once."""
 
     def __init__(
-        self, features: Float[np.ndarray, "examples width"], labels: Integer[np.ndarray, " examples"], classes: int
+        self,
+        features: Num[Array | np.ndarray, "examples width"] | Sequence[Sequence[float]],
+        labels: Integer[Array | np.ndarray, " examples"] | Sequence[int],
+        classes: int | np.integer,
     ):
-        """Standardizes the features by their own mean and standard deviation, and sends them to the device."""
+        """Standardizes the features by their own mean and standard deviation, and sends them to the device.
+
+        Raises:
+            UserError: an argument has the wrong type or shape, or a label is no class.
+        """
+        features, classes = arguments.matrix("features", features), arguments.integer("classes", classes)
+        labels = arguments.labels("labels", labels, len(features), classes)
         self.mean, self.std = linear_classifier.standardization(features)
         self._features, self._labels, self._classes = features, labels, classes
         self._block = min(_BLOCK, len(labels))
@@ -68,9 +79,9 @@ class Probe:
 
     def fit(
         self,
-        l2: float,
+        l2: float | np.floating,
         start: LinearClassifier | None = None,
-        included: Bool[np.ndarray, " examples"] | None = None,
+        included: Bool[Array | np.ndarray, " examples"] | Sequence[bool] | None = None,
     ) -> Fit:
         """Minimizes mean cross-entropy + l2 / 2 * |kernel|^2 by L-BFGS; the bias is not regularized.
 
@@ -80,7 +91,13 @@ class Probe:
             l2: at least 0.
             start: initial value, such as the solution for a similar constant; None for zeros.
             included: True for the examples to train on; None for all.
+
+        Raises:
+            UserError: an argument has the wrong type or shape.
         """
+        l2 = arguments.number("l2", l2)
+        if included is not None:
+            included = arguments.mask("included", included, len(self._labels))
         width = self._inputs.shape[2]
         weights = np.ones(len(self._labels), np.float32) if included is None else included.astype(np.float32)
         weights = jnp.asarray(_to_blocks(weights / weights.sum(), self._block))
@@ -92,15 +109,21 @@ class Probe:
         classifier = LinearClassifier(self.mean, self.std, np.asarray(kernel), np.asarray(bias))
         return Fit(classifier, float(loss), int(iterations), float(gradient))
 
-    def choose(self, grid: Sequence[float], seed: int, held_out: float = HELD_OUT) -> Choice:
+    def choose(self, grid: Iterable[float | np.floating], seed: int | np.integer, held_out: float = HELD_OUT) -> Choice:
         """Returns the constant with the highest accuracy on held-out examples; among equals, the largest.
 
         Args:
             grid: constants.
             seed: of the choice of the held-out examples.
             held_out: fraction of each class that is held out, rounded down.
+
+        Raises:
+            UserError: an argument has the wrong type, or nothing is held out.
         """
+        grid = [arguments.number("grid", l2) for l2 in grid]
         is_held_out = hold_out(self._labels, held_out, seed)
+        if not grid or not is_held_out.any():
+            raise UserError(f"grid has {len(grid)} constants, held_out is {held_out}\n  allowed: at least one of each")
         accuracies: dict[float, float] = {}
         start = None
         # From strong to weak regularization: each solution is a good initial value for the next fit.
@@ -111,8 +134,12 @@ class Probe:
         return Choice(max(accuracies, key=lambda l2: (accuracies[l2], l2)), accuracies)
 
 
-def hold_out(labels: Integer[np.ndarray, " examples"], fraction: float, seed: int) -> Bool[np.ndarray, " examples"]:
+def hold_out(
+    labels: Integer[Array | np.ndarray, " examples"] | Sequence[int], fraction: float, seed: int | np.integer
+) -> Bool[np.ndarray, " examples"]:
     """Returns True for a fraction of the examples of each class, rounded down; they are determined by the seed."""
+    labels, seed = arguments.labels("labels", labels), arguments.integer("seed", seed, minimum=0)
+    fraction = arguments.number("fraction", fraction)
     random = np.random.Philox(key=[seed, 0]).random_raw(len(labels))
     is_held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
