@@ -1,12 +1,12 @@
-"""The command: python -m vit_jax.convert IN OUT [--image_size=384] [--classes=N] [--patch_size=N] [--verbose]."""
+"""The command: python -m vit_jax.convert IN OUT [--image_size=384] [--classes=N] [--patch_size=N] [--prefix=NAME]."""
 
 import argparse
+import os
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
-from vit_jax import commands
+from vit_jax import commands, paths, terminal
 from vit_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -16,6 +16,7 @@ Converts the weights of a Vision Transformer and reports what happened to every 
   python -m vit_jax.convert facebook/dinov2-base dinov2.npz --image_size=224
   python -m vit_jax.convert runs/cifar10 cifar10.npz --verbose
   python -m vit_jax.convert ViT-B_16.npz wide.safetensors --image_size=160x256 --classes=10
+  python -m vit_jax.convert dino.safetensors teacher.safetensors --prefix=teacher
 
 IN is anything that vit_jax.weights.load reads (docs/weights.md): a .npz file of Google, a .safetensors file of timm or
 Hugging Face, a directory with one, a URL, the name of a published model, or a run directory. OUT ends in .npz (Google's
@@ -43,6 +44,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--pooling", choices=("token", "mean", "none"), help="input of the head, if IN does not specify it"
     )
     parser.add_argument("--layer_norm_epsilon", type=float, metavar="X", help="if IN does not specify it")
+    parser.add_argument(
+        "--prefix",
+        "--tower",
+        metavar="NAME",
+        help="start of the names of the model to read, if IN has several: teacher, model_ema, ...",
+    )
+    parser.may_be_empty = ("prefix",)  # the model whose names have no prefix
     parser.add_argument("--step", help="checkpoint of a run directory: a step, or best (default: the newest)")
     parser.add_argument("--verbose", action="store_true", help="list all arrays, not only those that changed")
     return parser.parse_args(arguments)
@@ -54,7 +62,7 @@ def overrides(flags: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a flag has an invalid value.
     """
-    plain = ("patch_size", "channels", "heads", "gelu", "pooling", "layer_norm_epsilon")
+    plain = ("patch_size", "channels", "heads", "gelu", "pooling", "layer_norm_epsilon", "prefix")
     result = {name: getattr(flags, name) for name in plain if getattr(flags, name) is not None}
     if flags.classes is not None:
         if flags.classes.lower() != "none" and not flags.classes.isdecimal():
@@ -82,17 +90,20 @@ def convert(flags: argparse.Namespace) -> str:
     from vit_jax import weights
     from vit_jax.weights.save import format_of
 
-    target = Path(flags.target).expanduser()
+    paths.check_source(flags.source, "IN")
+    commands.start_jax()
+    target = paths.expand(flags.target, "OUT")
     format_of(target, flags.to)
     model, parameters, report = weights.load(flags.source, **options)
+    if os.path.exists(target) and os.path.exists(report.source) and os.path.samefile(report.source, target):
+        raise UserError(f"{target} is both IN and OUT, and what is not converted would be lost\n  give another OUT")
     notes = weights.save(target, model, parameters, report.image_size, report.channels)
     return "\n".join([report.table(flags.verbose), f"written: {target}", *(f"note: {note}" for note in notes)])
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    flags = parse(arguments)
-    return commands.finish(lambda: print(convert(flags)))
+    return commands.finish(lambda: terminal.say(convert(parse(arguments))))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_no_table_is_fixed_sines_and_cosines(google_file, helpers, tmp_path):
     assert weights.load(tmp_path / "file.npz", position="none")[0].position == "none"
     target = model.clone(position="none")
     weights.load_into(tmp_path / "file.npz", target, 32, 3)
-    with pytest.raises(UserError, match="the size of the position embedding 'learned' is unknown: pass image_size"):
+    with pytest.raises(UserError, match="the size of the position embedding 'learned' is unknown\n  pass image_size"):
         weights.load(tmp_path / "file.npz", position="learned")
     with pytest.raises(UserError, match="the file has no arrays for positions/table"):
         weights.load(tmp_path / "file.npz", position="learned", image_size=32)

@@ -194,10 +194,11 @@ def test_a_repository_with_a_weights_file_of_another_name(monkeypatch, tmp_path)
 
     library(monkeypatch, snapshot, ["B_16.npz", "README.md", "B_16.pth"])
     assert hub.fetch("owner/name@v2") == tmp_path
+    described = ["config.json", files.PREPROCESSOR]
     assert requests[0] == (
-        "owner/name", "v2", ["config.json", files.SAFETENSORS, files.INDEX, "model-*-of-*.safetensors"]
+        "owner/name", "v2", [*described, files.SAFETENSORS, files.INDEX, "model-*-of-*.safetensors"]
     )  # fmt: skip
-    assert requests[1] == ("owner/name", "v2", ["config.json", "B_16.npz"])
+    assert requests[1] == ("owner/name", "v2", [*described, "B_16.npz"])
     for url in ("https://huggingface.co/owner/name/tree/v2", "https://hf.co/owner/name"):
         assert hub.fetch(url) == tmp_path
     assert [revision for _, revision, _ in requests] == ["v2", "v2", "v2", None]

@@ -1,17 +1,19 @@
 """The description of a file of weights, made from names and shapes alone: its model, and rules for its arrays."""
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from vit_jax.data.normalization import Statistics
 from vit_jax.errors import UserError, few
 from vit_jax.models.vit import VisionTransformer, pixels_per_patch
+from vit_jax.weights import other_arrays
 from vit_jax.weights.rules import Rule
 
 OVERRIDE = "override"
+OTHER = "other"
 SHOWN = 6
 
 # Heads of published models have 64 channels, except at these widths: H, g, G and So400m.
@@ -43,7 +45,9 @@ class Description:
         head_refusal: why the file's head cannot be loaded, if so; the model then has no head.
         head_name: name of its only head in a model with several, if known.
         normalization: of the images it was trained on, a value of `config.data.normalization`; by default that of
-            Google's models and most of timm's.
+            Google's models and most of timm's. `OTHER` if `statistics` have no name.
+        statistics: mean and std of each channel of these images, if recorded beside the file.
+        class_names: of its only head, if recorded beside the file.
     """
 
     label: str
@@ -57,6 +61,8 @@ class Description:
     head_refusal: str | None = None
     head_name: str | None = None
     normalization: str = "half"
+    statistics: Statistics | None = None
+    class_names: tuple[str, ...] | None = None
 
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of the images that the position embedding is for; None if it has none."""
@@ -90,11 +96,18 @@ class Names:
         count, name = max(((int(match[1][:9]) + 1, name) for match, name in found if match), default=(0, ""))
         # A file must not make us generate rules for billions of blocks.
         if count > len(self._shapes) + 1:
-            raise UserError(f"{self.prefix}{name} has too large a number: the file has only {len(self._shapes)} arrays")
+            raise UserError(
+                f"{self.prefix}{name} has too large a number: the file has only {len(self._shapes)} arrays\n"
+                "  use a complete file of the model"
+            )
         return count
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of an array that exists."""
+        return self._shapes[name]
 
     def axes(self, name: str) -> int:
         """The number of axes of an array."""
@@ -109,21 +122,31 @@ class Names:
         if name not in self._shapes:
             raise UserError(
                 f"{self.prefix}{name} is missing: the file's other names follow {self.label}"
-                f"{renamed([name], self._shapes)}"
+                f"{other_arrays.hint([name], self._shapes)}\n"
+                "  use a complete file of the model"
             )
         shape = self._shapes[name]
         if len(shape) != axes or 0 in shape:
             raise UserError(
-                f"{self.prefix}{name} has shape {list(shape)}, but {self.label} needs {axes} axes, none of size 0"
+                f"{self.prefix}{name} has shape {list(shape)}, but {self.label} needs {axes} axes, none of size 0\n"
+                "  use a complete file of the model"
             )
         return shape
 
 
-def renamed(missing: Iterable[str], names: Iterable[str]) -> str:
-    """A hint for an error message if one of the names resembles a missing one; else ''."""
-    pairs = [(name, difflib.get_close_matches(name, list(names), n=1, cutoff=0.85)) for name in missing]
-    pairs = [(name, near[0]) for name, near in pairs if near and near[0] != name]
-    return "".join(f"\n  {near} looks like {name} renamed" for name, near in pairs[:1])
+def odd_head(names: Names, start: str) -> str | None:
+    """Returns why a head is not read: it is something else than one linear layer; None if it is one, or there is none.
+
+    Args:
+        names: of the file.
+        start: of the head's names: 'head.'.
+    """
+    own = sorted(name for name in names if name.startswith(start))
+    plain = own == [f"{start}bias", f"{start}weight"] and [names.axes(name) for name in own] == [1, 2]
+    if not own or (plain and 0 not in names.shape_of(own[1])):
+        return None
+    shown = few(f"{name} {list(names.shape_of(name))}" for name in own)
+    return f"its head is not one linear layer with a bias ({shown}), which is not supported"
 
 
 def check_names(
@@ -148,18 +171,8 @@ def check_names(
         return
     parts = [f"missing: {few(missing, SHOWN)}"] if missing else []
     parts += [f"unexpected: {few(left, SHOWN)}"] if left else []
-    look = renamed(missing, left) or renamed_back(left, [*known, *wanted])
-    raise UserError(f"not a complete model in {label}: {'; '.join(parts)}{look}")
-
-
-def renamed_back(left: Iterable[str], known: Iterable[str]) -> str:
-    """The same hint, from unexpected names."""
-    known = list(known)
-    for name in left:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        if near:
-            return f"\n  {name} looks like {near[0]} renamed"
-    return "\n  this model has no such parameters: nothing was loaded"
+    look = other_arrays.hint(missing, left, [name for name in known if name not in file])
+    raise UserError(f"not a complete model in {label}: {'; '.join(parts)}{look}\n  use a complete file of one model")
 
 
 class Choices:
@@ -197,7 +210,10 @@ class Choices:
                 "  pass heads=N, or put the model's config.json next to the file"
             )
         if not isinstance(heads, int) or heads < 1 or width % heads:
-            raise UserError(f"heads is {heads!r}, which does not divide the file's width of {width}")
+            raise UserError(
+                f"heads is {heads!r}, which does not divide the file's width of {width}\n"
+                "  allowed: a divisor of the width"
+            )
         return heads
 
     def grid(self, rows: int, patch_size: int, recorded: Any = None) -> tuple[int, int]:
@@ -234,7 +250,9 @@ def config_value(config: Mapping[str, Any], key: str, kind: type) -> Any:
     value = config.get(key)
     kinds = (int, float) if kind is float else kind
     if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool)):
-        raise UserError(f"config.json has {key} {value!r}: it must be of type {kind.__name__}")
+        raise UserError(
+            f"config.json has {key} {value!r}: it must be of type {kind.__name__}\n  correct it, or remove config.json"
+        )
     return value
 
 
@@ -249,7 +267,10 @@ def check_config(values: Mapping[str, tuple[Any, Any]]) -> None:
     """
     for key, (recorded, actual) in values.items():
         if recorded is not None and recorded != actual:
-            raise UserError(f"config.json is of another model: it has {key} {recorded!r}, but the file has {actual!r}")
+            raise UserError(
+                f"config.json is of another model: it has {key} {recorded!r}, but the file has {actual!r}\n"
+                "  put the config.json of this model next to the file, or remove it"
+            )
 
 
 def pair(size: Any) -> tuple[int, int] | None:

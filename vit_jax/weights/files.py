@@ -7,6 +7,7 @@ never executed, and rejecting an invalid file needs little memory, whatever size
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -19,15 +20,30 @@ import ml_dtypes
 import numpy as np
 import psutil
 
-from vit_jax import atomic
+from vit_jax import atomic, paths
 from vit_jax.errors import UserError, few
-from vit_jax.weights import npz, safetensors
+from vit_jax.weights import npz, pickles, safetensors
 
 SAFETENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar")
-_UNSUPPORTED = {".h5": "HDF5", ".hdf5": "HDF5", ".msgpack": "MessagePack", ".npy": "a single array"}
+PREPROCESSOR = "preprocessor_config.json"  # of Hugging Face: how images are resized and normalized
+SUFFIXES = (".safetensors", ".npz")
+_UNSUPPORTED = {
+    **dict.fromkeys((".h5", ".hdf5", ".keras"), "HDF5"),
+    ".msgpack": "MessagePack",
+    ".npy": "a single array",
+    ".onnx": "ONNX",
+    ".gguf": "GGUF",
+    ".tflite": "TensorFlow Lite",
+}
+_FIRST_BYTES = {
+    b"\x89HDF": "HDF5",
+    b"\x93NUMPY": "a single array",
+    b"GGUF": "GGUF",
+    b"\x1f\x8b": "gzip-compressed",
+}
+_NO_WEIGHTS = r"optimizer|scheduler|scaler|training_args|rng_state"  # other files of trainers
 _MAX_JSON = 5 * 10**6  # bytes of a config.json or an index
 _ALIGNMENT = 64  # bytes; JAX on CPU uses arrays with this alignment without a copy
 
@@ -43,6 +59,7 @@ class Stored:
         shapes, dtypes: of the arrays, by name, in the machine's byte order.
         config: the config.json in the same directory, or None.
         metadata: strings by name in the header of a .safetensors file.
+        prefix: what stands before the names in the file, if `shapes` has those of one of its models.
     """
 
     path: Path
@@ -52,6 +69,7 @@ class Stored:
     dtypes: Mapping[str, np.dtype]
     config: dict[str, Any] | None
     metadata: dict[str, str]
+    prefix: str = ""
 
 
 class _Arrays(Mapping):
@@ -62,7 +80,7 @@ class _Arrays(Mapping):
 
     def __getitem__(self, name: str) -> np.ndarray:
         path, entry = self._entries[name]
-        with _user_errors(path, f"{name!r}: "):
+        with user_errors(path, f"{name!r}: "):
             free = psutil.virtual_memory().available
             if entry.nbytes > free:
                 raise ValueError(f"needs {entry.nbytes:,} bytes of memory, but only {free:,} are free")
@@ -104,14 +122,17 @@ def open_file(path: str | os.PathLike[str]) -> Stored:
     Raises:
         UserError: the file is missing, corrupt, inconsistent, of an unsupported format, or could execute code.
     """
-    path = Path(path).expanduser()
-    with _user_errors(path):
+    path = paths.expand(path, "weights")
+    with user_errors(path):
         if path.is_dir():
             path = find(path)
         if path.name.endswith(".index.json"):
-            return _open_sharded(path)
+            return _open_parts(path, _index(path))
+        shards = _shards(path)
+        if shards:
+            return _open_parts(path, dict.fromkeys(shards))
         kind, entries, metadata = _open_one(path)
-    return _stored(path, kind, {name: (path, entry) for name, entry in entries.items()}, metadata)
+        return _stored(path, kind, {name: (path, entry) for name, entry in entries.items()}, metadata)
 
 
 def _stored(path: Path, kind: str, entries: Mapping, metadata: dict[str, str]) -> Stored:
@@ -131,26 +152,55 @@ def _open_one(path: Path) -> tuple[str, dict[str, Any], dict[str, str]]:
         raise ValueError("not a regular file")
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        kind = _kind(path, file.read(64), size)
-        if kind == "npz":
+        kind = _kind(path, file.read(64), file)
+        if kind == "safetensors":
+            return kind, *safetensors.header(file, size)
+        try:
             return kind, npz.entries(file, size), {}
-        return kind, *safetensors.header(file, size)
+        except npz.PickledError:
+            raise
+        except ValueError as error:
+            if path.suffix.lower() in pickles.SUFFIXES:
+                again = "download it again; the error for the whole file says how to convert it"
+                raise ValueError(f"{error}\n  {again}") from error
+            raise
 
 
-def _open_sharded(path: Path) -> Stored:
-    """The shards that a model.safetensors.index.json names, which must contain exactly the arrays it lists."""
+def _index(path: Path) -> dict[str, set[str]]:
+    """The shards that a model.safetensors.index.json names, each with the names of its arrays."""
     index = read_json(path).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(part, str) for part in index.values()):
+    if not isinstance(index, dict) or not index or not all(isinstance(part, str) for part in index.values()):
         raise ValueError("no weight_map from arrays to files")
-    entries, metadata = {}, {}
-    for part in sorted(set(index.values())):
+    shards = {}
+    for name, part in sorted(index.items()):
         if Path(part).name != part or part in ("", ".", "..") or "\\" in part:
             raise ValueError(f"the shard {part[:80]!r} is not in its directory")
-        with _user_errors(path.parent / part):
+        shards.setdefault(part, set()).add(name)
+    return shards
+
+
+def _shards(path: Path) -> list[str]:
+    """The names of all shards if the file is one of several, by its name; else none."""
+    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", path.name)
+    count = int(match[3]) if match else 1
+    return [f"{match[1]}-{i + 1:05}-of-{match[3]}.safetensors" for i in range(count)] if 1 < count < 10_000 else []
+
+
+def _open_parts(path: Path, shards: Mapping[str, set[str] | None]) -> Stored:
+    """A file in several shards, which must contain exactly the arrays that are listed, if any are."""
+    missing = [part for part in sorted(shards) if not (path.parent / part).exists()]
+    if missing:
+        raise UserError(
+            f"{path}: its shard {few(missing)} is missing: there is no such file in its directory\n"
+            "  the model is in all of its shards together: download the missing ones too"
+        )
+    entries, metadata = {}, {}
+    for part, listed in sorted(shards.items()):
+        with user_errors(path.parent / part):
             kind, found, more = _open_one(path.parent / part)
         if kind != "safetensors":
             raise ValueError(f"the shard {part} is not a .safetensors file")
-        wrong = set(found) ^ {name for name, where in index.items() if where == part}
+        wrong = set(found) & set(entries) if listed is None else set(found) ^ listed
         if wrong:
             raise ValueError(f"it disagrees with its shard {part} about {min(wrong)[:80]!r}")
         entries |= {name: (path.parent / part, entry) for name, entry in found.items()}
@@ -168,20 +218,39 @@ def find(directory: Path) -> Path:
         if (directory / name).is_file():
             return directory / name
     names = sorted(entry.name for entry in directory.iterdir())
-    found = [name for name in names if name.endswith((".safetensors", ".npz"))]
-    if len(found) == 1:
+    found = [name for name in names if name.endswith(SUFFIXES)]
+    if len({tuple(_shards(directory / name)) or name for name in found}) == 1:
         return directory / found[0]
-    if found:
+    others = [name for name in names if name.lower().endswith((*pickles.SUFFIXES, *_UNSUPPORTED))]
+    others = [] if found else [name for name in others if not re.match(_NO_WEIGHTS, name)]
+    for name in sorted(others, key=_is_unsupported):
+        with user_errors(directory / name):
+            _open_one(directory / name)  # by its content, it may be of another format than its name says
+    if len(others) == 1:
+        return directory / others[0]
+    if found or others:
         raise UserError(
-            f"{directory} has several weights files: {few([name[:80] for name in found], 4)}\n  give one of them"
+            f"{directory} has several weights files: {few(map(_short, found or others), 4)}\n  give one of them"
         )
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles:
-        raise _pickled(directory / pickles[0])
-    raise UserError(
-        f"{directory} has no .safetensors or .npz file\n"
-        f"  it contains: {few([name[:80] for name in names], 4) or 'nothing'}"
-    )
+    within = itertools.chain(directory.glob("*/*"), directory.glob("*/*/*"))
+    below = [str(path.relative_to(directory)) for path in itertools.islice(within, 10_000) if path.suffix in SUFFIXES]
+    contents = few(map(_short, names), 4) or "nothing"
+    way_out = f"give one of: {few(sorted(below), 4)}" if below else f"it contains: {contents}"
+    raise UserError(f"{directory} has no .safetensors or .npz file\n  {way_out}")
+
+
+def _is_unsupported(name: str) -> bool:
+    return name.lower().endswith(tuple(_UNSUPPORTED))
+
+
+def _short(name: str) -> str:
+    return name[:80]
+
+
+def holds_weights(directory: Path) -> bool:
+    """Whether a directory has a file of weights, of a format that is read or one that is refused by name."""
+    endings = (*SUFFIXES, *pickles.SUFFIXES, *_UNSUPPORTED, ".index.json")
+    return any(entry.name.lower().endswith(endings) for entry in directory.iterdir())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -190,11 +259,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is too large, or contains something else.
     """
-    with _user_errors(path):
+    with user_errors(path):
         if path.stat().st_size > _MAX_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes; at most {_MAX_JSON:,} are read")
         try:
-            found = json.loads(path.read_bytes().decode("utf-8"))
+            found = json.loads(path.read_bytes().decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not valid JSON ({error})") from error
         if not isinstance(found, dict):
@@ -217,76 +286,76 @@ def check_finite(name: str, array: np.ndarray) -> None:
                 return
             wrong = array.size - int(np.count_nonzero(np.isfinite(array)))
     if wrong:
-        raise UserError(f"{name}: {wrong:,} of its {array.size:,} values are NaN or infinite")
+        raise UserError(
+            f"{name}: {wrong:,} of its {array.size:,} values are NaN or infinite\n"
+            "  use a file that was saved before the values became non-finite"
+        )
 
 
 # --- rejected files ------------------------------------------------------------------------------------------------
 
 
-def _kind(path: Path, head: bytes, size: int) -> str:
+def _kind(path: Path, head: bytes, file: BinaryIO) -> str:
     """'npz' or 'safetensors', from the first bytes of the file; UserError or ValueError for other formats."""
-    suffix = path.suffix.lower()
+    if not head:
+        raise ValueError("the file is empty")
     if head.startswith(b"PK"):
         return "npz"
     if head[8:9] == b"{":
         return "safetensors"
-    if (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")) or suffix in _PICKLES:
-        raise _pickled(path)
-    if not size:
-        raise ValueError("the file is empty")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError("a git-lfs pointer instead of the file: run git lfs pull")
     if head.lstrip()[:1] == b"<":
         raise ValueError("a web page instead of the file: use the download link of that page")
-    if head.startswith(b"\x89HDF"):
-        raise _other(path, "HDF5")
-    if head.startswith(b"\x93NUMPY"):
-        raise _other(path, "a single array")
-    check_suffix(path)
-    corrupt = ", or is corrupt" if suffix in (".npz", ".safetensors") else ""
-    raise ValueError(f"the file is neither .npz nor .safetensors{corrupt}")
+    for start, kind in _FIRST_BYTES.items():
+        if head.startswith(start):
+            raise _other(path, kind)
+    if re.match(rb"\x80[\x02-\x05]", head) or pickles.is_pickle(file):
+        raise pickles.refusal(path)
+    if path.suffix.lower() in _UNSUPPORTED:
+        check_suffix(path)
+    corrupt = ", or is corrupt" if path.suffix.lower() in (*SUFFIXES, *pickles.SUFFIXES) else ""
+    is_text = head.isascii() and head.decode().replace("\n", " ").isprintable()
+    begins = f": it begins with the text {head.decode().splitlines()[0]!r}" if is_text else ""
+    raise ValueError(f"the file is neither .npz nor .safetensors{corrupt}{begins}")
 
 
 def check_suffix(path: Path, shown: object = None) -> None:
     """Raises UserError if the suffix is of an unsupported format; `shown` is the name in the message."""
     suffix = path.suffix.lower()
-    if suffix in _PICKLES:
-        raise _pickled(path, shown)
+    if suffix in pickles.SUFFIXES:
+        raise pickles.refusal(path, shown)
     if suffix in _UNSUPPORTED:
         raise _other(shown or path, _UNSUPPORTED[suffix])
 
 
 def _other(shown: object, kind: str) -> UserError:
-    return UserError(f"{shown} is {kind}, which is not supported\n  supported: .safetensors, .npz, run directories")
-
-
-def _pickled(path: Path, shown: object = None) -> UserError:
-    name = path.name if re.fullmatch(r"[\w.-]+", path.name) else f"FILE{path.suffix}"
     return UserError(
-        f"{shown or path} is a pickle (torch.save), which can execute code when it is opened\n"
-        "  use the .safetensors file of the model; or, if you trust the file, convert it with PyTorch:\n"
-        '  python -c "import torch, safetensors.torch as s; '
-        f"d = torch.load('{name}', map_location='cpu', weights_only=True); "
-        "d = d.get('state_dict', d.get('model', d)); "
-        f"s.save_file({{k: v.clone().contiguous() for k, v in d.items()}}, '{Path(name).stem}.safetensors')\""
+        f"{shown} is {kind}, which is not supported\n  supported: .safetensors, .npz, run directories\n"
+        "  use the .safetensors file of the same model if there is one"
     )
 
 
 @contextlib.contextmanager
-def _user_errors(path: Path, where: str = "") -> Iterator[None]:
+def user_errors(path: Path, where: str = "") -> Iterator[None]:
     """Turns errors about a file into UserErrors that name it."""
     try:
         yield
     except npz.PickledError as error:
-        raise _pickled(path) from error
+        raise pickles.refusal(path) from error
     except ValueError as error:
-        raise UserError(f"{path} cannot be loaded: {where}{error}") from error
+        raise UserError(f"{path} cannot be loaded: {where}{error}\n  download or export it again") from error
     except MemoryError as error:
-        raise UserError(f"{path}: {where}not enough memory to read it") from error
+        raise UserError(
+            f"{path}: {where}not enough memory to read it\n  free memory, or use a smaller model"
+        ) from error
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename or path}: there is no such file") from error
+        raise UserError(f"{error.filename or path}: there is no such file\n  correct the path") from error
     except OSError as error:
-        raise UserError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
+        raise UserError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}\n"
+            "  check the disk and the permissions of the file"
+        ) from error
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -313,7 +382,7 @@ def write_safetensors(
 
 
 def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    path = path.expanduser()
+    path = paths.expand(path, "path")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replace(path) as file:
@@ -323,4 +392,4 @@ def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
             f"{path} cannot be written: {error.strerror or error}\n  free some disk space, or give another directory"
         ) from error
     except ValueError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+        raise UserError(f"{path} cannot be written: {error}\n  use another file name") from error

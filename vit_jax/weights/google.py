@@ -8,7 +8,6 @@ encoder and has no row for the class token, which pools by attention (MAPHead_0)
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,13 +25,13 @@ FAMILY = "Google's files"
 BIG_VISION = "big_vision's files"
 QKV = ("query", "key", "value")
 
-# Other arrays in training checkpoints and models with two towers.
-OTHERS = {
-    r"opt/": "optimizer state",
-    r"(extra|state|step)(/|$)": "training state",
-    r"params/(txt|text)/": "the text tower",
-    r"params/(t|b|temperature|bias)$": "a parameter of the contrastive loss",
-}
+# How a model is recognized in a file, as in timm.py.
+BLOCK, EMBEDDING, CLASSIFIER = (
+    r"Transformer\.encoderblock(?:_\d+)?\.",
+    r"embedding/(?:kernel|bias)$",
+    r"head/|pre_logits/",
+)
+CLASSIFIER, SEPARATOR, INNER = r"head/|pre_logits/", "/", ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,6 @@ class Naming:
     """The names that differ between Google's files.
 
     Attributes:
-        prefix: start of all names.
         attention, norm_mlp, mlp: names of a block's modules.
         positions: name of the position embedding.
         class_row: whether the position embedding has a row for the class token.
@@ -48,7 +46,6 @@ class Naming:
         scanned: whether all blocks are in one array.
     """
 
-    prefix: str = ""
     attention: str = "MultiHeadDotProductAttention_1"
     norm_mlp: str = "LayerNorm_2"
     mlp: str = "MlpBlock_3"
@@ -68,47 +65,28 @@ SUPPORTED = {
 }
 
 
-def recognise(shapes: Mapping[str, Any]) -> bool:
-    """Whether arrays with these names are of this kind."""
-    return any(re.search(r"(^|/)encoderblock(_\d+)?/", name) for name in shapes)
-
-
 def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
     """The description of a file.
 
     Raises:
         UserError: it is not a complete model, or lacks a value of `overrides`.
     """
-    prefix = _prefix(stored.shapes)
-    names = Names(stored.shapes, prefix, LABEL)
+    names = Names(stored.shapes, "", LABEL)
     naming, parts = _naming(names), _parts(names)
     # Files of big_vision may have fixed positions, without an array; in other files the array must not be missing.
-    fixed = "position" in overrides or parts.map or naming.scanned or prefix.startswith("params/")
+    fixed = "position" in overrides or parts.map or naming.scanned or stored.prefix.startswith("params")
     parts = dataclasses.replace(parts, positions=parts.positions or not fixed)
     table = _rules(parts, naming)
     ignored = {}
-    for pattern, why in OTHERS.items():
-        ignored |= {name: why for name in stored.shapes if not name.startswith(prefix) and re.match(pattern, name)}
     headless = parts.pre_logits and not parts.head
     if headless:
         why = "there is no head after it; features are those before it"
-        ignored |= {f"{prefix}pre_logits/{part}": why for part in ("kernel", "bias")}
-    check_names(stored.shapes, table, ignored, [f"{prefix}{name}" for name in ("cls", naming.positions)], LABEL)
+        ignored = {f"pre_logits/{part}": why for part in ("kernel", "bias")}
+    check_names(stored.shapes, table, ignored, ("cls", naming.positions), LABEL)
     choices = Choices(overrides)
     model, channels = _model(names, parts, naming, choices)
     grid = _grid(names, parts, naming, model, choices)
     return Description(LABEL, model, channels, grid, tuple(table), ignored, decisions=tuple(choices.made))
-
-
-def _prefix(shapes: Mapping[str, Any]) -> str:
-    """The start of names before 'Transformer/'; of the image tower if there are several."""
-    found = {
-        match[1] for name in shapes if (match := re.match(r"(.*?)Transformer/encoderblock(?:_\d+)?/", name)) is not None
-    }
-    for prefix in sorted(found, key=len):
-        if f"{prefix}embedding/kernel" in shapes or f"{prefix}embedding/bias" in shapes:
-            return prefix
-    return min(found, key=len, default="")
 
 
 def _naming(names: Names) -> Naming:
@@ -116,7 +94,6 @@ def _naming(names: Names) -> Naming:
     prelinen = names.any(f"{block}(MultiHeadDotProductAttention_1|MlpBlock_3|LayerNorm_2)/")
     outside = "pos_embedding" in names
     return Naming(
-        prefix=names.prefix,
         attention=f"MultiHeadDotProductAttention_{1 if prelinen else 0}",
         norm_mlp=f"LayerNorm_{2 if prelinen else 1}",
         mlp=f"MlpBlock_{3 if prelinen else 0}",
@@ -146,7 +123,7 @@ def _parts(names: Names) -> Parts:
 def _model(names: Names, parts: Parts, naming: Naming, choices: Choices) -> tuple[VisionTransformer, int]:
     patch, across, channels, width = names.shape("embedding/kernel", 4)
     if patch != across:
-        raise UserError(f"embedding/kernel has patches of {patch}x{across}: only square patches are supported")
+        raise UserError(f"embedding/kernel has patches of {patch}x{across}\n  allowed: square patches")
     first = "Transformer/encoderblock" + ("/" if naming.scanned else "_0/")
     axes = 1 if naming.scanned else 0
     heads = names.shape(f"{first}{naming.attention}/query/kernel", 3 + axes)[1 + axes]
@@ -182,28 +159,27 @@ def _grid(
 
 
 def _rules(parts: Parts, naming: Naming) -> list[Rule]:
-    p = naming.prefix
-    table = dense(f"{p}embedding/", "embedding/projection", rules.PATCH)
+    table = dense("embedding/", "embedding/projection", rules.PATCH)
     if parts.stem is not None:
         table += _stem_rules(parts.stem, naming)
     if parts.class_token:
-        table += [Rule((f"{p}cls",), ("class_token",), rules.SAME)]
+        table += [Rule(("cls",), ("class_token",), rules.SAME)]
     if parts.positions:
         form = rules.SAME if naming.class_row or not parts.class_token else rules.CLASS_ROW
-        table += [Rule((f"{p}{naming.positions}",), ("positions/table",), form)]
+        table += [Rule((naming.positions,), ("positions/table",), form)]
     if naming.scanned:
-        block = _block_rules(f"{p}Transformer/encoderblock/", "encoder/block_0", naming)
+        block = _block_rules("Transformer/encoderblock/", "encoder/block_0", naming)
         table += [rules.scanned(rule, parts.depth) for rule in block]
     else:
         for index in range(parts.depth):
-            table += _block_rules(f"{p}Transformer/encoderblock_{index}/", f"encoder/block_{index}", naming)
-    table += norm(f"{p}Transformer/encoder_norm/", "encoder/norm")
+            table += _block_rules(f"Transformer/encoderblock_{index}/", f"encoder/block_{index}", naming)
+    table += norm("Transformer/encoder_norm/", "encoder/norm")
     if parts.map:
-        table += _map_rules(f"{p}MAPHead_0/")
+        table += _map_rules("MAPHead_0/")
     if parts.head:
-        table += dense(f"{p}head/", "head/logits", rules.SAME)
+        table += dense("head/", "head/logits", rules.SAME)
         if parts.pre_logits:
-            table += dense(f"{p}pre_logits/", "head/pre_logits", rules.SAME)
+            table += dense("pre_logits/", "head/pre_logits", rules.SAME)
     return table
 
 
@@ -234,12 +210,12 @@ def _map_rules(name: str) -> list[Rule]:
 
 
 def _stem_rules(stem: tuple[int, ...], naming: Naming) -> list[Rule]:
-    p, form = naming.prefix, rules.CHANNELS if naming.channels else rules.SAME
-    table = [Rule((f"{p}conv_root/kernel",), ("stem/convolution_root/kernel",), rules.SAME)]
-    table += norm(f"{p}gn_root/", "stem/norm_root", form)
+    form = rules.CHANNELS if naming.channels else rules.SAME
+    table = [Rule(("conv_root/kernel",), ("stem/convolution_root/kernel",), rules.SAME)]
+    table += norm("gn_root/", "stem/norm_root", form)
     for stage, count in enumerate(stem):
         for unit in range(count):
-            name, path = f"{p}block{stage + 1}/unit{unit + 1}/", f"stem/stage_{stage}_unit_{unit}"
+            name, path = f"block{stage + 1}/unit{unit + 1}/", f"stem/stage_{stage}_unit_{unit}"
             for theirs, ours in [("1", "1"), ("2", "2"), ("3", "3"), *([("_proj", "projection")] if unit == 0 else [])]:
                 kernel = (f"{name}conv{theirs}/kernel",), (f"{path}/convolution_{ours}/kernel",)
                 table += [Rule(*kernel, rules.SAME), *norm(f"{name}gn{theirs}/", f"{path}/norm_{ours}", form)]

@@ -6,6 +6,7 @@ without a network.
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -20,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from vit_jax.errors import UserError, few, one_line
+from vit_jax import atomic, paths, terminal
+from vit_jax.errors import UserError, few, nearest, one_line
 from vit_jax.weights import files
 from vit_jax.weights.published import PUBLISHED
 
@@ -35,7 +37,7 @@ _CONFIG_BYTES = 10**6
 
 def cache_dir() -> Path:
     """$XDG_CACHE_HOME/vit_jax/weights, or ~/.cache/vit_jax/weights."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vit_jax" / "weights"
+    return paths.cache_dir() / "weights"
 
 
 def fetch(path_or_name: str | os.PathLike[str]) -> Path:
@@ -60,8 +62,10 @@ def fetch(path_or_name: str | os.PathLike[str]) -> Path:
         raise UserError(
             f"{name}: only http and https URLs are supported\n  copy the file to this machine and give its path"
         )
-    path = Path(name).expanduser()
-    if name and os.path.exists(path):  # unlike Path.exists, accepts any string
+    if not name:
+        raise _unknown(name, Path())
+    path = paths.expand(name, "weights")
+    if _exists(path):
         return path
     if name in PUBLISHED:
         return _from_hub(PUBLISHED[name].hub, name)
@@ -69,18 +73,60 @@ def fetch(path_or_name: str | os.PathLike[str]) -> Path:
         if name == known.hub.partition("/")[2]:
             return _from_hub(known.hub, name)
     if not _HUB_ID.fullmatch(name) or path.suffix.lower() in _SUFFIXES:
-        raise _unknown(name)
+        raise _unknown(name, path)
     files.check_suffix(path)
+    if path.parent.is_dir() or _nearest_paths(path):  # a misspelled directory is likelier than a model on the hub
+        raise _unknown(name, path)
     return _from_hub(name, name)
 
 
-def _unknown(name: str) -> UserError:
+def _exists(path: Path) -> bool:
+    """Whether there is such a file or directory; any string is accepted.
+
+    Raises:
+        UserError: there is, but it cannot be reached.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and path.is_symlink():
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist\n  correct the link"
+            ) from error
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise UserError(f"{path} cannot be read: {error.strerror}\n  check its permissions and the disk") from error
+    return True
+
+
+def _unknown(name: str, path: Path) -> UserError:
     if "/" in name or Path(name).suffix.lower() in _SUFFIXES or name.startswith(("~", ".")):
-        return UserError(f"{name}: there is no such file or directory")
+        near = _nearest_paths(path)
+        way_out = f"nearest: {', '.join(near)}" if near else "correct the path"
+        on_hub = f"\n  use {HUB}/{name} for a model on the Hugging Face hub" if _HUB_ID.fullmatch(name) else ""
+        return UserError(f"{name}: there is no such file or directory\n  {way_out}{on_hub}")
+    near = [*_nearest_paths(Path(name)), *_nearest(name)][:3]
     return UserError(
-        f"{name!r} is neither a file nor a published model\n  nearest: {', '.join(_nearest(name))}\n"
+        f"{name!r} is neither a file nor a published model\n  nearest: {', '.join(near)}\n"
         "  allowed: a path, a URL, a published model, or a model on the Hugging Face hub as owner/name"
     )
+
+
+def _nearest_paths(path: Path) -> list[str]:
+    """The files and directories whose path, or that of their directory, is misspelled in `path`."""
+    parents = [path.parent]
+    if not path.parent.is_dir():
+        parents = [path.parent.parent / one for one in nearest(path.parent.name, _entries(path.parent.parent))]
+    return [str(parent / one) for parent in parents for one in nearest(path.name, _entries(parent), 3)]
+
+
+def _entries(directory: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in directory.iterdir())
+    except (OSError, ValueError):  # not a directory, or not readable: nothing can be suggested
+        return []
 
 
 def _nearest(name: str) -> list[str]:
@@ -126,7 +172,9 @@ def _snapshot(huggingface_hub, identifier: str, revision: str | None) -> Path:
 
     def snapshot(patterns: list[str]) -> Path:
         return Path(
-            huggingface_hub.snapshot_download(identifier, revision=revision, allow_patterns=[files.CONFIG, *patterns])
+            huggingface_hub.snapshot_download(
+                identifier, revision=revision, allow_patterns=[files.CONFIG, files.PREPROCESSOR, *patterns]
+            )
         )
 
     directory = snapshot(_WEIGHTS)
@@ -137,16 +185,17 @@ def _snapshot(huggingface_hub, identifier: str, revision: str | None) -> Path:
     found = [name for name in names if name.endswith((".safetensors", ".npz"))]
     if len(found) != 1:
         contents = f"several weights files: {few(found, 4)}" if found else "no .safetensors or .npz file"
+        way_out = "give the URL of one" if found else "download another file, to convert it"
         raise UserError(
-            f"{identifier} on the hub has {contents}\n"
-            f"  give the URL of one: {HUB}/{identifier}/resolve/{revision or 'main'}/FILE"
+            f"{identifier} on the hub has {contents}\n  {way_out}: {HUB}/{identifier}/resolve/{revision or 'main'}/FILE"
         )
     return snapshot(found)
 
 
 def _by_hand(name: str, identifier: str, reason: str) -> UserError:
+    no_file = "" if name in PUBLISHED else "there is no such file, and "
     return UserError(
-        f"{name}: the download from the hub failed: {reason}\n"
+        f"{name}: {no_file}the download from the hub failed: {reason}\n"
         f"  download {files.SAFETENSORS} and {files.CONFIG} from {HUB}/{identifier}/tree/main on any machine,\n"
         f"  put both into {cache_dir() / identifier.replace('/', '--')}, and use the same name again"
     )
@@ -167,7 +216,9 @@ def _from_url(url: str) -> Path:
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError as error:
-        raise UserError(f"{url} is not a valid URL: {error}") from error
+        raise UserError(
+            f"{url} is not a valid URL: {error}\n  correct it, or download the file and give its path"
+        ) from error
     inside = parts.path.strip("/").split("/")
     if parts.hostname in _HUB_HOSTS:
         if len(inside) == 2 or inside[2:3] == ["tree"]:
@@ -199,14 +250,14 @@ def _download(url: str, target: Path, part: BinaryIO) -> None:
     """Completes `part`, renames it to `target` and checks that it is a file of arrays."""
     if target.suffix == ".safetensors":
         _download_config(url, target.parent)
-    print(f"downloading {url} to {target}", file=sys.stderr, flush=True)
+    terminal.warn(f"downloading {url} to {target}")
     with _network(url):
         total = _complete(url, Path(part.name), part)
     part.flush()
     have = os.fstat(part.fileno()).st_size
     if total is not None and have < total:
         raise _interrupted(url, f"the connection was closed at {have:,} of {total:,} bytes")
-    os.replace(part.name, target)
+    atomic.sync_and_rename(Path(part.name), target)
     _validator(Path(part.name)).unlink(missing_ok=True)
     try:
         files.open_file(target)
@@ -237,18 +288,21 @@ def _complete(url: str, path: Path, part: BinaryIO) -> int | None:
         total = have + int(length) if length and length.isdigit() else None
         free = shutil.disk_usage(path.parent).free
         if total is not None and total - have > free:
-            raise UserError(f"{url}: {total - have:,} bytes to download, but {path.parent} has {free:,} free")
+            raise UserError(
+                f"{url}: {total - have:,} bytes to download, but {path.parent} has {free:,} free\n"
+                "  free disk space, or set XDG_CACHE_HOME to another directory"
+            )
         tag = reply.headers["ETag"]
         seal = tag if tag and not tag.startswith("W/") else reply.headers["Last-Modified"]
         _validator(path).write_text(seal) if seal else _validator(path).unlink(missing_ok=True)
         while block := reply.read(2**20):
             part.write(block)
             have += len(block)
-            if sys.stderr.isatty():
+            if terminal.is_live(sys.stderr):
                 of = f" of {total / 1e6:,.0f}" if total else ""
-                print(f"\r{have / 1e6:,.0f}{of} MB", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+                terminal.warn(f"\r{have / 1e6:,.0f}{of} MB", end="")
+    if terminal.is_live(sys.stderr):
+        terminal.warn()
     return total
 
 

@@ -12,19 +12,21 @@ from typing import Any
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules
-from vit_jax.weights.describe import Choices, Description, Names, check_config, check_names, config_value
+from vit_jax.weights.describe import Choices, Description, Names, check_config, check_names, config_value, odd_head
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Parts, Rule, dense, norm
 
 LABEL = "Hugging Face's naming"
 KINDS = ("vit", "vit_msn", "ijepa", "deit", "dinov2", "dinov2_with_registers", "vit_mae")
 GELUS = {"gelu": "exact", "gelu_python": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
-IGNORED = {
-    r"embeddings\.mask_token$": "only used in masked pre-training",
-    r"pooler\.dense\.": "a layer of the pooled output, which the classifier does not use",
-}
-OUTSIDE = {r"decoder\.": "the decoder of masked pre-training"}
+LAYER = r"(?:encoder\.layer|layers)\.(\d+)\."
+
+# How a model is recognized in a file, as in timm.py. In models with a head, the encoder is below one of INNER.
+BLOCK = r"(?:encoder\.layer|layers)\.\d+\.(?:attention|layernorm_before|norm1)\."
+EMBEDDING, CLASSIFIER = r"(?:\w+\.)?embeddings\.patch_embeddings\.", r"(\w+_)?classifier\."
+SEPARATOR, INNER = ".", ("vit", "vit_msn", "ijepa", "deit", "dinov2", "dinov2_with_registers", "vit_mae")
+
+IGNORED = {r"pooler\.dense\.": "a layer of the pooled output, which the classifier does not use"}
 TEACHER = "its logits are the mean of two heads, on class token and distillation token, which is not supported"
 BOTH = "its head reads both the class token and the mean of the patches, which is not supported"
 KNOWN = ("embeddings.cls_token", "embeddings.position_embeddings", "embeddings.register_tokens", "classifier.weight")
@@ -51,12 +53,6 @@ class Spelling:
     registers: str
 
 
-def recognise(shapes: Mapping[str, Any]) -> bool:
-    """Whether arrays with these names are of this kind."""
-    encoder = any(re.match(rf"([A-Za-z0-9_]+\.)?{BLOCK}(attention|layernorm_before|norm1)\.", name) for name in shapes)
-    return encoder and any("embeddings." in name for name in shapes)
-
-
 def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
     """The description of a file.
 
@@ -65,13 +61,12 @@ def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
     """
     names = Names(stored.shapes, _prefix(stored.shapes), LABEL)
     config, choices = _config(stored), Choices(overrides)
-    spelling, heads = _spelling(names), [name for name in stored.shapes if re.match(r"(\w+_)?classifier\.", name)]
+    spelling, heads = _spelling(names), [name for name in stored.shapes if re.match(CLASSIFIER, name)]
     refusal = _refusal(stored.shapes, names, heads)
     parts = _parts(names, spelling, bool(heads) and refusal is None)
     ignored = {
         f"{names.prefix}{name}": why for name in names for pattern, why in IGNORED.items() if re.match(pattern, name)
     }
-    ignored |= {name: why for name in stored.shapes for pattern, why in OUTSIDE.items() if re.match(pattern, name)}
     if refusal is not None:
         ignored |= dict.fromkeys(heads, "a head that is not supported: " + refusal.split(", which")[0])
     table = _rules(parts, spelling)
@@ -95,12 +90,14 @@ def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
 
 
 def _prefix(shapes: Mapping[str, Any]) -> str:
-    found = [match[1] for name in shapes if (match := re.match(rf"((?!decoder)\w+\.)?{BLOCK}", name))]
-    return max(set(found), key=found.count, default="") or ""
+    return next((f"{start}." for start in INNER if any(name.startswith(f"{start}.") for name in shapes)), "")
 
 
 def _config(stored: Stored) -> dict[str, Any]:
     config = stored.config or {}
+    # Models with a decoder or a text tower have the config of the image encoder inside.
+    inner = (config.get(key) for key in ("vision_config", "encoder", "backbone_config"))
+    config = next((one for one in inner if isinstance(one, dict) and one.get("model_type") in KINDS), config)
     if not isinstance(config.get("model_type"), str):
         return {}
     if config["model_type"] not in KINDS:
@@ -113,14 +110,14 @@ def _config(stored: Stored) -> dict[str, Any]:
 
 
 def _spelling(names: Names) -> Spelling:
-    swiglu = "apart" if names.any(rf"{BLOCK}mlp\.gate_proj\.") else "packed"
-    gated = names.any(rf"{BLOCK}mlp\.(gate_proj|weights_in)\.")
+    swiglu = "apart" if names.any(rf"{LAYER}mlp\.gate_proj\.") else "packed"
+    gated = names.any(rf"{LAYER}mlp\.(gate_proj|weights_in)\.")
     return Spelling(
         prefix=names.prefix,
         block="encoder.layer.{}." if names.any(r"encoder\.layer\.") else "layers.{}.",
-        dinov2=names.any(rf"{BLOCK}(norm1|layer_scale1)\."),
-        attention="proj" if names.any(rf"{BLOCK}attention\.[qkv]_proj\.") else "attention",
-        mlp=swiglu if gated else "fc" if names.any(rf"{BLOCK}mlp\.") else "dense",
+        dinov2=names.any(rf"{LAYER}(norm1|layer_scale1)\."),
+        attention="proj" if names.any(rf"{LAYER}attention\.[qkv]_proj\.") else "attention",
+        mlp=swiglu if gated else "fc" if names.any(rf"{LAYER}mlp\.") else "dense",
         registers="distillation_token" if "embeddings.distillation_token" in names else "register_tokens",
     )
 
@@ -129,18 +126,19 @@ def _refusal(shapes: Mapping[str, tuple[int, ...]], names: Names, heads: list[st
     if any(not name.startswith("classifier.") for name in heads):
         return TEACHER
     width = names.shape("embeddings.patch_embeddings.projection.weight", 4)[0]
-    return BOTH if shapes.get("classifier.weight", ())[1:] == (2 * width,) else None
+    both = shapes.get("classifier.weight", ())[1:] == (2 * width,)
+    return BOTH if both else odd_head(Names(shapes, "", LABEL), "classifier.")
 
 
 def _parts(names: Names, spelling: Spelling, head: bool) -> Parts:
     return Parts(
-        depth=names.count(BLOCK),
+        depth=names.count(LAYER),
         class_token="embeddings.cls_token" in names,
         registers=f"embeddings.{spelling.registers}" in names,
         positions=True,
         mlp="swiglu" if spelling.mlp in ("packed", "apart") else "gelu",
-        qkv_bias=names.any(rf"{BLOCK}attention\.(attention\.query|q_proj)\.bias"),
-        layer_scale=names.any(rf"{BLOCK}layer_scale\d\."),
+        qkv_bias=names.any(rf"{LAYER}attention\.(attention\.query|q_proj)\.bias"),
+        layer_scale=names.any(rf"{LAYER}layer_scale\d\."),
         head=head,
     )
 
@@ -155,7 +153,7 @@ def _model(
 ) -> tuple[VisionTransformer, int]:
     width, channels, patch, across = names.shape("embeddings.patch_embeddings.projection.weight", 4)
     if patch != across:
-        raise UserError(f"the file has patches of {patch}x{across}: only square patches are supported")
+        raise UserError(f"the file has patches of {patch}x{across}\n  allowed: square patches")
     first = {"dense": "intermediate.dense", "fc": "mlp.fc1", "packed": "mlp.weights_in", "apart": "mlp.gate_proj"}
     hidden = names.shape(f"{spelling.block.format(0)}{first[spelling.mlp]}.weight", 2)[0]
     family = "Hugging Face's " + ("DINOv2" if spelling.dinov2 else "ViT and DeiT")

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import difflib
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from vit_jax.errors import UserError, few
+from vit_jax import arguments
+from vit_jax.errors import UserError, few, nearest
 from vit_jax.models.block_config import options_that_affect, parameter_options
 from vit_jax.models.parameters import heads, nested, parameter_shapes
 from vit_jax.models.positions import POSITIONS
 from vit_jax.models.stacking import stack_flat
 from vit_jax.models.vit import VisionTransformer, position_at, token_grid
-from vit_jax.weights import files, fit, google, hub, huggingface, native, timm
+from vit_jax.weights import files, fit, google, hub, huggingface, native, preprocessing, timm, towers
 from vit_jax.weights.describe import Description, pair
 from vit_jax.weights.report import Report, Row, stack_rows
 from vit_jax.weights.rules import Rule
@@ -30,12 +31,12 @@ FAMILIES = (google, timm, huggingface)
 FITTED = ("patch_size", "position_grid")  # may differ: parameters are converted, or a note says how to keep it
 FUNCTION = tuple(name for name in options_that_affect(VisionTransformer, "function") if name not in FITTED)
 NOT_IN_ARRAYS = ("heads", *FUNCTION, "position")  # options that the arrays need not determine
-OVERRIDES = ("classes", "image_size", "patch_size", "channels", "dtype", "scan", "step", *NOT_IN_ARRAYS)
+OVERRIDES = ("classes", "image_size", "patch_size", "channels", "dtype", "scan", "step", "prefix", *NOT_IN_ARRAYS)
 
 NEW_HEAD = "a new head was requested"
 
 
-def load(path_or_name: str | os.PathLike, **overrides: Any) -> tuple[VisionTransformer, dict[str, Any], Report]:
+def load(path_or_name: str | bytes | os.PathLike, **overrides: Any) -> tuple[VisionTransformer, dict[str, Any], Report]:
     """Returns the model of a file, its parameters, and a report of what was done with every array.
 
     Args:
@@ -45,7 +46,7 @@ def load(path_or_name: str | os.PathLike, **overrides: Any) -> tuple[VisionTrans
             mapping for several heads; None for features only), `image_size` (pixels, an int or (height, width)),
             `patch_size`, `channels`, `dtype` (compute dtype), `scan` (stacked blocks). Options that the arrays do not
             determine: `heads`, `gelu`, `layer_norm_epsilon`, `pooling`, `position`. For a workdir: `step`, a number or
-            'best'.
+            'best'. For a file with several models: `prefix`, the start of the names of one, such as 'teacher'.
 
     Returns:
         The model; its parameters for `model.apply({"params": ...})`, NumPy arrays in float32 (some of them views that
@@ -54,8 +55,8 @@ def load(path_or_name: str | os.PathLike, **overrides: Any) -> tuple[VisionTrans
     Raises:
         UserError: the file does not exist, cannot be read, is not a complete model, or does not fit the overrides.
     """
-    _check_overrides(overrides)
-    decisive = {name: overrides[name] for name in (*NOT_IN_ARRAYS, "image_size") if name in overrides}
+    overrides = _checked_overrides(overrides)
+    decisive = {name: overrides[name] for name in (*NOT_IN_ARRAYS, "image_size", "prefix") if name in overrides}
     source, description, arrays = _understand(path_or_name, decisive, overrides.get("step"))
     with _as_user_error(source):
         _check_contradictions(description, overrides)
@@ -73,11 +74,11 @@ def load(path_or_name: str | os.PathLike, **overrides: Any) -> tuple[VisionTrans
 
 
 def load_into(
-    path_or_name: str | os.PathLike,
+    path_or_name: str | bytes | os.PathLike,
     model: VisionTransformer,
-    image_size: int | tuple[int, int],
-    channels: int,
-    seed: int = 0,
+    image_size: int | np.integer | tuple[int, int],
+    channels: int | np.integer,
+    seed: int | np.integer = 0,
     new_head: bool = False,
 ) -> tuple[dict[str, Any], Report]:
     """Returns parameters for a given model from a file of the same architecture, and the report.
@@ -96,6 +97,8 @@ def load_into(
     Raises:
         UserError: as in `load`; or the file's model has other parameters: names the options that differ.
     """
+    image_size, channels = arguments.size("image_size", image_size), arguments.integer("channels", channels)
+    seed = arguments.integer("seed", seed, minimum=0)
     overrides = {"image_size": image_size, "heads_otherwise": model.heads, "position": model.position}
     source, description, arrays = _understand(path_or_name, overrides, None)
     with _as_user_error(source):
@@ -114,12 +117,12 @@ def load_into(
         return _take(source, description, arrays, model, pair(image_size), channels, seed, new_head)
 
 
-def recognise(path_or_name: str | os.PathLike, **overrides: Any) -> Description:
+def recognise(path_or_name: str | bytes | os.PathLike, **overrides: Any) -> Description:
     """Returns the description of a file, with its model and the normalization of its images, without loading it.
 
     Args:
         path_or_name: as in `load`.
-        **overrides: values of options that the arrays do not determine, such as `heads` and `pooling`.
+        **overrides: values of options that the arrays do not determine, such as `heads` and `pooling`; `prefix`.
 
     Raises:
         UserError: as in `load`.
@@ -136,7 +139,10 @@ def _check_same_parameters(theirs: VisionTransformer, model: VisionTransformer) 
         if name not in FITTED and there[name] != here[name]
     ]
     if different:
-        raise UserError(f"its model differs from the one to load into: it has {few(different, 6)}")
+        raise UserError(
+            f"its model differs from the one to load into: it has {few(different, 6)}\n"
+            "  set the same options, or use another file"
+        )
 
 
 def _named(description: Description, model: VisionTransformer) -> Description:
@@ -162,51 +168,63 @@ def _as_user_error(source: str) -> Iterator[None]:
         raise UserError(f"{source}: {error}") from None
 
 
-def _check_overrides(overrides: Mapping[str, Any]) -> None:
+def _checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides with values of Python's types."""
     for name in overrides:
         if name not in OVERRIDES:
-            near = difflib.get_close_matches(name, OVERRIDES, n=1, cutoff=0.0)[0]
-            raise UserError(f"{name} is not an override; nearest: {near}\n  known: {', '.join(OVERRIDES)}")
-    for name in ("patch_size", "channels", "heads"):
-        value = overrides.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{name} is {value!r}\n  allowed: an integer of at least 1")
-    size = pair(overrides["image_size"]) if "image_size" in overrides else (1, 1)
-    if size is None or min(size) < 1:
-        raise UserError(f"image_size is {overrides['image_size']!r}: it must be pixels, or (height, width)")
+            near = "".join(f"; nearest: {one}" for one in nearest(name, OVERRIDES))
+            raise UserError(f"{name} is not an override{near}\n  known: {', '.join(OVERRIDES)}")
+    converters = {
+        **dict.fromkeys(("patch_size", "channels", "heads"), arguments.integer),
+        **dict.fromkeys(("gelu", "pooling", "position"), arguments.text),
+        "image_size": arguments.size,
+        "classes": arguments.classes,
+        "scan": arguments.boolean,
+        "layer_norm_epsilon": arguments.number,
+        "step": functools.partial(arguments.integer, minimum=0, words=("best", None)),
+    }
+    overrides = {name: converters[name](name, v) if name in converters else v for name, v in overrides.items()}
+    if not isinstance(overrides.get("prefix"), str | None):
+        raise UserError(
+            f"prefix is {arguments.shown(overrides['prefix'])}\n  allowed: the start of names, such as 'teacher'"
+        )
     if overrides.get("pooling") == "map":
         raise UserError("pooling is 'map', which has parameters of its own\n  allowed: token, mean, none")
+    return overrides
 
 
 def _understand(
-    path_or_name: str | os.PathLike, overrides: Mapping[str, Any], step: int | str | None
+    path_or_name: str | bytes | os.PathLike, overrides: Mapping[str, Any], step: int | str | None
 ) -> tuple[str, Description, Mapping[str, np.ndarray]]:
     """The file's name for messages, its description, and its arrays."""
-    path = Path(hub.fetch(os.fspath(path_or_name)))
-    if native.recognise(path):
+    path = Path(hub.fetch(arguments.path("path_or_name", path_or_name)))
+    with files.user_errors(path):
+        is_run = native.recognise(path)
+    if is_run and overrides.get("prefix") is not None:
+        raise UserError(
+            f"prefix is {overrides['prefix']!r}, but {path} is a run directory, which has one model\n  omit prefix"
+        )
+    if is_run:
         with _as_user_error(str(path)):
             return (str(path), *native.describe(path, step))
     if step is not None:
-        raise UserError(f"step is {step!r}, but {path} is a file: only the workdir of a training run has steps")
+        raise UserError(f"step is {step!r}, but {path} is a file\n  omit step, or give the workdir of a training run")
     stored = files.open_file(path)
     source = str(stored.path)
     with _as_user_error(source):
-        if native.is_ours(stored):
+        if native.is_ours(stored) and overrides.get("prefix") is None:
             return source, *native.describe_file(stored)
-        for family in FAMILIES:
-            if family.recognise(stored.shapes):
-                return source, family.describe(stored, overrides), stored.arrays
-        raise UserError(
-            f"not a known Vision Transformer, by the names of its arrays: {few(stored.shapes, 6)}\n"
-            "  allowed: files of Google (.npz), timm and Hugging Face (.safetensors), and workdirs of training runs"
-        )
+        description = towers.describe(stored, FAMILIES, overrides.get("prefix"), overrides)
+        return source, preprocessing.complete(description, stored), stored.arrays
 
 
 def _check_contradictions(description: Description, overrides: Mapping[str, Any]) -> None:
     decided = {decision.field for decision in description.decisions}
     for name in NOT_IN_ARRAYS:
         if name in overrides and name not in decided and getattr(description.model, name) != overrides[name]:
-            raise UserError(f"{name} is {overrides[name]!r}, but the file has {getattr(description.model, name)!r}")
+            raise UserError(
+                f"{name} is {overrides[name]!r}, but the file has {getattr(description.model, name)!r}\n  omit {name}"
+            )
 
 
 def _overridden(model: VisionTransformer, overrides: Mapping[str, Any]) -> VisionTransformer:
@@ -216,11 +234,8 @@ def _overridden(model: VisionTransformer, overrides: Mapping[str, Any]) -> Visio
             fields["dtype"] = jnp.dtype(overrides["dtype"])
         except TypeError:
             raise UserError(
-                f"dtype is {overrides['dtype']!r}: it must be a dtype such as float32 or bfloat16"
+                f"dtype is {overrides['dtype']!r}\n  allowed: a floating-point dtype, such as float32 or bfloat16"
             ) from None
-    classes = fields.get("classes")
-    if classes is not None and not isinstance(classes, int | Mapping):
-        raise UserError(f"classes is {classes!r}: it must be a number, a mapping from names to numbers, or None")
     return model.clone(**fields)
 
 
@@ -242,7 +257,9 @@ def _take(
     """Reads and converts the arrays of all rules, initializes missing heads, and makes the report."""
     grid = None if image_size is None else token_grid(model, image_size)
     if grid is None and not POSITIONS[model.position].fixed and model.position != "none":
-        raise UserError(f"the size of the position embedding {model.position!r} is unknown: pass image_size")
+        raise UserError(
+            f"the size of the position embedding {model.position!r} is unknown\n  pass image_size, in pixels"
+        )
     wanted = parameter_shapes(model, grid, channels)
     flat, rows = {}, []
     for rule in description.rules:
@@ -255,7 +272,7 @@ def _take(
             if wanted.get(path) != value.shape:
                 raise UserError(
                     f"{', '.join(rule.names)}: {path} would have shape {list(value.shape)}, but by the file's other "
-                    f"arrays it has {list(wanted.get(path, ()))}"
+                    f"arrays it has {list(wanted.get(path, ()))}\n  use a complete file of one model"
                 )
             flat[path] = value
         rows.append(row)
@@ -273,6 +290,8 @@ def _take(
         tuple(rows),
         description.decisions,
         description.notes,
+        description.statistics,
+        description.class_names,
     )
     return nested(flat), report
 
@@ -309,7 +328,10 @@ def _read(
     for name in rule.names:
         array = arrays[name]
         if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
-            raise UserError(f"{name} is {array.dtype}: parameters must be floating-point numbers, not quantised")
+            raise UserError(
+                f"{name} is {array.dtype}: parameters must be floating-point numbers\n"
+                "  use the file of the model before quantization"
+            )
         files.check_finite(f"{source}: {name}", array)
         if array.dtype != np.float32:
             details.append(f"{array.dtype} -> float32")
@@ -320,7 +342,10 @@ def _read(
         values = rule.form.read(raw)
     except (ValueError, IndexError) as error:  # incompatible shapes
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in zip(rule.names, raw, strict=True))
-        raise UserError(f"these arrays cannot be converted to {rule.paths[0]}: {shapes} ({error})") from None
+        raise UserError(
+            f"these arrays cannot be converted to {rule.paths[0]}: {shapes} ({error})\n"
+            "  use a complete file of one model"
+        ) from None
     action, fitted = rule.form.word, []
     for path, value in zip(rule.paths, values, strict=True):
         value, did = _fitted(path, value, description, model, grid, channels)
@@ -369,7 +394,9 @@ def _initialize(
     missing = [path for path in wanted if path not in flat]
     foreign = [path for path in missing if not path.startswith("head/")]
     if foreign:
-        raise UserError(f"the file has no arrays for {few(foreign, 6)}: nothing was loaded")
+        raise UserError(
+            f"the file has no arrays for {few(foreign, 6)}: nothing was loaded\n  use a complete file of the model"
+        )
     rows = []
     had = ", ".join(f"{count} classes" for count in heads(description.model.classes).values()) or "no head"
     why = NEW_HEAD if new_head else f"the file has {had}"

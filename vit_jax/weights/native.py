@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax import atomic
 from vit_jax.checkpoint import input_spec, integrity
 from vit_jax.checkpoint.manager import CheckpointManager
-from vit_jax.checkpoint.run_files import CHECKPOINTS
+from vit_jax.checkpoint.run_files import CHECKPOINTS, is_step, read_config
 from vit_jax.errors import UserError, few
 from vit_jax.models import variants
 from vit_jax.models.parameters import parameter_shapes
@@ -25,26 +26,58 @@ LABEL = "a run of vit_jax"
 AVERAGE = "an average of checkpoints of vit_jax"
 BACKBONE = "backbone"  # the name of the model inside a pre-training module
 SEALED = "vit_jax.parameters"  # key of config, steps and digests in the header of a file written by `average`
+MAX_GRID = 4096  # patches per side; an image with more is none that a model was trained on
 PARAMETERS, AVERAGED = "parameters", "averaged"  # top-level names in a checkpoint; files of averages use the first
 
 
 def recognise(path: Path) -> bool:
-    """Whether the path is a run directory with checkpoints, its directory of checkpoints, or one checkpoint."""
-    return _locate(path) is not None
+    """Whether the path is a run directory with checkpoints, its directory of checkpoints, or one checkpoint.
+
+    Other programs have directories called 'checkpoints' too, which hold weights files.
+
+    Raises:
+        UserError: it is a run directory without checkpoints.
+    """
+    if _locate(path) is not None:
+        return True
+    if path.is_dir() and not files.holds_weights(path) and _is_run(path):
+        seeds = sorted(entry.name for entry in path.glob("seed-*"))
+        way_out = f"give the directory of one seed: {few(seeds)}" if seeds else "run the training command again"
+        raise UserError(f"{path} is a run directory without checkpoints\n  {way_out}")
+    return False
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        config = read_config(path)
+    except UserError:  # of another program
+        return False
+    return config is not None and {"model", "data", "train"} <= set(config)
 
 
 def _locate(path: Path) -> tuple[Path, int | None] | None:
-    """The run directory, and the step if the path is a single checkpoint."""
+    """The run directory, and the step if the path is a single checkpoint; None if there is no checkpoint."""
     if not path.is_dir():
         return None
     path = path.resolve()
-    if (path / CHECKPOINTS).is_dir():
+    if (path / CHECKPOINTS).is_dir() and _has_checkpoints(path / CHECKPOINTS, path):
         return path, None
-    if path.name == CHECKPOINTS:
+    if path.name == CHECKPOINTS and _has_checkpoints(path):
         return path.parent, None
-    if path.parent.name == CHECKPOINTS and re.fullmatch(r"[0-9]+", path.name):
+    if path.parent.name == CHECKPOINTS and _is_checkpoint(path):
         return path.parent.parent, int(path.name)
     return None
+
+
+def _has_checkpoints(path: Path, *others: Path) -> bool:
+    """Whether a directory called 'checkpoints' is of a run: it has a checkpoint, or nothing here holds weights."""
+    below = [entry for entry in path.iterdir() if entry.is_dir()]
+    return any(map(_is_checkpoint, below)) or not any(map(files.holds_weights, (path, *below, *others)))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a directory is one of our checkpoints, perhaps a damaged one: its name is a step."""
+    return is_step(path.name) and path.is_dir() and ((path / "state").exists() or not files.holds_weights(path))
 
 
 def describe(path: Path, step: int | str | None) -> tuple[Description, Mapping[str, np.ndarray]]:
@@ -83,7 +116,9 @@ def _read(manager: CheckpointManager, step: int) -> tuple[str, dict[str, np.ndar
     content = manager.content(step)
     config = content["metadata"].get("config")
     if config is None:
-        raise UserError(f"the checkpoint of step {step} contains no config")
+        raise UserError(
+            f"the checkpoint of step {step} contains no config\n  use another checkpoint: step=N, or --step=N"
+        )
     names = list(content["digests"])
     kind = AVERAGED if any(name.startswith(f"{AVERAGED}/") for name in names) else PARAMETERS
     parameters = manager.read_part(step, kind)
@@ -111,7 +146,7 @@ def average(path: Path, steps: list[int], target: Path) -> None:
             sums[name] = sums.get(name, 0.0) + array.astype(np.float64)
     means = {name: np.asarray(total / len(steps), np.float32) for name, total in sums.items()}
     content = {"config": config, "steps": sorted(steps), "digests": integrity.digests(means)}
-    files.write_safetensors(target, means, {SEALED: json.dumps(integrity.seal(content))})
+    files.write_safetensors(target, means, {SEALED: atomic.to_json(integrity.seal(content))})
 
 
 def is_ours(stored: Stored) -> bool:
@@ -130,12 +165,18 @@ def describe_file(stored: Stored) -> tuple[Description, Mapping[str, np.ndarray]
     except ValueError:
         content = None
     if not integrity.is_sealed(content):
-        raise UserError("the file is corrupt: its header changed since it was written")
+        raise UserError(
+            "the file is corrupt: its header changed since it was written\n"
+            "  average the checkpoints again: python -m vit_jax.checkpoints average --help"
+        )
     parameters = dict(stored.arrays)
     found = integrity.digests(parameters)
     changed = [name for name in {**found, **content["digests"]} if found.get(name) != content["digests"].get(name)]
     if changed:
-        raise UserError(f"the file is corrupt: {few(changed, 6)} changed since it was written")
+        raise UserError(
+            f"the file is corrupt: {few(changed, 6)} changed since it was written\n"
+            "  average the checkpoints again: python -m vit_jax.checkpoints average --help"
+        )
     notes = (f"the mean of the parameters of steps {few(map(str, content['steps']), 6)}",)
     size = _image_size(None, content["config"])
     return _description(AVERAGE, parameters, PARAMETERS, [], content["config"], notes, size), parameters
@@ -155,9 +196,15 @@ def _description(
     prefix = f"{kind}/{BACKBONE}/" if is_pretraining else f"{kind}/"
     shapes = {name[len(prefix) :]: array.shape for name, array in parameters.items() if name.startswith(prefix)}
     model, data = _model(config, shapes, image_size), config.get("data") or {}
+    check_depth(model.depth, shapes)
     channels = shapes.get("embedding/projection/kernel", (0,))[0] // model.patch_size**2
     if model.stem is not None:
         channels = shapes.get("stem/convolution_root/kernel", (0, 0, 0))[2]
+    if not channels:
+        raise UserError(
+            f"its config says model.variant={config['model']['variant']!r}, which its patch embedding does not have\n"
+            "  use the config.json that the run wrote"
+        )
     choices = Choices({})
     grid = _grid(shapes, model, data.get("image_size"), choices)
     rules = _rules(parameter_shapes(model, grid, channels), shapes, prefix, model.depth)
@@ -185,6 +232,23 @@ def _description(
     )
 
 
+def check_depth(depth: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Checks the number of blocks against the stored arrays, before a model with so many is built.
+
+    Args:
+        depth: number of blocks by the config.
+        shapes: of the arrays, by their names in the model or in a checkpoint.
+
+    Raises:
+        ValueError: the arrays have another number of blocks.
+    """
+    single = {int(match[1]) for name in shapes if (match := re.search(r"\bencoder/block_(\d+)/", name))}
+    stacked = {shape[0] for name, shape in shapes.items() if re.search(r"\bencoder/blocks/", name) and shape}
+    found = max(single) + 1 if single else max(stacked, default=depth)
+    if found != depth:
+        raise ValueError(f"the config has model.depth={depth:,}, but the arrays are those of {found:,} blocks")
+
+
 def _model(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], image_size: tuple[int, int] | None
 ) -> VisionTransformer:
@@ -192,9 +256,14 @@ def _model(
         # The attention backend depends on the machine, not on the parameters.
         section = {key: value for key, value in config["model"].items() if key != "attention_kernel"}
         fields = variants.fields_of_options(section)
-        return _with_grid(VisionTransformer(classes=_classes(shapes), **{**fields, "scan": False}), image_size)
+        model = _with_grid(VisionTransformer(classes=_classes(shapes), **{**fields, "scan": False}), image_size)
+        if (model.position_grid or 0) > MAX_GRID:  # its table of positions would not fit into memory
+            raise ValueError(f"position_grid is {model.position_grid:,}: more than {MAX_GRID:,} patches per side")
+        return model
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"its config is not valid in this version: {error}") from None
+        raise UserError(
+            f"its config is not valid in this version: {error}\n  use the version that trained the run"
+        ) from None
 
 
 def _rules(paths: Iterable[str], shapes: Mapping[str, tuple[int, ...]], prefix: str, depth: int) -> list[Rule]:

@@ -21,6 +21,8 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
+from vit_jax.errors import one_line
+
 _MAX_DIRECTORY = 2 * 10**6  # bytes of zip directory: about 15,000 members
 _MAX_HEADER = 10_000  # bytes of a member's header, numpy's own limit
 # Compressed members may expand to this many bytes, plus this multiple of the file's size. Weights hardly compress.
@@ -92,7 +94,7 @@ def entries(file: BinaryIO, size: int) -> dict[str, Entry]:
 def _directory(file: BinaryIO, size: int) -> tuple[list[zipfile.ZipInfo], int]:
     """The members in the archive's directory, with checked names, and the position of the directory in the file."""
     try:
-        with zipfile.ZipFile(_Bounded(file, size)) as archive:
+        with open_zip(file, size) as archive:
             members, end = archive.infolist(), archive.start_dir
     except zipfile.BadZipFile as error:
         raise ValueError("truncated or corrupt: its zip directory is missing or invalid") from error
@@ -107,6 +109,11 @@ def _directory(file: BinaryIO, size: int) -> tuple[list[zipfile.ZipInfo], int]:
     if not members:
         raise ValueError("it contains no arrays")
     return members, end
+
+
+def open_zip(file: BinaryIO, size: int) -> zipfile.ZipFile:
+    """The archive in a file of `size` bytes; its directory takes little memory, whatever it claims."""
+    return zipfile.ZipFile(_Bounded(file, size))
 
 
 class _Bounded(io.RawIOBase):
@@ -201,7 +208,7 @@ def _npy_header(head: bytes, name: str) -> tuple[tuple[int, ...], bool, np.dtype
         with warnings.catch_warnings(action="ignore"):  # about files written by Python 2
             shape, fortran_order, dtype = readers[version](stream, max_header_size=_MAX_HEADER)
     except Exception as error:  # also SyntaxError, MemoryError and RecursionError of Python's parser
-        raise ValueError(f"member {name!r} has no readable .npy header") from error
+        raise ValueError(f"member {name!r} has no readable .npy header: {one_line(error)}") from error
     if dtype.hasobject:
         raise ValueError(f"member {name!r} contains pickled Python objects, which can execute code when they are read")
     if dtype.kind not in "biufcSU" and not (dtype.kind == "V" and dtype.itemsize == 2 and not dtype.names):

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+from vit_jax.data.normalization import Statistics
 from vit_jax.models.stacking import stacked_path
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights.describe import Decision
@@ -40,10 +41,12 @@ class Report:
         model: the loaded model.
         image_size: height and width of the images that its position embedding is for; None for any size.
         channels: number of channels of its images.
-        normalization: of the images it was trained on, a value of `config.data.normalization`.
+        normalization: of the images it was trained on, a value of `config.data.normalization`, or `describe.OTHER`.
         rows: one per rule, and one per array that was ignored or initialized.
         decisions: options of the model that the arrays do not determine, and where their values come from.
         notes: what else a user should know.
+        statistics: mean and std of each channel of these images, if recorded beside the file.
+        class_names: of its only head, if recorded beside the file.
     """
 
     source: str
@@ -55,6 +58,8 @@ class Report:
     rows: tuple[Row, ...]
     decisions: tuple[Decision, ...] = ()
     notes: tuple[str, ...] = ()
+    statistics: Statistics | None = None
+    class_names: tuple[str, ...] | None = None
 
     def counts(self) -> dict[str, int]:
         """The number of rows per action, in the order of the table."""

@@ -1,6 +1,5 @@
 """Exports parameters in formats that other projects read: Google's .npz, or timm's .safetensors with config.json."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,22 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import atomic
+from vit_jax import arguments, atomic, paths
 from vit_jax.errors import UserError
 from vit_jax.models.positions import POSITIONS, TokenLayout
 from vit_jax.models.vit import VisionTransformer, position_at, token_grid
 from vit_jax.weights import files, google, timm, timm_writer
+from vit_jax.weights.describe import pair
 
 TABLES = ("sincos_2d", "sinusoidal", "learned_2d")  # positions that can be written as a table
 FORMATS = {"google": ".npz", "timm": ".safetensors"}
 
 
 def save(
-    path: str | os.PathLike,
+    path: str | bytes | os.PathLike,
     model: VisionTransformer,
     parameters: Mapping[str, Any],
-    image_size: tuple[int, int] | None = None,
-    channels: int = 3,
+    image_size: int | np.integer | tuple[int, int] | None = None,
+    channels: int | np.integer = 3,
 ) -> tuple[str, ...]:
     """Writes a model's parameters to a file: '.npz' with Google's published names, '.safetensors' with timm's.
 
@@ -34,7 +34,7 @@ def save(
         path: of the file; its suffix selects the format.
         model: the model of the parameters, with or without `scan`.
         parameters: as in `model.apply({"params": ...})`.
-        image_size: height and width in pixels; needed for .safetensors, and for positions that are not a table.
+        image_size: in pixels, or (height, width); needed for .safetensors, and for positions that are not a table.
         channels: of the images; for .safetensors.
 
     Returns:
@@ -43,7 +43,12 @@ def save(
     Raises:
         UserError: the suffix is unknown, the format cannot express the model, or parameters are missing.
     """
-    path = Path(path).expanduser()
+    path = paths.expand(path, "path")
+    if not isinstance(model, VisionTransformer) or not isinstance(parameters, Mapping):
+        wrong = "model" if not isinstance(model, VisionTransformer) else "parameters"
+        raise UserError(f"{wrong} is of the wrong type\n  allowed: model and parameters as weights.load returns them")
+    image_size = None if image_size is None else pair(arguments.size("image_size", image_size))
+    channels = arguments.integer("channels", channels)
     family = format_of(path)
     try:
         model, flat, position_notes = _with_table(model, flattened(parameters), image_size)
@@ -55,9 +60,12 @@ def save(
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]} is missing: the parameters do not match the model") from None
+        raise UserError(
+            f"{path}: {error.args[0]} is missing: the parameters do not match the model\n"
+            "  pass the model and the parameters of one weights.load"
+        ) from None
     notes = position_notes + notes
-    files.write_safetensors(path, _contiguous(arrays), {"format": "pt", timm.OWN: json.dumps(config)})
+    files.write_safetensors(path, _contiguous(arrays), {"format": "pt", timm.OWN: atomic.to_json(config)})
     config_path = path.with_name(files.CONFIG)
     if config_path.is_file() and not _is_ours(config_path):
         config_path = path.with_name(f"{path.stem}.{files.CONFIG}")
@@ -65,7 +73,10 @@ def save(
     try:
         atomic.write_json(config_path, config)
     except OSError as error:
-        raise UserError(f"{config_path} cannot be written: {error.strerror}; the weights are in {path}") from error
+        raise UserError(
+            f"{config_path} cannot be written: {error.strerror}; the weights are in {path}\n"
+            "  free disk space or change its permissions, and save again"
+        ) from error
     return notes
 
 

@@ -22,6 +22,7 @@ from vit_jax.weights.describe import (
     check_names,
     config_value,
     hint,
+    odd_head,
     pixels_per_patch,
 )
 from vit_jax.weights.files import Stored
@@ -40,6 +41,8 @@ TANH = r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip|vit_large_pat
 REFUSED = {
     r".*_rpn_": "its blocks have LayerNorms after attention and MLP",
     r".*quickgelu": "its activation is the quick GELU",
+    r".*(rope|dinov3|eva02)": "its positions are rotary",
+    r".*relpos": "its positions are relative",
     r"test_vit3$": "its mean includes class token and registers",
 }
 
@@ -48,12 +51,11 @@ FOREIGN = {
     "norm_pre.": "a LayerNorm before the blocks, as in CLIP",
     "attn_pool.q_norm.": "normalized queries in attention pooling",
 }
-IGNORED = {
-    r"mask_token$": "only used in masked pre-training",
-    r"decoder[_.]": "the decoder of masked pre-training",
-}
 STEM = r"patch_embed\.backbone\."
 STEMS = ("patch_embed.backbone.stem.", "patch_embed.backbone.")  # with stages after it, and without
+# How a model is recognized in a file: the start of a block's names after the prefix, and of those of its embedding.
+BLOCK, EMBEDDING, CLASSIFIER = r"blocks\.\d+\.(?:\d+\.)?attn\.", r"patch_embed\.", r"head(_dist)?\."
+SEPARATOR, INNER = ".", ()
 TWO_HEADS = "its logits are the mean of two heads, on class token and distillation token, which is not supported"
 KNOWN = ("cls_token", "pos_embed", "reg_token", "fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
 
@@ -63,7 +65,6 @@ class Spelling:
     """The names that differ between files of this kind.
 
     Attributes:
-        prefix: start of all names.
         stem: start of the names of the first convolution and norm, if there is a stem.
         registers: name of the tokens between class token and patches.
         scale: name of a block's LayerScale; '{}' stands for 1 or 2.
@@ -72,7 +73,6 @@ class Spelling:
         rows: rows of the position embedding before those of patches: 'none', 'class' or 'all'.
     """
 
-    prefix: str = ""
     stem: str = "patch_embed.backbone.stem."
     registers: str = "reg_token"
     scale: str = "ls{}.gamma"
@@ -81,37 +81,36 @@ class Spelling:
     rows: str = "class"
 
 
-def recognise(shapes: Mapping[str, Any]) -> bool:
-    """Whether arrays with these names are of this kind."""
-    return any(re.search(r"(^|\.)blocks\.\d+\.", name) for name in shapes)
-
-
 def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
     """The description of a file.
 
     Raises:
         UserError: it is not a complete model, has parts that are not supported, or lacks a value of `overrides`.
     """
-    names = Names(stored.shapes, _prefix(stored.shapes), LABEL)
+    names = Names(stored.shapes, "", LABEL)
     for start, what in FOREIGN.items():
         if names.any(re.escape(start)):
-            raise UserError(f"{names.prefix}{start}...: the model has {what}, which is not supported")
+            raise UserError(
+                f"{start}...: the model has {what}, which is not supported\n"
+                "  use a plain Vision Transformer (docs/weights.md)"
+            )
     recorded, choices = _recorded(stored), Choices(overrides)
     pooling = _pooling(names, recorded, choices)
     # A model without a position embedding is rare: it has to be stated, as the table may be missing from the file.
     none = recorded.get("positions") is False or "position" in overrides
-    parts, two_heads = _parts(names, pooling), names.any(r"head_dist\.")
-    ignored = {
-        f"{names.prefix}{name}": why for name in names for pattern, why in IGNORED.items() if re.match(pattern, name)
-    }
-    parts = dataclasses.replace(parts, positions=parts.positions or not none)
-    if two_heads:
-        parts = dataclasses.replace(parts, head=False)
-        heads = [name for name in names if re.match(r"head(_dist)?\.", name)]
-        ignored |= {f"{names.prefix}{name}": "one of two heads, whose mean is not supported" for name in heads}
+    parts, refusal = _parts(names, pooling), odd_head(names, "head.")
+    if names.any(r"head_dist\."):
+        refusal = TWO_HEADS
+    parts = dataclasses.replace(parts, positions=parts.positions or not none, head=parts.head and refusal is None)
+    ignored = {}
+    if refusal is not None:
+        why = f"a head that is not supported: {refusal.removesuffix(', which is not supported')}"
+        ignored = {name: why for name in names if re.match(CLASSIFIER, name)}
+    if parts.pre_logits and not parts.head:
+        ignored |= dict.fromkeys(("pre_logits.fc.weight", "pre_logits.fc.bias"), "there is no head after it")
     spelling = _spelling(names, parts, recorded)
     table = make_rules(parts, spelling)
-    check_names(stored.shapes, table, ignored, [names.prefix + name for name in KNOWN], LABEL)
+    check_names(stored.shapes, table, ignored, KNOWN, LABEL)
     model, channels = _model(names, parts, spelling, pooling, recorded, choices)
     grid = None
     if parts.positions:
@@ -126,13 +125,8 @@ def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
         ignored,
         decisions=tuple(choices.made),
         notes=_notes(parts, spelling),
-        head_refusal=TWO_HEADS if two_heads else None,
+        head_refusal=refusal,
     )
-
-
-def _prefix(shapes: Mapping[str, Any]) -> str:
-    found = [match[1] for name in shapes if (match := re.match(r"(.*?)blocks\.\d+\.", name))]
-    return max(set(found), key=found.count, default="")
 
 
 def _recorded(stored: Stored) -> dict[str, Any]:
@@ -146,13 +140,18 @@ def _recorded(stored: Stored) -> dict[str, Any]:
         try:
             config = json.loads(stored.metadata[OWN])
         except ValueError:
-            raise UserError(f"the value of {OWN!r} in its header is not JSON: the file is damaged") from None
+            raise UserError(
+                f"the value of {OWN!r} in its header is not JSON: the file is damaged\n  download or export it again"
+            ) from None
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         return {}
     name, arguments = config["architecture"], config_value(config, "model_args", dict) or {}
     refusal = next((why for pattern, why in REFUSED.items() if re.match(pattern, name)), None)
     if refusal or arguments.get("pool_include_prefix"):
-        raise UserError(f"config.json has {name}: {refusal or REFUSED['test_vit3$']}, which is not supported")
+        raise UserError(
+            f"config.json has {name}: {refusal or REFUSED['test_vit3$']}, which is not supported\n"
+            "  use a plain Vision Transformer (docs/weights.md)"
+        )
     heads = next((heads for pattern, heads in HEADS.items() if re.match(pattern, name)), None)
     size = config_value(config_value(config, "pretrained_cfg", dict) or {}, "input_size", list) or []
     return {
@@ -174,11 +173,17 @@ def _recorded(stored: Stored) -> dict[str, Any]:
 def _pooling(names: Names, recorded: Mapping[str, Any], choices: Choices) -> str:
     if names.any(r"attn_pool\."):
         if names.any(r"fc_norm\."):
-            raise UserError(f"{names.prefix}fc_norm.: a norm after attention pooling is not supported")
+            raise UserError(
+                "fc_norm.: a norm after attention pooling is not supported\n"
+                "  use a plain Vision Transformer (docs/weights.md)"
+            )
         return "map"
     word = recorded.get("pooling")
     if word is not None and POOLINGS.get(word, "map") == "map":
-        raise UserError(f"config.json has global_pool {word!r}, which is not supported for the file's arrays")
+        raise UserError(
+            f"config.json has global_pool {word!r}, which is not supported for the file's arrays\n"
+            "  correct it, or remove config.json"
+        )
     convention = "mean" if names.any(r"fc_norm\.") or "cls_token" not in names else "token"
     return choices.decide("pooling", convention, None if word is None else POOLINGS[word], family=FAMILY)
 
@@ -199,6 +204,7 @@ def _parts(names: Names, pooling: str) -> Parts:
         map=pooling == "map",
         norm_after_pooling=pooling == "mean" and names.any(r"fc_norm\."),
         head=names.any(r"head\."),
+        pre_logits=names.any(r"pre_logits\.fc\."),
     )
 
 
@@ -212,7 +218,7 @@ def _stem(names: Names) -> tuple[int, ...] | None:
         return None
     stages = names.count(rf"{STEM}stages\.(\d+)\.")
     if not any(f"{start}conv.weight" in names for start in STEMS):
-        raise UserError(f"{names.prefix}{STEMS[1]}...: only ResNet v2 is supported as a stem")
+        raise UserError(f"{STEMS[1]}...: only ResNet v2 is supported as a stem\n  use a model of docs/weights.md")
     return tuple(names.count(rf"{STEM}stages\.{stage}\.blocks\.(\d+)\.") for stage in range(stages))
 
 
@@ -228,7 +234,6 @@ def _spelling(names: Names, parts: Parts, recorded: Mapping[str, Any]) -> Spelli
     if parts.mlp == "swiglu":
         mlp = "packed" if _packed(names) else "w12" if names.any(r"blocks\.\d+\.mlp\.w12\.") else "apart"
     spelling = Spelling(
-        names.prefix,
         STEMS[0] if f"{STEMS[0]}conv.weight" in names else STEMS[1],
         registers,
         "gamma_{}" if names.any(r"blocks\.\d+\.gamma_") else "ls{}.gamma",
@@ -271,11 +276,12 @@ def _model(
 ) -> tuple[VisionTransformer, int]:
     width, channels, patch, across = names.shape("patch_embed.proj.weight", 4)
     if patch != across:
-        raise UserError(f"patch_embed.proj.weight has patches of {patch}x{across}: only square patches are supported")
+        raise UserError(f"patch_embed.proj.weight has patches of {patch}x{across}\n  allowed: square patches")
     first = {"fc1": "fc1", "packed": "fc1", "apart": "fc1_g", "w12": "w12"}[spelling.mlp]
     hidden = names.shape(f"blocks.0.mlp.{first}.weight", 2)[0]
     fields = {
         "classes": names.shape("head.weight", 2)[0] if parts.head else None,
+        "pre_logits": names.shape("pre_logits.fc.weight", 2)[0] if parts.head and parts.pre_logits else None,
         "patch_size": patch,
         "width": width,
         "depth": parts.depth,
@@ -321,13 +327,12 @@ def _notes(parts: Parts, spelling: Spelling) -> tuple[str, ...]:
 
 def make_rules(parts: Parts, spelling: Spelling) -> list[Rule]:
     """The rules of a file with these parts and names."""
-    p = spelling.prefix
-    table = dense(f"{p}patch_embed.proj.", "embedding/projection", rules.PATCH_CONVOLUTION)
+    table = dense("patch_embed.proj.", "embedding/projection", rules.PATCH_CONVOLUTION)
     if parts.stem is not None:
         table += _stem_rules(parts.stem, spelling)
     if parts.class_token:
-        table += [Rule((f"{p}cls_token",), ("class_token",), rules.SAME)]
-    tokens, rows = (f"{p}{spelling.registers}",), (f"{p}pos_embed",)
+        table += [Rule(("cls_token",), ("class_token",), rules.SAME)]
+    tokens, rows = (spelling.registers,), ("pos_embed",)
     if parts.registers and parts.positions and spelling.rows == "all":
         form = rules.with_register_rows(parts.class_token)
         table += [Rule(tokens + rows, ("registers", "positions/table"), form)]
@@ -336,22 +341,23 @@ def make_rules(parts: Parts, spelling: Spelling) -> list[Rule]:
         form = rules.CLASS_ROW if parts.class_token and spelling.rows == "none" else rules.SAME
         table += [Rule(rows, ("positions/table",), form)] if parts.positions else []
     for index in range(parts.depth):
-        table += _block_rules(f"{p}blocks.{index}.", f"encoder/block_{index}", parts, spelling)
-    table += norm(f"{p}{spelling.norm}", "norm" if parts.norm_after_pooling else "encoder/norm")
+        table += _block_rules(f"blocks.{index}.", f"encoder/block_{index}", parts, spelling)
+    table += norm(spelling.norm, "norm" if parts.norm_after_pooling else "encoder/norm")
     if parts.map:
-        table += _map_rules(f"{p}attn_pool.")
+        table += _map_rules("attn_pool.")
     if parts.head:
-        table += dense(f"{p}head.", "head/logits", rules.LINEAR)
+        table += dense("head.", "head/logits", rules.LINEAR)
+        if parts.pre_logits:
+            table += dense("pre_logits.fc.", "head/pre_logits", rules.LINEAR)
     return table
 
 
 def _stem_rules(stem: tuple[int, ...], spelling: Spelling) -> list[Rule]:
-    p = spelling.prefix
-    table = [Rule((f"{p}{spelling.stem}conv.weight",), ("stem/convolution_root/kernel",), rules.CONVOLUTION)]
-    table += norm(f"{p}{spelling.stem}norm.", "stem/norm_root")
+    table = [Rule((f"{spelling.stem}conv.weight",), ("stem/convolution_root/kernel",), rules.CONVOLUTION)]
+    table += norm(f"{spelling.stem}norm.", "stem/norm_root")
     for stage, count in enumerate(stem):
         for unit in range(count):
-            name, path = f"{p}{STEMS[1]}stages.{stage}.blocks.{unit}.", f"stem/stage_{stage}_unit_{unit}"
+            name, path = f"{STEMS[1]}stages.{stage}.blocks.{unit}.", f"stem/stage_{stage}_unit_{unit}"
             parts = [(f"conv{i}.", f"norm{i}.", str(i)) for i in (1, 2, 3)]
             parts += [("downsample.conv.", "downsample.norm.", "projection")] if unit == 0 else []
             for convolution, normalization, ours in parts:

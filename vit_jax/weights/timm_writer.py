@@ -39,9 +39,12 @@ def write(
     if model.pooling == "map" and model.mlp != "gelu":
         found.append(f"pooling='map' with mlp={model.mlp!r}")
     if found:
-        raise UserError(f"timm's models do not support {few(found, 6)}")
+        raise UserError(
+            f"timm's models do not support {few(found, 6)}\n"
+            "  write Google's names (a .npz file) if those support them, or train the model without them"
+        )
     if image_size is None:
-        raise UserError("timm's models are for one image size: pass image_size=(height, width)")
+        raise UserError("timm's models are for one image size\n  pass image_size=(height, width)")
     rows = "class"
     if model.position == "learned":
         without = not model.class_token or not parameters["positions/table"][:, :1].any()
