@@ -5,20 +5,22 @@ import concurrent.futures
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
+import PIL.Image
 from jaxtyping import Float, UInt8
 
-from vit_jax import sharding, weights
+from vit_jax import arguments, paths, sharding, terminal, weights
 from vit_jax.checkpoint import input_spec
 from vit_jax.checkpoint.input_spec import InputSpec
 from vit_jax.data import images as image_files
-from vit_jax.data import normalization
+from vit_jax.data import listing, normalization
 from vit_jax.data.augment import Augment
+from vit_jax.data.listing import LeftOut
 from vit_jax.errors import UserError, one_line
 from vit_jax.evaluation import extraction
 from vit_jax.models.vit import VisionTransformer
@@ -29,7 +31,9 @@ BATCH_SIZE = 64
 TOP = 5
 _BATCHES_AHEAD = 2  # decoded while the device computes
 
-Image = str | os.PathLike | np.ndarray
+# A path, the contents of an image file or a file opened for reading bytes, an opened image of Pillow, or an array.
+Image = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | np.ndarray | jax.Array | PIL.Image.Image
+_BYTES = (bytes, bytearray, memoryview)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +98,17 @@ class Classifier:
 
 
 class Predictor:
-    """Applies a trained model to images: arrays, or files of any size and format that Pillow reads."""
+    """Applies a trained model to images: arrays, or files of any size and format that Pillow reads.
+
+    Numbers may be those of Python, NumPy or JAX.
+    """
 
     def __init__(
         self,
-        source: str | os.PathLike | Classifier,
+        source: str | bytes | os.PathLike | Classifier,
         *,
-        step: int | str | None = None,
-        batch_size: int = BATCH_SIZE,
+        step: int | np.integer | str | None = None,
+        batch_size: int | np.integer = BATCH_SIZE,
     ):
         """Loads the parameters of a run, which may still be training.
 
@@ -111,13 +118,12 @@ class Predictor:
             batch_size: images per batch, rounded up to a multiple of the number of devices; does not change the result.
 
         Raises:
-            UserError: there is no run, or no such checkpoint.
+            UserError: there is no run, or no such checkpoint; an argument has the wrong type.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}\n  allowed: an integer of at least 1")
-        classifier = source if isinstance(source, Classifier) else of_run(Path(source).expanduser(), step)
+        batch_size = arguments.integer("batch_size", batch_size)
+        mesh = sharding.make_mesh(None)  # first: without devices, no checkpoint can be read
+        classifier = source if isinstance(source, Classifier) else of_run(source, step)
         model, augment, loss = classifier.model, classifier.augment, classifier.loss
-        mesh = sharding.make_mesh(None)
         self.inputs = classifier.inputs
         self._model_classes = model.classes
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -131,27 +137,32 @@ class Predictor:
         self._to_probabilities = _TO_PROBABILITIES[loss]
         self._apply = jax.jit(apply, out_shardings=sharding.replicated(mesh))
 
-    def __call__(self, images: Image | Iterable[Image], top: int = TOP) -> list[Prediction]:
+    def __call__(self, images: Image | Iterable[Image], top: int | np.integer = TOP) -> list[Prediction]:
         """Returns the predictions for each image, in the order of the images.
 
         Args:
-            images: paths of files, paths of directories (all images below, sorted), or uint8 arrays [height, width] or
-                [height, width, channels]; one, or several of any size.
+            images: paths of files, paths of directories (all images below, sorted), contents of image files, images of
+                Pillow, or uint8 arrays [height, width] or [height, width, channels]; one, or several of any size.
             top: number of classes per head.
 
         Raises:
-            UserError: an image cannot be read.
+            UserError: an image cannot be read, or an argument has the wrong type.
         """
-        is_single = isinstance(images, str | os.PathLike) or (isinstance(images, np.ndarray) and images.ndim < 4)
+        several = enumerate(_as_images(images))
+        each = (expand([image]) if isinstance(image, str) else [_checked(index, image)] for index, image in several)
         predictions = []
-        for prediction in self.stream(expand([images] if is_single else images), top):
+        for prediction in self.stream(itertools.chain.from_iterable(each), top):
             if isinstance(prediction, Unreadable):
-                raise UserError(f"{prediction.image} cannot be read as an image: {prediction.reason}")
+                raise UserError(
+                    f"{prediction.image} cannot be read as an image: {prediction.reason}\n"
+                    "  leave it out, or use Predictor.stream, which yields Unreadable in its place"
+                )
             predictions.append(prediction)
         return predictions
 
-    def stream(self, images: Iterable[Image], top: int = TOP) -> Iterator[Prediction | Unreadable]:
+    def stream(self, images: Iterable[Image], top: int | np.integer = TOP) -> Iterator[Prediction | Unreadable]:
         """Yields the predictions for each image, computed in batches, or `Unreadable` for one that cannot be read."""
+        top = arguments.integer("top", top)
         for names, decoded in self._decode(images):
             batch = np.zeros((self._batch_size, *self.inputs.image_shape), np.uint8)
             for index, image in enumerate(decoded):
@@ -170,11 +181,11 @@ class Predictor:
         self, images: Iterable[Image]
     ) -> Iterator[tuple[list[str | int], list[UInt8[np.ndarray, "height width channels"] | str]]]:
         """Yields batches of names and images, decoded ahead of time; for an unreadable image, the reason."""
-        numbered, pending = enumerate(images), collections.deque()
+        numbered, pending = enumerate(_as_images(images)), collections.deque()
         with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
             while True:
                 while len(pending) <= _BATCHES_AHEAD and (chunk := list(itertools.islice(numbered, self._batch_size))):
-                    names = [index if isinstance(image, np.ndarray) else os.fspath(image) for index, image in chunk]
+                    names = [os.fspath(image) if isinstance(image, str | Path) else index for index, image in chunk]
                     jobs = [threads.submit(_read, image, self.inputs.image_shape) for _, image in chunk]
                     pending.append((names, jobs))
                 if not pending:
@@ -185,6 +196,8 @@ class Predictor:
     def _prediction(self, name: str | int, logits: Mapping[str, np.ndarray], top: int) -> Prediction:
         heads = {}
         for head, row in logits.items():
+            if not np.isfinite(row).all():
+                raise UserError(f"{name}: the outputs of the model are not finite\n  use another checkpoint or file")
             probabilities = self._to_probabilities(row.astype(np.float64))
             best = np.argsort(-probabilities, kind="stable")[:top]
             names = self.inputs.classes[head]
@@ -206,46 +219,115 @@ _TO_PROBABILITIES = {"softmax": _softmax, "sigmoid": _sigmoid}
 
 def _read(image: Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"] | str:
     """Returns an image as the model takes it, resized as in training; or the reason why it cannot be read."""
-    import PIL.Image
-
     try:
         if not isinstance(image, np.ndarray):
-            return image_files.decode(Path(image), shape)
+            return _decode_other(image, shape)
         if image.dtype != np.uint8:
             return f"the array has dtype {image.dtype}, not uint8"
-        return image_files.convert(PIL.Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image), shape)
-    except FileNotFoundError:
-        return "no such file"
-    except IsADirectoryError:
-        return "is a directory"
-    except PIL.Image.UnidentifiedImageError:
-        return "not an image, or a format that Pillow does not support"
-    except Exception as error:  # Pillow's decoders raise many types for damaged files
+        if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)) or 0 in image.shape:
+            return f"the array has shape {image.shape}, not [height, width] or [height, width, 1, 3 or 4]"
+        opened = PIL.Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+        return image_files.convert(opened, shape)
+    except (image_files.ImageError, UserError) as error:
         return one_line(error)
 
 
-def expand(images: Iterable[Image]) -> Iterator[Image]:
-    """Yields the images; in place of a directory, the images below it, sorted by path, without hidden ones."""
+def _decode_other(image: Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"]:
+    """Returns what `_read` does, of anything but an array."""
+    if isinstance(image, PIL.Image.Image):
+        return image_files.convert(image, shape)
+    return image_files.decode(image if isinstance(image, bytes) else Path(image), shape)
+
+
+def _as_images(images: Image | Iterable[Image]) -> Iterator[Image]:
+    """Yields one image or several: paths as text, arrays as those of NumPy; bytes and Pillow's images as they are.
+
+    Raises:
+        UserError: something else is among them.
+    """
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OUST":  # of paths, or of other images
+        images = images.ravel().tolist()
+    is_array = hasattr(images, "__array__") and not isinstance(images, PIL.Image.Image)
+    single = isinstance(images, (str, *_BYTES, os.PathLike, PIL.Image.Image)) or hasattr(images, "read")
+    if single or (is_array and np.ndim(images) < 4):
+        yield _as_image("images", images)
+        return
+    if not isinstance(images, Iterable):
+        raise _not_an_image("images", images)
+    for index, image in enumerate(np.asarray(images) if is_array else images):
+        yield _as_image(f"images[{index}]", image)
+
+
+def _as_image(name: str, image: Any) -> Image:
+    if hasattr(image, "read"):
+        image = image.read()
+        if not isinstance(image, bytes):
+            raise UserError(f"{name} is a file that was opened for reading text\n  open it with the mode 'rb'")
+        return image
+    if isinstance(image, _BYTES):  # a path only if there is such a file: contents of images are none
+        image = bytes(image)
+        return os.fsdecode(image) if os.path.exists(image) else image
+    if isinstance(image, str | os.PathLike):
+        return os.fsdecode(image)
+    if isinstance(image, PIL.Image.Image):
+        return image
+    if not hasattr(image, "__array__"):
+        raise _not_an_image(name, image)
+    return np.asarray(image)
+
+
+def _checked(index: int, image: Image) -> Image:
+    """Returns the image; raises UserError if it is an array that cannot be an image."""
+    if not isinstance(image, np.ndarray):
+        return image
+    if image.dtype != np.uint8:
+        raise UserError(
+            f"images[{index}] has pixels of dtype {image.dtype}\n  allowed: uint8, from 0 to 255; "
+            "of floats from 0 to 1, pass (255 * image).round().astype('uint8')"
+        )
+    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)) or 0 in image.shape:
+        raise UserError(
+            f"images[{index}] has shape {list(image.shape)}\n"
+            "  allowed: [height, width], or [height, width, channels] with 1, 3 or 4 channels"
+        )
+    return image
+
+
+def _not_an_image(name: str, value: Any) -> UserError:
+    return UserError(
+        f"{name} is {arguments.shown(value)}\n  allowed: a path, bytes of an image file, an image of Pillow, or a "
+        "uint8 array\n  pass a list of pixels as np.asarray(image, np.uint8)"
+    )
+
+
+def expand(images: Iterable[Image], say: Callable[[str], Any] = terminal.warn) -> Iterator[Image]:
+    """Yields the images; in place of a directory, the images below it, sorted by path; links are followed.
+
+    Args:
+        images: paths and arrays.
+        say: called with a line about what is left out of a directory; by default, that is printed to stderr.
+    """
     for image in images:
         if not isinstance(image, np.ndarray) and os.path.isdir(image):
-            yield from _images_below(Path(image))
+            yield from _images_below(Path(image), say)
         else:
             yield image
 
 
-def _images_below(directory: Path) -> list[Path]:
-    import PIL.Image
-
+def _images_below(directory: Path, say: Callable[[str], Any]) -> list[Path]:
     extensions = {name for name, format_ in PIL.Image.registered_extensions().items() if format_ in PIL.Image.OPEN}
-    found = []
-    for path, directories, files in os.walk(directory):
-        directories[:] = [name for name in directories if not name.startswith(".")]
-        visible = (Path(path, name) for name in files if not name.startswith("."))
-        found += [file for file in visible if file.suffix.lower() in extensions]
+    found, left_out = [], LeftOut(directory)
+    for path in map(Path, listing.files_below(directory, left_out)):
+        if path.suffix.lower() in extensions:
+            found.append(path)
+        else:
+            left_out.add("without the extension of an image", path)
+    if text := left_out.describe():
+        say(f"{listing.printable(str(directory))}: {text}")
     return sorted(found)
 
 
-def of_run(workdir: Path, step: int | str | None = None) -> Classifier:
+def of_run(workdir: str | bytes | os.PathLike, step: int | np.integer | str | None = None) -> Classifier:
     """Returns the model of a run with its preprocessing and class names: from data.json, else from its data.
 
     Args:
@@ -255,6 +337,9 @@ def of_run(workdir: Path, step: int | str | None = None) -> Classifier:
     Raises:
         UserError: there is no run or no such checkpoint, the model has no head, or data.json and the data are missing.
     """
+    workdir = paths.expand(workdir, "source")
+    if step is not None:
+        step = arguments.integer("step", step, minimum=0, words=("best",))
     config = run_directory.trained_config(workdir)
     model, parameters, _ = weights.load(workdir, **({} if step is None else {"step": step}))
     if model.classes is None:
@@ -275,16 +360,16 @@ def of_run(workdir: Path, step: int | str | None = None) -> Classifier:
 
 
 def of_file(
-    file: str | os.PathLike,
-    class_names: Sequence[str] | None = None,
-    image_size: int | None = None,
+    file: str | bytes | os.PathLike,
+    class_names: Iterable[str] | None = None,
+    image_size: int | np.integer | None = None,
     normalize: str | None = None,
 ) -> Classifier:
     """Returns the model of a weights file with its preprocessing, for `Predictor`.
 
     Args:
         file: a file, directory, URL or name that `weights.load` reads.
-        class_names: one name per class; None for '0', '1', ...
+        class_names: one name per class; None for those beside the file, or '0', '1', ...
         image_size: side in pixels; None for the size that the position embeddings are for.
         normalize: 'half' for mean and std 0.5 (Google's models), or 'imagenet' for ImageNet's (DeiT, DINO, MAE); None
             for what the file says, or 'half' if it says nothing.
@@ -292,10 +377,15 @@ def of_file(
     Raises:
         UserError: the file cannot be read, has no head, or does not match the other arguments.
     """
+    file = arguments.path("file", file)
+    if class_names is not None:
+        class_names = arguments.names("class_names", class_names)
+    if image_size is not None:
+        image_size = arguments.integer("image_size", image_size)
     model, parameters, report = weights.load(file, **({} if image_size is None else {"image_size": image_size}))
     if not isinstance(model.classes, int):
         raise UserError(f"{file}: the model has no head\n  use the weights of a classifier")
-    names = tuple(map(str, range(model.classes))) if class_names is None else tuple(class_names)
+    names = tuple(class_names or report.class_names or map(str, range(model.classes)))
     if len(names) != model.classes:
         raise UserError(
             f"{file} has {model.classes} classes, but {len(names)} class names are given\n  allowed: one per class"
@@ -304,7 +394,8 @@ def of_file(
         raise UserError(f"{file} does not specify its image size\n  set image_size, in pixels")
     if normalize is not None and normalize not in normalization.CONSTANTS:
         raise UserError(f"normalize is {normalize!r}\n  allowed: {', '.join(normalization.CONSTANTS)}")
-    statistics = normalization.constants(normalize or report.normalization, report.channels, "normalize")
+    statistics = None if normalize else report.statistics
+    statistics = statistics or normalization.constants(normalize or report.normalization, report.channels, "normalize")
     if statistics is None:
         raise UserError(
             f"{file}: its images were normalized by the mean and std of their dataset, which are not in the file\n"

@@ -3,13 +3,11 @@
 import argparse
 import csv
 import importlib
-import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_jax import atomic, commands
-from vit_jax.errors import UserError
+from vit_jax import atomic, commands, paths, terminal
+from vit_jax.errors import UserError, few
 
 if TYPE_CHECKING:
     from vit_jax.inference import Prediction, Predictor
@@ -73,27 +71,31 @@ def predict(flags: argparse.Namespace) -> int:
         UserError: there is no such run or checkpoint, there are no images, or the CSV file cannot be written.
     """
     _check(flags)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="surrogateescape")  # file names may not be valid text
     from vit_jax import inference
 
-    images = list(inference.expand(commands.expand_path(path, "IMAGE_OR_DIRECTORY") for path in flags.images))
+    notes: list[str] = []
+    images = list(inference.expand((paths.expand(path, "IMAGE_OR_DIRECTORY") for path in flags.images), notes.append))
     if not images:
-        raise UserError(f"no images found below {', '.join(flags.images[:3])}\n  allowed: image files or directories")
+        left_out = f"{few(notes)}\n  " if notes else ""
+        raise UserError(f"no images found below {few(flags.images)}\n  {left_out}allowed: image files or directories")
     predictor, num_unreadable, rows = _open(flags), 0, []
+    for note in notes:
+        terminal.warn(note)
     has_several_heads = len(predictor.inputs.classes) > 1
     for prediction in predictor.stream(images, flags.top):
         if isinstance(prediction, inference.Unreadable):
             num_unreadable += 1
             message = f"{prediction.image}: cannot be read as an image: {prediction.reason}"
-            print(message, file=sys.stderr, flush=True)
+            terminal.warn(message)
             continue
         rows += _rows(prediction, has_several_heads)
-        print((_json if flags.json else _line)(prediction, has_several_heads))
+        terminal.output((_json if flags.json else _line)(prediction, has_several_heads))
+        if terminal.lost() and not flags.csv:
+            break
     if flags.csv:
         _write_csv(flags.csv, ["path", *(["head"] if has_several_heads else []), "rank", "class", "probability"], rows)
     if num_unreadable:
-        print(f"{num_unreadable:,} of {len(images):,} images could not be read", file=sys.stderr)
+        terminal.warn(f"{num_unreadable:,} of {len(images):,} images could not be read")
     return 0 if not num_unreadable else 1 if num_unreadable < len(images) else 2
 
 
@@ -106,34 +108,33 @@ def _check(flags: argparse.Namespace) -> None:
     for name in ("classes", "image_size", "normalize") if flags.workdir else ("step", "best"):
         if getattr(flags, name) not in (None, False):
             raise UserError(f"--{name} cannot be combined with {source}\n  omit it, or use {other}")
-    target = commands.expand_path(flags.csv, "--csv") if flags.csv else None
+    if flags.init:
+        paths.check_source(flags.init, "--init")
+    target = paths.expand(flags.csv, "--csv") if flags.csv else None
     if target is not None and (target.is_dir() or not target.parent.is_dir()):
         raise UserError(f"--csv={flags.csv} cannot be written\n  use a file name in an existing directory")
 
 
 def _open(flags: argparse.Namespace) -> "Predictor":
+    from vit_jax.data.labels import read_names
     from vit_jax.inference import Predictor, of_file
     from vit_jax.runtime import compilation_cache
 
+    commands.start_jax()
     compilation_cache.cache_compilations()
     if flags.workdir:
-        workdir, step = commands.expand_path(flags.workdir, "--workdir"), "best" if flags.best else flags.step
+        workdir, step = paths.expand(flags.workdir, "--workdir"), "best" if flags.best else flags.step
         return Predictor(workdir, step=step, batch_size=flags.batch_size)
-    names = None
-    if flags.classes:
-        try:
-            names = commands.expand_path(flags.classes, "--classes").read_text().splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(f"--classes={flags.classes} cannot be read: {error}") from error
+    names = read_names(paths.expand(flags.classes, "--classes"), "--classes") if flags.classes else None
     classifier = of_file(flags.init, class_names=names, image_size=flags.image_size, normalize=flags.normalize)
     return Predictor(classifier, batch_size=flags.batch_size)
 
 
 def _write_csv(path: str, header: list[str], rows: list[list[Any]]) -> None:
     """Writes a CSV file, completely or not at all."""
-    target = Path(path).expanduser()
+    target = paths.expand(path, "--csv")
     try:
-        with atomic.replace(target, "w", newline="", errors="surrogateescape") as file:
+        with atomic.replace(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(header)
             writer.writerows(rows)
@@ -155,7 +156,7 @@ def _json(prediction: "Prediction", has_several_heads: bool) -> str:
         for head, guesses in prediction.heads.items()
     }
     predictions = heads if has_several_heads else next(iter(heads.values()))
-    return json.dumps({"path": prediction.image, "predictions": predictions})
+    return atomic.to_json({"path": prediction.image, "predictions": predictions})
 
 
 def _line(prediction: "Prediction", has_several_heads: bool) -> str:
@@ -168,8 +169,7 @@ def _line(prediction: "Prediction", has_several_heads: bool) -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    flags = parse(arguments)
-    return commands.finish(lambda: predict(flags))
+    return commands.finish(lambda: predict(parse(arguments)))
 
 
 if __name__ == "__main__":

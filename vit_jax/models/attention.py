@@ -1,10 +1,13 @@
 """Multi-head self-attention (arXiv 2010.11929, appendix A)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vit_jax.models import masking
 from vit_jax.models.attention_backends import BACKENDS, FALLBACK, Backend, Shape, plain, split
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.dense import Dense, stacked
@@ -42,19 +45,19 @@ class Attention(nn.Module):
 
         Args:
             tokens: the normalized residual stream.
-            mask: booleans, True where a query (third axis) may attend to a key (fourth axis); or the number of valid
-                tokens of each example, which come first. None: every query attends to every key.
+            mask: booleans, True where a query (third axis) may attend to a key (fourth axis); or integers, the number
+                of valid tokens of each example, which come first. None: every query attends to every key.
             train: whether attention dropout is applied.
             positions: bias and rotation of a position embedding.
 
         Raises:
-            ValueError: the number of heads does not divide the width.
+            TypeError: the mask is of neither kind, such as an additive one.
+            ValueError: the number of heads does not divide the width, or the shape of the mask is wrong.
         """
         config, (batch, count, width) = self.config, tokens.shape
         if width % config.heads:
             raise ValueError(f"{config.heads} heads do not divide a width of {width}")
-        lengths = mask if mask is not None and mask.ndim == 1 else None
-        mask = None if lengths is not None else mask
+        lengths, mask = _lengths_or_mask(mask, (batch, config.heads, count, count))
         sown = self.is_mutable_collection("intermediates")
         if sown or mask is not None or (train and config.attention_dropout > 0):
 
@@ -157,3 +160,14 @@ class Attention(nn.Module):
             kernel_init=stacked(nn.initializers.xavier_uniform(), 3),
             name="qkv",
         )
+
+
+def _lengths_or_mask(mask: Any, shape: tuple[int, int, int, int]) -> tuple[Any, Any]:
+    """The argument `mask` as lengths or as a mask, checked; the other one is None."""
+    if mask is None:
+        return None, None
+    if getattr(mask, "ndim", None) == 1 and mask.dtype != bool:
+        masking.check_lengths("mask", mask, shape[0])
+        return mask, None
+    masking.check_mask("mask", mask, shape)
+    return None, mask

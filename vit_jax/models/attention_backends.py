@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vit_jax.models import masking
+
 Heads = Float[Array, "batch tokens heads size"]
 Fused = Float[Array, "batch tokens fused"]
 Mixed = Float[Array, "batch tokens width"]
@@ -117,6 +119,8 @@ def plain(
         on_weights: is called with the weights [batch, heads, queries, keys] and returns those to use.
     """
     if lengths is not None:
+        if mask is not None:
+            raise ValueError("lengths and mask are both given\n  allowed: at most one of them")
         mask = key_mask(lengths, keys.shape[1])
     weights = attention_weights(queries, keys, mask, bias)
     if on_weights is not None:
@@ -131,6 +135,7 @@ def plain_fused(fused: Fused, heads: int) -> Mixed:
 
 def key_mask(lengths: Lengths, tokens: int) -> jax.Array:
     """True for the keys [batch, 1, 1, tokens] before each example's length."""
+    masking.check_lengths("lengths", lengths, len(lengths))
     return (jnp.arange(tokens) < lengths[:, None])[:, None, None]
 
 
@@ -144,7 +149,14 @@ def attention_weights(
 
     Scores are divided by the square root of the *head* size; then `bias` is added. A key whose `mask` (boolean,
     [#batch, #heads, #queries, keys]) is False has a weight of exactly 0; a query without any key has only zeros.
+
+    Raises:
+        TypeError: the mask is not boolean.
+        ValueError: the shape of the mask is wrong.
     """
+    if mask is not None:
+        batch, count, heads, _ = queries.shape
+        masking.check_mask("mask", mask, (batch, heads, count, keys.shape[1]))
     scores = jnp.einsum("bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32)
     scores = scores * queries.shape[-1] ** -0.5
     if bias is not None:
@@ -158,6 +170,8 @@ def attention_weights(
 def _heads_first_attend(
     queries: Heads, keys: Heads, values: Heads, bias: Bias | None = None, lengths: Lengths | None = None
 ) -> Heads:
+    if lengths is not None:
+        raise ValueError("heads_first does not support lengths\n  use the backend plain")
     return _heads_first(queries, keys, values, bias)
 
 
@@ -268,6 +282,8 @@ def cudnn(
     queries: Heads, keys: Heads, values: Heads, bias: Bias | None = None, lengths: Lengths | None = None
 ) -> Heads:
     """Fused attention by cuDNN, in float16 or bfloat16 on NVIDIA GPUs."""
+    if lengths is not None:
+        masking.check_lengths("lengths", lengths, len(keys))
     more = {} if lengths is None else {"key_value_seq_lengths": lengths.astype(jnp.int32)}
     bias = None if bias is None else bias.astype(queries.dtype)
     return jax.nn.dot_product_attention(queries, keys, values, bias, implementation="cudnn", **more)
@@ -281,9 +297,11 @@ def _pallas(config: str | None = None) -> Backend:
 
         return None if config is None else pallas_attention.CONFIGS[config]
 
-    def attend(queries: Heads, keys: Heads, values: Heads, bias: None, lengths: Lengths | None) -> Heads:
+    def attend(queries: Heads, keys: Heads, values: Heads, bias: Bias | None, lengths: Lengths | None) -> Heads:
         from vit_jax.models import pallas_attention
 
+        if bias is not None:
+            raise ValueError("the Pallas kernels do not support a bias\n  use the backend plain")
         return pallas_attention.attend(queries, keys, values, lengths, config=layout())
 
     def attend_fused(fused: Fused, heads: int) -> Mixed:

@@ -1,9 +1,18 @@
 """Checks of a model's options, at construction."""
 
+import dataclasses
+import math
+import operator
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from vit_jax.models.activations import FORMS
+from vit_jax.models.attention_backends import BACKENDS
 from vit_jax.models.encoder import POLICIES, SCHEDULES
 from vit_jax.models.mlp import MLPS
 from vit_jax.models.pooling import POOLINGS
@@ -11,12 +20,58 @@ from vit_jax.models.positions import POSITIONS, where_applied
 from vit_jax.models.resnet import GROUPS
 
 CHOICES = {
+    "attention_kernel": BACKENDS,
     "pooling": POOLINGS,
     "position": POSITIONS,
     "mlp": MLPS,
     "gelu": FORMS,
     "stochastic_depth_schedule": SCHEDULES,
 }
+
+
+KINDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    Mapping: "a mapping from names to integers",
+    types.NoneType: "None",
+}
+
+
+def convert(module: Any) -> None:
+    """Replaces NumPy's numbers and booleans among the fields of a module by Python's, and checks all types.
+
+    Modules are compared, hashed and shown by their fields, so that equal ones must have fields of equal types.
+
+    Raises:
+        TypeError: a field has a value of another type; the message says which is allowed.
+    """
+    for field in dataclasses.fields(module):
+        kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+        scalars = {int, float, bool, str}.intersection(kinds)
+        if not scalars:
+            continue
+        value = getattr(module, field.name)
+        if isinstance(value, np.generic) or (hasattr(value, "item") and getattr(value, "shape", None) == ()):
+            value = value.item()
+            setattr(module, field.name, value)
+        if float in scalars and isinstance(value, int) and not isinstance(value, bool):
+            continue
+        others = tuple(typing.get_origin(kind) or kind for kind in kinds)
+        if not isinstance(value, others) or (isinstance(value, bool) and bool not in scalars):
+            raise TypeError(f"{field.name} is {value!r}\n  allowed: {', or '.join(KINDS[kind] for kind in others)}")
+
+
+def integer_of(name: str, value: Any) -> int:
+    """Returns an integer of Python's for one of Python or NumPy.
+
+    Raises:
+        TypeError: it is no integer.
+    """
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}\n  allowed: an integer")
+    return operator.index(value)
 
 
 def check(model: Any) -> None:
@@ -56,12 +111,23 @@ def _check_numbers(model: Any) -> None:
     for field in ("dropout", "attention_dropout", "stochastic_depth"):
         if not 0 <= getattr(model, field) < 1:
             raise ValueError(f"{field} is {getattr(model, field)}: a rate must be at least 0 and below 1")
-    if model.layer_norm_epsilon <= 0:
+    for field in ("dtype", "matmul_dtype"):
+        _check_dtype(field, getattr(model, field))
+    if not 0 < model.layer_norm_epsilon < math.inf:
         raise ValueError(f"layer_norm_epsilon is {model.layer_norm_epsilon}: it must be greater than 0")
-    if model.layer_scale is not None and model.layer_scale <= 0:
+    if model.layer_scale is not None and not 0 < model.layer_scale < math.inf:
         raise ValueError(f"layer_scale is {model.layer_scale}: it must be greater than 0, or None for no layer scale")
     if model.pre_logits is not None and model.pre_logits < 1:
         raise ValueError(f"pre_logits is {model.pre_logits}: it must be at least 1, or None for no such layer")
+
+
+def _check_dtype(field: str, value: Any) -> None:
+    try:
+        is_float = value is None or jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float or (value is None and field == "dtype"):
+        raise ValueError(f"{field} is {value!r}: a floating-point dtype, such as float32 or bfloat16")
 
 
 def _check_classes(model: Any) -> None:

@@ -48,6 +48,7 @@ class Decoder(nn.Module):
             extra: number of tokens before the patches.
             train: as in `Encoder`.
         """
+        masking.check_mask("hidden", hidden, (len(tokens), self.grid[0] * self.grid[1]))
         dtype, matmul_dtype = self.config.dtype, self.config.matmul_dtype
         tokens = Dense(self.width, dtype=dtype, matmul_dtype=matmul_dtype, name="embedding")(tokens)
         mask = self.param("mask_embedding", nn.initializers.normal(0.02), (1, 1, self.width), jnp.float32)

@@ -49,6 +49,7 @@ def corrupt(
     embeddings: Float[Array, "batch patches width"], mask_embedding: Float[Array, "1 1 width"], corruption: Corruption
 ) -> Float[Array, "batch patches width"]:
     """The embeddings after masking and swapping."""
+    masking.check_mask("corruption.masked", corruption.masked, embeddings.shape[:2])
     swapped = masking.take(embeddings, corruption.sources)
     return jnp.where(corruption.masked[..., None], mask_embedding.astype(embeddings.dtype), swapped)
 

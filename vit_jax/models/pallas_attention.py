@@ -23,6 +23,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from vit_jax.models import masking
 from vit_jax.models.pallas_kernels import (
     Call,
     Config,
@@ -119,6 +120,8 @@ def attend(
         ValueError: the kernels cannot take these shapes (see `obstacle`).
     """
     batch, tokens, heads, size = queries.shape
+    if lengths is not None:
+        masking.check_lengths("lengths", lengths, batch)
     call = _call(tokens, heads, size, queries.dtype, False, config, interpret)
     arrays = tuple(array.reshape(batch, tokens, heads * size) for array in (queries, keys, values))
     return _attend(arrays, lengths, call).reshape(queries.shape)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Num
 
+from vit_jax import arguments
 from vit_jax.models.dense import Dense
 
 
@@ -18,6 +19,8 @@ def patchify(images: Num[Array, "batch height width channels"], patch_size: int)
     Raises:
         ValueError: `patch_size` does not divide the height or the width.
     """
+    if getattr(images, "ndim", None) != 4:
+        raise ValueError(f"images is {arguments.shown(images)}\n  allowed: an array [batch, height, width, channels]")
     batch, height, width, channels = images.shape
     rows, columns = grid_of((height, width), patch_size)
     patches = images.reshape(batch, rows, patch_size, columns, patch_size, channels)
@@ -50,7 +53,7 @@ def grid_of(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     Raises:
         ValueError: `patch_size` does not divide the height or the width.
     """
-    height, width = image_size
+    (height, width), patch_size = arguments.pair("image_size", image_size), arguments.integer("patch_size", patch_size)
     if height % patch_size or width % patch_size:
         raise ValueError(f"a patch of {patch_size} does not divide an image of {height}x{width}")
     return height // patch_size, width // patch_size

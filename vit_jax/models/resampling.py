@@ -1,11 +1,14 @@
 """Resampling of learned position embeddings to another grid of patches (arXiv 2010.11929, section 3.2)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from vit_jax import arguments
 
 METHODS = ("bilinear", "bicubic")
 
@@ -61,7 +64,7 @@ def resample_tokens(
 
 
 def resample_positions(
-    parameters: dict[str, Any], grid: tuple[int, int], new_grid: tuple[int, int], method: str = "bilinear"
+    parameters: Mapping[str, Any], grid: tuple[int, int], new_grid: tuple[int, int], method: str = "bilinear"
 ) -> dict[str, Any]:
     """Parameters in which every learned position embedding is resampled from `grid` (rows, columns) to `new_grid`.
 
@@ -71,6 +74,7 @@ def resample_positions(
     Raises:
         ValueError: a position embedding is not for `grid`; or as in `resample`.
     """
+    grid, new_grid = arguments.pair("grid", grid), arguments.pair("new_grid", new_grid)
 
     def one(name: str, leaf: jax.Array) -> jax.Array:
         if name == "table":
@@ -87,11 +91,11 @@ def resample_positions(
         axis = {"rows": -2, "columns": -3, "offsets": -1}[name]
         return jnp.squeeze(resampled, axis)
 
-    def walk(tree: dict[str, Any]) -> dict[str, Any]:
+    def walk(tree: Mapping[str, Any]) -> dict[str, Any]:
         return {
             key: {name: one(name, leaf) for name, leaf in value.items()}
             if key == "positions"
-            else (walk(value) if isinstance(value, dict) else value)
+            else (walk(value) if isinstance(value, Mapping) else value)
             for key, value in tree.items()
         }
 

@@ -1,10 +1,11 @@
 """Published model sizes by name (arXiv 2010.11929, table 1; Ti and S as in arXiv 2106.10270): 'B/16' -> options."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vit_jax.arguments import shown
+from vit_jax.errors import nearest
 from vit_jax.models.block_config import options_that_affect
 
 if TYPE_CHECKING:
@@ -43,16 +44,19 @@ def fields(name: str) -> dict[str, Any]:
     """The options of `VisionTransformer` of a named variant: any size with any patch size, or a published hybrid.
 
     Raises:
+        TypeError: the name is not a string.
         ValueError: the name is not a variant.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name is {shown(name)}\n  allowed: a string, such as 'B/16'")
     if name in HYBRIDS:
         return dict(HYBRIDS[name])
     match = re.fullmatch(r"([A-Za-z]+)/([1-9][0-9]*)", name)
     if match is None or match[1] not in SIZES:
-        near = difflib.get_close_matches(name.split("/")[0], SIZES, n=1, cutoff=0.0)[0]
+        near = (nearest(name.split("/")[0], SIZES) or ["B"])[0]
         raise ValueError(
-            f"{name!r} is not a variant: a size ({', '.join(SIZES)}), a slash and a patch size, such as '{near}/16', "
-            f"or one of {', '.join(HYBRIDS)}"
+            f"{shown(name)} is not a variant: a size ({', '.join(SIZES)}), a slash and a patch size, such as "
+            f"'{near}/16', or one of {', '.join(HYBRIDS)}"
         )
     return {**SIZES[match[1]], "patch_size": int(match[2])}
 

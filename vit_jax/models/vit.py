@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from vit_jax import arguments
 from vit_jax.models import masking
 from vit_jax.models.block_config import BlockConfig, option
-from vit_jax.models.checks import check
+from vit_jax.models.checks import check, convert, integer_of
 from vit_jax.models.dropout import Dropout
 from vit_jax.models.encoder import Encoder
 from vit_jax.models.norm import LayerNorm
@@ -64,6 +66,7 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
     `dropout` is also applied after the position embedding.
 
     Raises:
+        TypeError: at construction, if an option has a value of the wrong type.
         ValueError: at construction, if options are out of range or contradict each other.
     """
 
@@ -91,9 +94,12 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
     def __post_init__(self) -> None:
         # Models are static arguments of compiled functions, and so have to be hashable.
         if isinstance(self.classes, Mapping):
-            self.classes = FrozenDict(self.classes)
-        if isinstance(self.stem, list):
-            self.stem = tuple(self.stem)
+            self.classes = FrozenDict({name: integer_of(f"classes[{name!r}]", n) for name, n in self.classes.items()})
+        if self.stem is not None:
+            if not isinstance(self.stem, list | tuple | np.ndarray):
+                raise TypeError(f"stem is {self.stem!r}\n  allowed: a tuple of integers, or None")
+            self.stem = tuple(integer_of("stem", units) for units in self.stem)
+        convert(self)
         self.remat = {"none": False, "full": True}.get(self.remat, self.remat)
         check(self)
         super().__post_init__()
@@ -230,8 +236,13 @@ def input_grid(model: VisionTransformer, inputs: jax.Array, grid: tuple[int, int
     Raises:
         ValueError: as in `VisionTransformer.__call__`.
     """
-    if inputs.ndim == 4:
+    if getattr(inputs, "ndim", None) == 4:
         return token_grid(model, inputs.shape[1:3])
+    if getattr(inputs, "ndim", None) != 3:
+        raise ValueError(
+            f"inputs is {arguments.shown(inputs)}\n  allowed: images [batch, height, width, channels], or patches "
+            "[batch, patches, pixels]"
+        )
     return _grid_of_patches(model, inputs.shape[1], grid)
 
 
@@ -248,6 +259,7 @@ def _grid_of_patches(model: VisionTransformer, count: int, grid: tuple[int, int]
     if model.stem is not None:
         raise ValueError("a model with a stem needs images [batch, height, width, channels], not patches")
     if grid is not None:
+        grid = arguments.pair("grid", grid)
         if grid[0] * grid[1] != count:
             raise ValueError(f"grid is {grid[0]}x{grid[1]}, but there are {count} patches")
         return grid
