@@ -114,6 +114,7 @@ def test_heads_on_features_equal_heads_on_images(heads):
         np.testing.assert_allclose(on_features[name], on_images[name], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_frozen_backbone_does_not_change(backbone, heads):
     before = averaged_arrays(backbone)
     for workdir in heads.values():
@@ -131,6 +132,7 @@ def test_a_single_head_is_loaded_as_the_head_of_its_label(backbone):
     assert not loaded["head"]["parity"]["logits"]["kernel"].any()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_run_on_features_classifies_images(heads, capsys):
     assert evaluate.main([f"--workdir={heads['features']}"]) == 0
     metrics = json.loads(capsys.readouterr().out)
@@ -139,6 +141,7 @@ def test_a_checkpoint_of_a_run_on_features_classifies_images(heads, capsys):
     assert metrics["test/loss"] == pytest.approx(summary["test/loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_only_runs_on_images_write_data_json(heads):
     assert (heads["images"] / "data.json").exists() and not (heads["features"] / "data.json").exists()
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_slow
 
 from vit_jax.models.activations import FORMS
 from vit_jax.models.mlp import MLPS
@@ -92,7 +93,7 @@ def name_of(triple):
 EACH = [tuple(index % len(axis) for axis in AXES) for index in range(max(map(len, AXES)))]
 
 
-@pytest.mark.parametrize("triple", EACH, ids=name_of)
+@pytest.mark.parametrize("triple", mostly_slow(EACH, 2), ids=name_of)
 def test_every_option_trains(small, randomise, draw, triple):
     check(small, randomise, draw, fields_of(triple))
 

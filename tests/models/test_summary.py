@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import mostly_slow
 
 from vit_jax import summary as command
 from vit_jax.models import variants
@@ -94,7 +95,7 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize("fields", FIELDS, ids=str)
+@pytest.mark.parametrize("fields", mostly_slow(FIELDS, 2), ids=str)
 def test_flops_are_those_of_the_traced_program(small, fields):
     model = small(**fields)
     size = (48, 31) if fields.get("stem") else (16, 24)

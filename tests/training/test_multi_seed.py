@@ -219,6 +219,7 @@ def test_a_seed_that_fails_does_not_stop_the_others(alone, tmp_path, monkeypatch
     ends_as(tmp_path / "seed-3", alone / "seed-3")
 
 
+@pytest.mark.slow
 def test_one_program_is_compiled_for_all_seeds(tmp_path, capsys):
     multi_seed.train(small(train={"seeds": (3, 0), "steps": 4}, checkpoint={"every": 0}), tmp_path)
     assert capsys.readouterr().out.count("compiling the training step") == 1

@@ -108,6 +108,7 @@ def test_a_nonfinite_step_changes_nothing_but_the_counters(toy, make_config, mon
     assert float(sums["count"]) == 1.0 and np.isfinite(float(sums["loss"]))  # of step 1 alone
 
 
+@pytest.mark.slow
 def test_after_a_burst_the_run_returns_to_the_checkpoint_and_skips_the_batches(backbone, tmp_path, capsys):
     config = poisoned(backbone, tmp_path / "data", [example_of(step) for step in range(12, 12 + BURST)])
     summary = train.train(config, tmp_path / "run")

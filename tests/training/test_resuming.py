@@ -74,6 +74,7 @@ def resumes_exactly(whole, workdir, step):
     assert read_metrics(workdir) == read_metrics(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [7])
 def test_a_run_resumes_exactly(whole, tmp_path, step):
     resumes_exactly(whole, tmp_path / "run", step)

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from helpers import mostly_slow
 
 from vit_jax import weights
 from vit_jax.errors import UserError
@@ -40,7 +41,7 @@ def test_every_recording_is_tried(references):
     assert sorted(folder.name for folder in references.iterdir()) == sorted(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, 2))
 def test_the_libraries_numbers(references, helpers, name):
     model, parameters, report = weights.load(references / name, **OVERRIDES.get(name, {}))
     recorded = np.load(references / name / "numbers.npz")
