@@ -52,8 +52,8 @@ def output(text: str = "", end: str = "\n") -> None:
 def finish(action: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit status; an error that the user can fix is printed and gives status 2.
 
-    If a part of the command's result could not be printed (`output`), the reason is printed too. The status is then 1
-    if its reader closed the pipe, as `head` does, and 2 otherwise.
+    If a part of the command's result could not be printed (`output`), the reason is printed and the status is 2; it is
+    1, without a message, if the reader closed the pipe, as `head` does.
     """
     prepare()
     try:
@@ -82,8 +82,10 @@ def _run(action: Callable[[], int | None]) -> int:
 def _closed(status: int | None) -> int | None:
     """Closes the streams; returns the exit status with which the command ends."""
     if (reason := lost()) is not None:
-        warn(f"error: standard output: {reason}\n  the result was not printed, or not all of it")
-        status = max(status or 0, 1 if reason == os.strerror(errno.EPIPE) else 2)
+        is_broken_pipe = reason == os.strerror(errno.EPIPE)  # its reader wanted no more, as `head` does
+        if not is_broken_pipe:
+            warn(f"error: standard output: {reason}\n  the result was not printed, or not all of it")
+        status = max(status or 0, 1 if is_broken_pipe else 2)
     close()
     return status
 

@@ -147,7 +147,7 @@ def test_each_run_equals_the_run_of_its_seed_alone(alone, one_after_another):
 @pytest.mark.slow
 def test_the_directory_of_all_seeds_is_not_a_run(one_after_another, capsys):
     assert evaluate.main([f"--workdir={one_after_another[0]}"]) == 2
-    assert "use one of them: seed-0, seed-3" in capsys.readouterr().err
+    assert "use one of those in it: seed-0, seed-3" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import arguments, atomic, paths, terminal
+from vit_jax import arguments, atomic, terminal
 from vit_jax.checkpoint import integrity, inventory, orbax_io, proof, run_files
 from vit_jax.checkpoint.integrity import CorruptCheckpoint
 from vit_jax.checkpoint.inventory import Unreadable
@@ -75,7 +75,7 @@ class CheckpointManager:
             read_only: do not remove incomplete checkpoints, which another process may be writing.
             say: prints a line about a corrupt checkpoint.
         """
-        workdir = paths.expand(workdir, "workdir")
+        workdir = Path(arguments.path("workdir", workdir))
         self.directory = workdir.resolve() / run_files.CHECKPOINTS
         self._corrupt_directory = workdir.resolve() / run_files.DAMAGED
         self._keep, self._keep_best, self._say = keep, keep_best, say
