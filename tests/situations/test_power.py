@@ -164,14 +164,19 @@ class Command:
         self.process.wait()
 
 
+def entries(workdir):
+    """The names in the directory of checkpoints, which the proof at the start makes and removes."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.listdir(workdir / "checkpoints")
+    return []
+
+
 def steps(workdir):
-    directory = workdir / "checkpoints"
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
+    return sorted(int(name) for name in entries(workdir) if name.isdigit())
 
 
 def is_saving(workdir):
-    directory = workdir / "checkpoints"
-    return directory.is_dir() and any("tmp" in path.name for path in directory.iterdir())
+    return any("tmp" in name for name in entries(workdir))
 
 
 def outcome(workdir):
