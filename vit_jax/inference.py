@@ -224,7 +224,7 @@ def _read(image: Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "heigh
             return _decode_other(image, shape)
         if image.dtype != np.uint8:
             return f"the array has dtype {image.dtype}, not uint8"
-        if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)) or 0 in image.shape:
+        if not _is_image_shape(image.shape):
             return f"the array has shape {image.shape}, not [height, width] or [height, width, 1, 3 or 4]"
         opened = PIL.Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
         return image_files.convert(opened, shape)
@@ -285,12 +285,17 @@ def _checked(index: int, image: Image) -> Image:
             f"images[{index}] has pixels of dtype {image.dtype}\n  allowed: uint8, from 0 to 255; "
             "of floats from 0 to 1, pass (255 * image).round().astype('uint8')"
         )
-    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)) or 0 in image.shape:
+    if not _is_image_shape(image.shape):
         raise UserError(
             f"images[{index}] has shape {list(image.shape)}\n"
             "  allowed: [height, width], or [height, width, channels] with 1, 3 or 4 channels"
         )
     return image
+
+
+def _is_image_shape(shape: tuple[int, ...]) -> bool:
+    """Returns whether a shape is [height, width], or [height, width, channels] with 1, 3 or 4 channels; none is 0."""
+    return len(shape) in (2, 3) and shape[2:] in ((), (1,), (3,), (4,)) and 0 not in shape
 
 
 def _not_an_image(name: str, value: Any) -> UserError:
