@@ -22,7 +22,9 @@ METADATA = "_CHECKPOINT_METADATA"  # Orbax's name of the file that has the seale
 TREE, MANIFEST = "state/_METADATA", "state/manifest.ocdbt"
 # What TensorStore says about stored bytes that are wrong: both must be in the message.
 _STORED = re.compile(r"OCDBT|zarr|local file")
-_WRONG = re.compile(r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b|Error (decoding|parsing)|[Cc]orrupt|decompress|not exist")
+_WRONG = re.compile(
+    r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b|Error (decoding|parsing)|[Dd]ata corruption|_decompress|not exist"
+)
 
 
 class Unreadable(UserError):
