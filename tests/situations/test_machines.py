@@ -32,10 +32,14 @@ for name in os.environ.get("SITUATION", "").split():
         import pwd
         def unknown(*_): raise KeyError("no such user")
         pwd.getpwuid = pwd.getpwnam = unknown
-    if name == "no_metadata":
+    if name in ("no_metadata", "no_metadata_of_jaxtyping"):
         from importlib import metadata
-        def unknown(name): raise metadata.PackageNotFoundError(name)
-        metadata.version = metadata.distribution = unknown
+        # These two cannot be imported without.
+        known = {"jaxtyping": "0.3", "wadler_lindig": "0.1"} if name == "no_metadata" else {}
+        def version(name):
+            if name in known: return known[name]
+            raise metadata.PackageNotFoundError(name)
+        metadata.version = metadata.distribution = version
     if name == "no_version":
         from importlib import metadata
         metadata.version = {}.get
@@ -119,6 +123,7 @@ IMPOSSIBLE = {
     "no_flag": ({"XLA_FLAGS": "nonsense"}, "XLA_FLAGS is 'nonsense'"),
     "wrong_value": ({"XLA_FLAGS": "--xla_cpu_prefer_vector_width=wide"}, "XLA_FLAGS is"),
     "no_proc": ({"SITUATION": "no_proc"}, "mount /proc"),
+    "no_metadata_of_jaxtyping": ({"SITUATION": "no_metadata_of_jaxtyping"}, "install the packages again"),
     "no_such_user_of_the_cache": ({"XDG_CACHE_HOME": "~nosuchuser/x"}, "XDG_CACHE_HOME=~nosuchuser/x"),
 }
 OTHER_VALUES = {
@@ -317,7 +322,7 @@ def test_other_commands_give_the_same_results(names, machine, run_directory):
 @pytest.mark.parametrize("kind", IMPOSSIBLE)
 def test_what_cannot_work_is_named(kind, machine, run_directory):
     env, expected = IMPOSSIBLE[kind]
-    if "CACHE" in expected or kind == "no_proc" or "platforms" in kind:
+    if "CACHE" in expected or kind in ("no_proc", "no_metadata_of_jaxtyping") or "platforms" in kind:
         arguments = ["main", DIGITS, f"--workdir={machine.folder}/new", *TINY]
         env = {**env, "JAX_COMPILATION_CACHE_DIR": None}
     else:
@@ -649,9 +654,8 @@ def outcome(command: str, names: list[str], stdout: str, machine: Machine, run_d
 
 def combination(generator: random.Random) -> tuple[str, list[str], str]:
     """A command, one to four situations that do not contradict each other, and the state of standard output."""
-    names = generator.sample(
-        sorted({*WORKING, *IMPOSSIBLE} - {"no_proc", "no_such_user_of_the_cache"}), generator.randint(1, 4)
-    )
+    left_out = {"no_proc", "no_such_user_of_the_cache", "no_metadata_of_jaxtyping"}
+    names = generator.sample(sorted({*WORKING, *IMPOSSIBLE} - left_out), generator.randint(1, 4))
     command = generator.choice(["help"] * 6 + ["list"] * 6 + ["evaluate"] * 3 + ["predict"] * 3 + ["train"])
     stdout = generator.choice(["open", "open", "open", *STDOUT])
     flagged = [key for name in names for key in WORKING.get(name, {}) if key in ("python", "after")]
