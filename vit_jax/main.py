@@ -83,8 +83,8 @@ def show_help(spec: str | None, overrides: list[str]) -> None:
         terminal.output(make_parser().format_help(), end="")
         return
     loaded = config.load(spec)
-    for assignment in overrides:
-        config.override(loaded, assignment)
+    read_in_file = config.read_options(loaded)
+    config.reset_unread(loaded, read_in_file - config.override_all(loaded, overrides).typed)
     terminal.output(document.describe(loaded, spec))
 
 

@@ -16,12 +16,10 @@ from vit_jax.config.load import (
     load,
     names,
     nearest_options,
-    override,
-    read_options,
-    reset_unread,
 )
 from vit_jax.config.module import split
 from vit_jax.config.option import Option
+from vit_jax.config.overrides import override, override_all, read_options, reset_unread
 from vit_jax.config.schema import INIT_FROM, OPTIONS
 
 __all__ = [
@@ -36,6 +34,7 @@ __all__ = [
     "names",
     "nearest_options",
     "override",
+    "override_all",
     "read_options",
     "reset_unread",
     "split",

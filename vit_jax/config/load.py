@@ -136,38 +136,6 @@ def load(spec: str) -> ConfigDict:
     return config if is_ours else from_dict(config.to_dict())
 
 
-def override(config: ConfigDict, assignment: str) -> str:
-    """Applies one 'section.key=value' of the command line to `config`; returns the name of the option.
-
-    Raises:
-        UserError: no such option, or a value that is not allowed.
-    """
-    name, equals, text = assignment.partition("=")
-    section, _, key = name.partition(".")
-    name = f"{section}.{ALIASES.get(key, key)}"
-    if name in REMOVED:
-        raise UserError(f"config.{name} has been removed\n  omit it: {REMOVED[name]}")
-    one = find_option(name, text if equals else None)
-    if not equals:
-        raise UserError(f"config.{name} has no value\n  allowed: {one.allowed()}")
-    value = one.parse(name, text)
-    one.check(name, value)
-    config[section][ALIASES.get(key, key)] = value
-    return name
-
-
-def read_options(config: ConfigDict) -> set[str]:
-    """Returns the options, as 'section.key', that have an effect under the others."""
-    return {name for name in names() if option(name).unread_reason(name, config) is None}
-
-
-def reset_unread(config: ConfigDict, among: Collection[str]) -> None:
-    """Resets those of the options `among` to their defaults that have no effect under the others."""
-    for name in set(among) - read_options(config):
-        section, _, key = name.partition(".")
-        config[section][key] = option(name).default
-
-
 def find_option(name: str, value: Any) -> Option:
     """Returns the option 'section.key'.
 
