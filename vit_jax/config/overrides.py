@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vit_jax.config.load import ALIASES, find_option, names, option
+from vit_jax.config.load import ALIASES, find_option, names, option, removed
 from vit_jax.config.schema import REMOVED
 from vit_jax.errors import UserError
 
@@ -35,7 +35,7 @@ def override(config: ConfigDict, assignment: str) -> str:
     key = ALIASES.get(key, key)
     name = f"{section}.{key}"
     if name in REMOVED:
-        raise UserError(f"config.{name} has been removed\n  omit it: {REMOVED[name]}")
+        raise removed(name)
     one = find_option(name, text if equals else None)
     if not equals:
         raise UserError(f"config.{name} has no value\n  allowed: {one.allowed()}")
