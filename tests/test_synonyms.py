@@ -85,11 +85,7 @@ def test_nothing_is_suggested_where_nothing_is_near():
 
 
 def test_the_tables_name_options_that_exist_and_hide_none():
-    keys = {key for section in options.OPTIONS.values() for key in section}
-    known = [
-        *options.names(),
-        *(alias for keys in options.OPTIONS.values() for one in keys.values() for alias in one.aliases),
-    ]
+    keys = {key for section in options.OPTIONS.values() for key in section} | ALIASES.keys()
     for table in (synonyms.SYNONYMS, synonyms.RELATED):
         assert set(table) <= set(options.names())
         words = " ".join(table.values()).split()
@@ -142,9 +138,8 @@ IN_PYTHON = {
 @pytest.mark.parametrize("statement", IN_PYTHON)
 def test_a_mistake_in_a_config_file_is_named_alike_with_file_and_line(statement, tmp_path, capsys):
     file = tmp_path / "c.py"
-    file.write_text(
-        f"from vit_jax import config\n\ndef get_config():\n    c = config.default()\n    {statement}\n    return c"
-    )
+    lines = ["from vit_jax import config", "def get_config():", "    c = config.default()"]
+    file.write_text("\n".join([*lines, f"    {statement}", "    return c"]))
     assert main.main([f"--config={file}"]) == 2
     error = capsys.readouterr().err
     assert f"\n  {file}:4: {IN_PYTHON[statement]}" in error and error.count("\n") <= 3
