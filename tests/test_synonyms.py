@@ -60,9 +60,12 @@ SAID = {
 NOTHING = "qwerty foo.bar train.foo model.foo xyzzy nms anchors vocab_size tokenizer beam_size interpolation gamma"
 
 
+UNCHANGED = options.default()
+
+
 def message(name: str) -> str:
     with pytest.raises(UserError) as caught:
-        options.override(options.default(), f"{name}=1")
+        options.override(UNCHANGED, f"{name}=1")
     assert str(caught.value).count("\n") <= 2
     return str(caught.value)
 
