@@ -5,7 +5,7 @@ import sys
 
 from vit_jax import commands, config, paths, terminal
 from vit_jax.config import document
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, nearest
 
 DESCRIPTION = """\
 Trains a Vision Transformer. The same command resumes a run that was stopped.
@@ -62,15 +62,17 @@ def _unknown(argument: str) -> UserError:
     """Returns the error for an unknown argument, with what to type in its place."""
     name, equals, value = argument.lstrip("-").partition("=")
     near = config.nearest_options(name) if argument.startswith("-") or equals else []
-    if name in ("config", "workdir"):
-        meant = f"--{name}={value}"
+    way_out = "options are --config.SECTION.OPTION=VALUE; see --help"
+    if flag := nearest(name, ("config", "workdir", "help"), cutoff=0.75):
+        way_out = f"nearest: --{flag[0]}{equals}{value}"
     elif name.endswith(".py") and not equals:
-        meant = f"--config={name}"
+        way_out = f"nearest: --config={name}"
+    elif note := config.note(name):
+        way_out = note
     elif near:
-        meant = f"--config.{near[0]}={value or 'VALUE'}"
-    else:
-        return UserError(f"unknown argument: {argument}\n  options are --config.SECTION.OPTION=VALUE; see --help")
-    return UserError(f"unknown argument: {argument}\n  nearest: {meant}")
+        value = value if config.takes_same_values(name, near[0]) else ""
+        way_out = f"nearest: --config.{near[0]}={value or 'VALUE'}"
+    return UserError(f"unknown argument: {argument}\n  {way_out}")
 
 
 def show_help(spec: str | None, overrides: list[str]) -> None:
@@ -80,11 +82,12 @@ def show_help(spec: str | None, overrides: list[str]) -> None:
         UserError: the config cannot be loaded, or an override is wrong.
     """
     if spec is None:
-        terminal.output(make_parser().format_help(), end="")
+        terminal.output(make_parser().format_help())
+        terminal.output(f"configs, for --config=FILE or --config=FILE:ARG:\n{document.shipped_configs()}")
         return
     loaded = config.load(spec)
-    for assignment in overrides:
-        config.override(loaded, assignment)
+    read_in_file = config.read_options(loaded)
+    config.reset_unread(loaded, read_in_file - config.override_all(loaded, overrides).typed)
     terminal.output(document.describe(loaded, spec))
 
 

@@ -7,7 +7,8 @@ import jax
 from clu import parameter_overview
 
 import vit_jax
-from vit_jax.data import listing, normalization
+from vit_jax import optim
+from vit_jax.data import listing, normalization, splits
 from vit_jax.objectives.base import Objective
 from vit_jax.training import progress
 from vit_jax.training.setup import Experiment
@@ -32,9 +33,9 @@ def experiment(experiment: Experiment) -> str:
     lines = [
         parameter_overview.get_parameter_overview(shapes, include_stats=False),
         f"data: {experiment.config.data.name}, {sizes}, {height}x{width}x{channels}, {_classes(experiment)}",
-        f"model: patch {model.patch_size}, width {model.width}, depth {model.depth}, heads {model.heads}, MLP "
-        f"{model.mlp_width}; {experiment.num_parameters:,} parameters, {experiment.forward_flops / 1e9:.3g} GFLOP per "
-        f"image (forward); compute dtype {model.dtype.name}"
+        f"model: {experiment.config.model.variant}, patch {model.patch_size}, width {model.width}, "
+        f"depth {model.depth}, heads {model.heads}, MLP {model.mlp_width}; {experiment.num_parameters:,} parameters, "
+        f"{experiment.forward_flops / 1e9:.3g} GFLOP per image (forward); compute dtype {model.dtype.name}"
         + (f", {model.matmul_dtype.name} matmuls" if model.matmul_dtype else "")
         + f"; attention: {experiment.attention.describe()}",
     ]
@@ -44,11 +45,24 @@ def experiment(experiment: Experiment) -> str:
     if experiment.objective.needs_labels and source.classes() == 1:
         only = listing.printable(source.class_names[0])
         lines.append(f"warning: {only!r} is the only class: every prediction is right")
+    lines += _warnings(experiment)
     if experiment.mask is not None:
         flags = zip(jax.tree.leaves(experiment.mask), jax.tree.leaves(shapes), strict=True)
         count = sum(leaf.size for keep, leaf in flags if keep)
         lines.append(f"trained: {count:,} of {experiment.num_parameters:,} parameters; the others are frozen")
     return "\n".join(lines)
+
+
+def _warnings(experiment: Experiment) -> list[str]:
+    """Returns what options that contradict each other make of the run: a short warm-up, splits that overlap."""
+    warmup = optim.warmup_warning(experiment.config.optimizer, experiment.num_steps)
+    lines = [warmup] if warmup else []
+    train = experiment.sources["train"]
+    for role, source in experiment.sources.items():
+        if role != "train" and (count := splits.overlap(train.pieces, source.pieces)):
+            both = f"data.train is {train.split!r}, data.{role} is {source.split!r}"
+            lines.append(f"warning: {count:,} of the {len(source):,} {role} examples are also trained on: {both}")
+    return lines
 
 
 def _classes(experiment: Experiment) -> str:
