@@ -83,7 +83,8 @@ class Prediction:
         return "; ".join(f"{head}: {part}" if len(parts) > 1 else part for head, part in parts.items())
 
     def __repr__(self) -> str:
-        return f"{listing.printable(str(self.image))}: {self.describe()}"
+        name = f"image {self.image}" if isinstance(self.image, int) else listing.printable(self.image)
+        return f"{name}: {self.describe()}"
 
 
 class Predictions(list[Prediction]):
