@@ -75,8 +75,8 @@ def test_values_of_python_give_the_same_config_as_the_text_of_the_command_line(f
 
 
 def test_an_option_is_named_by_its_key_if_that_is_enough():
-    given = {"steps": np.int64(5), "test_flip": True, "labels": ["label", "parity"], "model.width": 8}
-    assert api._assignments(given) == [
+    passed = {"steps": np.int64(5), "test_flip": True, "labels": ["label", "parity"], "model.width": 8}
+    assert api._assignments(passed) == [
         *("train.steps=5", "augment.test_flip=True", "data.labels=label,parity", "model.width=8")
     ]
     with pytest.raises(UserError, match=r"width is an option of several sections\n  use overrides=\{'model\.width': "):
@@ -177,8 +177,8 @@ def test_every_kind_of_image_gives_the_same_logits(model, digits, tmp_path):
     Image.fromarray(digits.images[0, ..., 0]).save(tmp_path / "digit.png")
     expected = model.logits(digits.images[:1])["label"]
     with Image.open(tmp_path / "digit.png") as opened:
-        for given in (str(tmp_path / "digit.png"), tmp_path, opened, [digits.images[0]], digits.images[0, ..., 0]):
-            np.testing.assert_allclose(model.logits(given)["label"], expected, atol=1e-6)
+        for passed in (str(tmp_path / "digit.png"), tmp_path, opened, [digits.images[0]], digits.images[0, ..., 0]):
+            np.testing.assert_allclose(model.logits(passed)["label"], expected, atol=1e-6)
 
 
 def test_a_model_shows_what_it_is(model, digits_run):
@@ -189,17 +189,17 @@ def test_a_model_shows_what_it_is(model, digits_run):
 
 
 @pytest.mark.parametrize(
-    "given, words",
+    "passed, words",
     [
         (np.zeros((2, 8, 8, 1)), "dtype float64\n.*255 \\* image"),
         (np.zeros((5, 8, 8), np.uint8), r"shape \[5, 8, 8\]\n.*\n  of gray images .*images\[\.\.\., None\]"),
         (np.zeros((3, 8, 8), np.uint8), r"shape \[3, 8, 8\]\n.*\n.* pass np\.moveaxis\(image, 0, -1\)"),
     ],
 )
-def test_what_is_no_image_is_refused_with_what_to_pass(model, given, words):
+def test_what_is_no_image_is_refused_with_what_to_pass(model, passed, words):
     for call in (model.logits, model.features, model.predict):
         with pytest.raises(UserError, match=f"(?s){words}"):
-            call(given)
+            call(passed)
 
 
 def test_predictions_are_shown_in_one_line_per_image():
@@ -228,7 +228,7 @@ def test_a_model_without_a_head_gives_features_and_no_logits(headless):
     path, module, parameters = headless
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     backbone = vit_jax.load(path, normalize="half")
-    expected = module.apply({"params": parameters}, images.astype(np.float32) / 127.5 - 1)
+    expected = module.apply({"params": parameters}, jax.numpy.asarray(images / np.float32(127.5) - 1))
     np.testing.assert_allclose(backbone.features(images), expected, atol=1e-4)
     assert backbone.classes is None and "no head" in repr(backbone)
     for call in (backbone.logits, backbone.predict, backbone.probabilities):

@@ -133,8 +133,8 @@ def train(
 def _assignments(options: Mapping[str, Any]) -> list[str]:
     """Returns options as the command line has them: 'section.key=value'."""
     written = []
-    for given, value in options.items():
-        name = _full_name(given)
+    for key, value in options.items():
+        name = _full_name(key)
         one = find_option(name, value)
         written.append(f"{name}={value if isinstance(value, str) else one.text(one.convert(value))}")
     return written

@@ -95,7 +95,7 @@ def _seeds(workdir: Path) -> list[int]:
     """Returns the seeds whose runs a directory holds and that have a checkpoint; [] for a run of one seed."""
     from vit_jax.checkpoint import run_files
 
-    if run_files.has_checkpoints(workdir):
+    if not workdir.is_dir() or run_files.has_checkpoints(workdir):
         return []
     config = run_files.read_config(workdir) or {}
     seeds = config.get("train", {}).get("seeds") or ()

@@ -140,8 +140,8 @@ class Interruption(StopRequest):
         return super().reason
 
     def __enter__(self) -> "Interruption":
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        can_receive = threading.current_thread() is threading.main_thread()
+        if can_receive and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._old_handler = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
