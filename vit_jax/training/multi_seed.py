@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def workdir_of(workdir: Path, seed: int) -> Path:
     return workdir / f"seed-{seed}"
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
+def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) -> dict[str, Any] | None:
     """Trains every seed that is not finished; returns the content of summary.json (`summarize`).
 
     None if it was stopped; the run is saved. A seed that fails does not keep the others from being trained.
@@ -44,6 +44,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Args:
         config: a checked config with `train.seeds`.
         workdir: the run directory of all seeds.
+        stop: as of `train.train`.
 
     Raises:
         UserError: as `train.train`; if seeds have failed, the error of the first one, after the others are finished.
@@ -58,7 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     run_directory.claim(workdir, _recorded_seeds(workdir, config))
     terminal.say(describe.versions(mesh))
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(config.train.max_minutes))
+        stop = stack.enter_context(stop or StopRequest(config.train.max_minutes))
         stop.on_exit, stop.exit_on_signal = release_all, True
         stack.enter_context(Lock(workdir, stop.exit_without_saving))
         changes = _changes(workdir, config)  # again: another process may have finished the run in between
@@ -162,18 +163,25 @@ def summarize(seeds: Sequence[int], summaries: Sequence[dict[str, Any]]) -> dict
     Each metric is the mean over the seeds; `<metric>/std` is the sample standard deviation (None for one seed), and
     `<metric>/each` lists the values in the order of `seeds`. `seconds` is the sum.
     """
-    first, result = summaries[0], {"seeds": list(seeds)}
-    for name in (name for name in first if "/" in name):
-        values = [summary[name] for summary in summaries]
+    first = summaries[0]
+    metrics = {name: [summary[name] for summary in summaries] for name in first if "/" in name}
+    seconds = sum(summary["seconds"] for summary in summaries)
+    others = {"steps": first["steps"], "seconds": seconds, "parameters": first["parameters"]}
+    return {"seeds": list(seeds), **mean_and_std(metrics), **others}
+
+
+def mean_and_std(metrics: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Returns `<metric>`, `<metric>/std` and `<metric>/each` as `summarize` does; '.../examples' alone, as it is."""
+    result: dict[str, Any] = {}
+    for name, values in metrics.items():
         if name.endswith("/examples"):
-            result[name] = first[name]
+            result[name] = values[0]
             continue
         result[name] = mean = math.fsum(values) / len(values)
         squares = math.fsum((value - mean) ** 2 for value in values)
         result[f"{name}/std"] = math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else None
-        result[f"{name}/each"] = values
-    seconds = sum(summary["seconds"] for summary in summaries)
-    return {**result, "steps": first["steps"], "seconds": seconds, "parameters": first["parameters"]}
+        result[f"{name}/each"] = list(values)
+    return result
 
 
 def describe_all(summary: dict[str, Any], primary: PrimaryMetric) -> str:
