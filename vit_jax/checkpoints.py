@@ -1,6 +1,7 @@
 """The command: python -m vit_jax.checkpoints list|verify|diff|average|restore-config DIR."""
 
 import argparse
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -85,15 +86,12 @@ def _list_changes(manager: "CheckpointManager") -> None:
     for change in run_files.changes_until(workdir, intact[-1], metadata):
         since = f"from step {change['step']:,} on" if "step" in change else "at an unknown step"
         terminal.output(f"changed {since}: {'; '.join(change['changes'])}  ({change.get('time', 'no time')})")
-    try:
+    written = None
+    with contextlib.suppress(UserError):  # whoever needs config.json is shown what is wrong with it
         written = run_files.read_config(workdir)
-    except UserError as error:
-        terminal.output(str(error))
-        return
-    config = metadata.get("config") or written
-    if rows := options.differences(written or {}, config or {}):
+    if written is not None and (rows := options.differences(written, metadata.get("config", written))):
         terminal.output(
-            f"{run_files.CONFIG} {'is missing' if written is None else f'differs from what was trained: {few(rows)}'}\n"
+            f"{run_files.CONFIG} differs from what was trained: {few(rows)}\n"
             f"  restore it: python -m vit_jax.checkpoints restore-config {workdir}"
         )
 

@@ -17,7 +17,7 @@ from vit_jax.training import initial_weights
 
 
 class RunRecord:
-    """The files that describe a run; they tell of the steps of the newest checkpoint, of no others.
+    """The files that describe a run, up to the step of its newest checkpoint.
 
     A checkpoint has the config under which its last step was trained, and the changes until then. config.json and
     changes.jsonl have those of the newest checkpoint: a run that resumes with another config, and ends before it has
@@ -48,7 +48,7 @@ class RunRecord:
         self.resume(0, {})
 
     def resume(self, step: int, metadata: dict[str, Any]) -> list[str]:
-        """Sets the checkpoint from which the run goes on; all processes of a cluster must call this together.
+        """Sets the checkpoint from which the run continues; all processes of a cluster must call this together.
 
         Args:
             step: of the checkpoint; 0 if there is none.
