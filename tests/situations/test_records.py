@@ -17,7 +17,7 @@ from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.config.check import check_config
 from vit_jax.config.option import CHANGEABLE, FIXED, FREE, NAMES, SEEDS, STEPS, WEIGHTS
 from vit_jax.errors import UserError
-from vit_jax.training import multi_seed, run_directory, train
+from vit_jax.training import lr_sweep, multi_seed, run_directory, train
 from vit_jax.training.run import Run
 from vit_jax.training.run_record import RunRecord
 
@@ -64,8 +64,8 @@ def changed(config, *names, **values):
 
 
 def contents(workdir):
-    """Every file, with its bytes and the time of its last change."""
-    files = [path for path in workdir.rglob("*") if path.is_file()]
+    """Every file but the lock's, with its bytes and the time of its last change."""
+    files = [path for path in workdir.rglob("*") if path.is_file() and not path.name.startswith(".lock.json")]
     return {path.relative_to(workdir): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
@@ -246,7 +246,8 @@ def test_a_change_is_recorded_with_the_first_checkpoint_of_its_steps(stopped, na
     before, record = contents(stopped), make_record(config, stopped)
     (row,) = record.resume(*newest(stopped))
     record.write()
-    assert {path: before[path] for path in before} == {path: contents(stopped)[path] for path in before}
+    after = contents(stopped)
+    assert {path: after[path] for path in before} == before
     assert record.at(STOPPED)["config"] == as_json(old) and record.at(STOPPED)["changes"] == []
     record.saved(STOPPED + 1, record.at(STOPPED + 1))
     change = {"step": STOPPED, "changes": [row]}
@@ -416,9 +417,19 @@ def test_a_set_of_seeds_is_refused_before_any_is_trained(seeds):
     before = contents(seeds)
     with pytest.raises(UserError, match=r"seed-3 was trained to step 20, and no step is left"):
         multi_seed.train(config, seeds)
-    after = contents(seeds)
-    assert {path: after[path] for path in before} == before
-    assert {path.name for path in after.keys() - before.keys()} <= {".lock.json.last"}
+    assert contents(seeds) == before
+
+
+def test_a_sweep_is_of_one_config(tmp_path):
+    """It was killed in its first trial, before it has written sweep.json."""
+    splits = ("train[:90%]", "train[90%:]", "train")
+    plan = lr_sweep.Plan(tiny_config(train={"steps": LAST}), (0.5, 0.25), *splits)
+    make_run(tmp_path / "rate-0.5", plan.trial(0.5), STOPPED)
+    lr_sweep._check_workdir(plan, tmp_path)
+    for name in ("optimizer.weight_decay", "augment.flip"):
+        other = lr_sweep.Plan(changed(plan.config, name), (0.25, 0.5), *splits)
+        with pytest.raises(UserError, match=rf"holds a sweep of another config\n  differs: {name}: "):
+            lr_sweep._check_workdir(other, tmp_path)
 
 
 # --- real runs -------------------------------------------------------------------------------------------------------
@@ -477,9 +488,7 @@ def test_a_run_that_was_not_evaluated_finishes_with_its_config_only(finished_cop
         UserError, match=r"was trained to step 20, and no step is left .*\n.*\n  the same config finishes"
     ):
         train.train(small(**OTHER_RATE), finished_copy)
-    after = contents(finished_copy)
-    assert {path: after[path] for path in before} == before
-    assert {path.name for path in after.keys() - before.keys()} <= {".lock.json.last"}
+    assert contents(finished_copy) == before
     found = train.train(small(log={"every": 7}), finished_copy)
     expected = json.loads(summary)
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
@@ -497,6 +506,9 @@ def test_more_steps_with_another_option_are_recorded(finished_copy):
         assert saved_config(finished_copy, step) == as_json(small() if step <= LAST else longer)
     # The newest checkpoints are lost: the records are again those of the steps before the change.
     remove_steps(finished_copy, 20, 25, 30)
+    with pytest.raises(UserError, match=r"is finished: .*\n  differs: optimizer.learning_rate: 0.005 -> 0.001; "):
+        train.train(small(), finished_copy)
+    (finished_copy / run_files.SUMMARY).unlink()
     assert train.train(small(), finished_copy)["steps"] == LAST
     assert recorded(finished_copy)[:2] == (as_json(small()), [])
 

@@ -120,13 +120,15 @@ def changes(workdir: Path, config: ConfigDict) -> list[str]:
 def recorded_config(workdir: Path) -> dict[str, Any] | None:
     """Returns the config of the run that has begun in a directory, as nested dictionaries; None if there is no run.
 
-    It is that of the newest checkpoint, even if config.json was removed or edited; before the first one, config.json.
+    It is that of the newest checkpoint, even if config.json was removed or edited. It is config.json before the first
+    checkpoint, and if the last one of a finished run is lost.
 
     Raises:
         UserError: config.json is needed and cannot be read.
     """
-    newest = newest_metadata(workdir)
-    if newest is not None and newest[1].get("config") is not None:
+    newest, summary = newest_metadata(workdir), run_files.read_summary(workdir)
+    is_lost = newest is not None and summary is not None and summary.get("steps", 0) > newest[0]
+    if newest is not None and newest[1].get("config") is not None and not is_lost:
         return newest[1]["config"]
     config = run_files.read_config(workdir)
     # Without records or checkpoints there is nothing to lose: the config may change freely.
