@@ -170,7 +170,7 @@ def test_every_option_has_another_value():
 
 
 def test_epochs_decide_once_the_data_are_loaded(runs, tmp_path):
-    """How many steps an epoch has is not known before; the same number of epochs leaves no step."""
+    """The number of steps per epoch is not known before; the same number of epochs leaves no step."""
     config = tiny_config(train={"steps": None, "epochs": 2.0})
     make_run(tmp_path / "run", config, LAST, RESULT)
     assert run_directory.finished(tmp_path / "run", config) == RESULT

@@ -67,9 +67,9 @@ def no_step_left(
         state: 'is finished: ...'; None if the last checkpoint was saved, but the run did not finish.
     """
     names = {row.partition(":")[0] for row in changed}
-    split = next((config.data[name] for name in ("test", "validation") if f"data.{name}" in names), None)
-    if split is not None and names <= {"data.test", "data.validation"}:
-        where = f"--workdir={shlex.quote(str(workdir))} --split={shlex.quote(split)}"
+    splits = [config.data[role] for role in ("test", "validation") if f"data.{role}" in names and config.data[role]]
+    if splits and names <= {"data.test", "data.validation"}:
+        where = f"--workdir={shlex.quote(str(workdir))} --split={shlex.quote(splits[0])}"
         way_out = f"to score it on that split: python -m vit_jax.evaluate {where}"
     else:
         finish = "" if state else "the same config finishes it; "
