@@ -316,7 +316,7 @@ def test_unknown_options_in_a_handmade_config_are_refused():
 # The policies as they were when they were lists of prefixes in the code of the run directory. "fixed" is the default.
 FREE = {
     "data": "dir cache_dir decoded workers ahead worker_timeout resident",
-    "train": "steps_per_dispatch max_minutes",
+    "train": "steps_per_dispatch max_minutes evaluation_batch_size",
     "checkpoint": "every keep keep_best",
     "mesh": "devices distributed",
     "log": "every tensorboard profile",
@@ -327,7 +327,7 @@ CHANGEABLE = {
     "augment": " ".join(options.OPTIONS["augment"]),
     "optimizer": "learning_rate schedule warmup_steps final_learning_rate weight_decay beta1 beta2 epsilon momentum "
     "layer_decay gradient_clip",
-    "train": "steps epochs accumulation loss_weights label_smoothing evaluate_every evaluation_batch_size",
+    "train": "steps epochs accumulation loss_weights label_smoothing evaluate_every",
 }
 
 

@@ -1,22 +1,26 @@
 """The command: python -m vit_jax.checkpoints list|verify|diff|average|restore-config DIR."""
 
 import argparse
+import contextlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_jax import commands, paths, terminal
 from vit_jax import config as options
 from vit_jax.errors import UserError, few
 
+if TYPE_CHECKING:
+    from vit_jax.checkpoint.manager import CheckpointManager
+
 DESCRIPTION = """\
 Lists, verifies, compares and averages the checkpoints of a run.
 
-  python -m vit_jax.checkpoints list runs/cifar10            steps, dates, sizes, validation metrics
+  python -m vit_jax.checkpoints list runs/cifar10            steps, dates, sizes, validation metrics, changed options
   python -m vit_jax.checkpoints verify runs/cifar10          reads every array and compares it with its digest
   python -m vit_jax.checkpoints diff runs/a runs/b           differences in the config and in the arrays
   python -m vit_jax.checkpoints diff runs/a runs/a --steps=1000,2000
   python -m vit_jax.checkpoints average runs/cifar10 --last=5 --out=mean.safetensors  the mean of the parameters
-  python -m vit_jax.checkpoints restore-config runs/cifar10  writes config.json from the newest checkpoint
+  python -m vit_jax.checkpoints restore-config runs/cifar10  writes config.json and changes.jsonl from the newest
 
 Only `average` and `restore-config` write files. A file written by `average` can be used wherever weights are read:
 --config.checkpoint.init_from, vit_jax.evaluate --weights, vit_jax.convert.
@@ -67,7 +71,29 @@ def list_all(flags: argparse.Namespace) -> int:
         shown = ", ".join(_metric(name, value) for name, value in metrics.items()) or "-"
         shown += "  best" if best and best[0] == step else ""
         terminal.output(f"{step:>10,}  {written}  {size / 2**20:>6.1f} MiB  {shown}")
+    _list_changes(manager)
     return 0
+
+
+def _list_changes(manager: "CheckpointManager") -> None:
+    """Prints the steps at which options of the config changed, and where config.json is not what was trained."""
+    from vit_jax.checkpoint import run_files
+
+    workdir, intact = manager.directory.parent, [step for step in manager.steps() if manager.has(step)]
+    if not intact:
+        return
+    metadata = manager.metadata(intact[-1])
+    for change in run_files.changes_until(workdir, intact[-1], metadata):
+        since = f"from step {change['step']:,} on" if "step" in change else "at an unknown step"
+        terminal.output(f"changed {since}: {'; '.join(change['changes'])}  ({change.get('time', 'no time')})")
+    written = None
+    with contextlib.suppress(UserError):  # whoever needs config.json is shown what is wrong with it
+        written = run_files.read_config(workdir)
+    if written is not None and (rows := options.differences(written, metadata.get("config", written))):
+        terminal.output(
+            f"{run_files.CONFIG} differs from what was trained: {few(rows)}\n"
+            f"  restore it: python -m vit_jax.checkpoints restore-config {workdir}"
+        )
 
 
 def _metric(name: str, value: float) -> str:
@@ -127,8 +153,7 @@ def _parse_steps(text: str) -> list[int]:
 
 
 def restore_config(flags: argparse.Namespace) -> int:
-    """Writes config.json from the config that a checkpoint contains."""
-    from vit_jax import atomic
+    """Writes config.json and changes.jsonl from a checkpoint."""
     from vit_jax.checkpoint import run_files
 
     manager = _open(flags.workdirs[0])
@@ -136,7 +161,7 @@ def restore_config(flags: argparse.Namespace) -> int:
     config = manager.metadata(step)["config"]
     options.from_dict(config)
     path = manager.directory.parent / run_files.CONFIG
-    atomic.write_json(path, config)
+    run_files.write_config(path.parent, config, run_files.changes_until(path.parent, step, manager.metadata(step)))
     terminal.say(f"{path}: written from the checkpoint of step {step:,}, {sum(map(len, config.values()))} options")
     return 0
 

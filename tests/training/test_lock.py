@@ -12,9 +12,10 @@ import pytest
 from helpers import kill, run_command, start_command, tiny_config
 
 from vit_jax import atomic
+from vit_jax.checkpoint import run_files
 from vit_jax.checkpoint.manager import CheckpointManager, SaveFailed
 from vit_jax.errors import UserError
-from vit_jax.training import lock, run_directory
+from vit_jax.training import lock
 from vit_jax.training.metrics import MetricsWriter
 
 HOLD = """
@@ -166,7 +167,7 @@ def save(workdir, writer):
 
 
 def change(workdir, writer):
-    run_directory.record(workdir, tiny_config(), ["train.steps: 1 -> 2"], print)
+    run_files.write_config(workdir, tiny_config().to_dict(), [{"step": 1, "changes": ["train.steps: 1 -> 2"]}])
 
 
 WRITES = {

@@ -141,6 +141,7 @@ def test_another_length_and_learning_rate_are_printed_and_recorded(whole, tmp_pa
     shown = capsys.readouterr().out
     assert "optimizer.learning_rate: 0.01 -> 0.005; train.steps: 24 -> 30" in shown
     (change,) = (tmp_path / "run" / "changes.jsonl").read_text().splitlines()
+    assert json.loads(change)["step"] == 10
     assert json.loads(change)["changes"] == ["optimizer.learning_rate: 0.01 -> 0.005", "train.steps: 24 -> 30"]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 30
     assert [line["step"] for line in read_metrics(tmp_path / "run")][-1] == 30
@@ -149,7 +150,7 @@ def test_another_length_and_learning_rate_are_printed_and_recorded(whole, tmp_pa
 @pytest.mark.slow
 def test_a_finished_run_is_lengthened_but_not_shortened(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    with pytest.raises(UserError, match="sets 20 steps, but the newest checkpoint of this run is of step 24"):
+    with pytest.raises(UserError, match=r"is finished: .* after 24 steps, .*\n  differs: train.steps: 24 -> 20\n"):
         train.train(everything_on(train={"steps": 20}), tmp_path / "run")
     assert train.train(everything_on(train={"steps": 26}), tmp_path / "run")["steps"] == 26
 

@@ -65,7 +65,8 @@ def make(monkeypatch):
 @pytest.mark.parametrize("how", ["save", "finish", "rescue"])
 def test_the_lines_of_metrics_are_on_the_disk_before_every_save(make, state, how):
     saver, manager, calls, _ = make(failures=1 if how == "finish" else 0)
-    getattr(saver, how)(state, {}, *({},) * (how == "save"))
+    metadata = dict if how == "rescue" else {}
+    getattr(saver, how)(state, metadata, *({},) * (how == "save"))
     assert calls == ["flush", "save"] * (len(calls) // 2) and manager.saved
 
 

@@ -65,6 +65,7 @@ class CheckpointManager:
         keep_best: int = 1,
         read_only: bool = False,
         say: Callable[[str], None] = terminal.say,
+        on_save: Callable[[int, dict[str, Any]], None] | None = None,
     ):
         """Opens WORKDIR/checkpoints, which need not exist yet.
 
@@ -74,11 +75,12 @@ class CheckpointManager:
             keep_best: number of checkpoints with the highest `ranking_score` to keep in addition.
             read_only: do not remove incomplete checkpoints, which another process may be writing.
             say: prints a line about a corrupt checkpoint.
+            on_save: is called with step and metadata of each new checkpoint, which counts as saved once it returns.
         """
         workdir = Path(arguments.path("workdir", workdir))
         self.directory = workdir.resolve() / run_files.CHECKPOINTS
         self._corrupt_directory = workdir.resolve() / run_files.DAMAGED
-        self._keep, self._keep_best, self._say = keep, keep_best, say
+        self._keep, self._keep_best, self._say, self._on_save = keep, keep_best, say, on_save
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._contents: dict[int, dict[str, Any]] = {}  # a checkpoint's sealed content never changes
@@ -301,6 +303,8 @@ class CheckpointManager:
         found = proof.read_back(path)
         if written is not None and found[integrity.SEAL] != written[integrity.SEAL]:
             raise CorruptCheckpoint(f"{path} is corrupt: its metadata differs from what was written")
+        if self._on_save is not None:
+            self._on_save(step, found["metadata"])
         self._unproved.discard(step)
         self._remove_incomplete()  # of a failed save
         self._remove_old()

@@ -1,14 +1,18 @@
-"""The files of a run directory: their names, and readers of config.json and summary.json."""
+"""The files of a run directory: their names, readers, and what config.json and changes.jsonl have."""
 
+import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vit_jax import atomic
 from vit_jax.errors import UserError, one_line
 
 METRICS = "metrics.jsonl"
 INIT_FROM = "init_from.json"
 CONFIG = "config.json"
+CHANGES = "changes.jsonl"
 DATA = "data.json"
 ENVIRONMENT = "environment.json"
 SUMMARY = "summary.json"
@@ -47,6 +51,53 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
     """
     summary = read_json(workdir / SUMMARY)
     return summary if isinstance(summary, dict) else None
+
+
+def read_changes(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the lines of changes.jsonl, oldest first: `step` from which the options differ, `time`, `changes`.
+
+    Lines of older versions have no `step`. What is no JSON object is left out.
+
+    Raises:
+        UserError: the operating system cannot read it.
+    """
+    try:
+        lines = (workdir / CHANGES).read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise unreadable(workdir / CHANGES, error) from error
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [change for change in found if isinstance(change, dict) and isinstance(change.get("changes"), list)]
+
+
+def changes_until(workdir: Path, step: int, metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the changes of the config, as `read_changes`, before a checkpoint: those that its metadata has.
+
+    Checkpoints of older versions have none; then those of changes.jsonl.
+    """
+    if "changes" in metadata:
+        return metadata["changes"]
+    return [change for change in read_changes(workdir) if change.get("step", -1) < step]
+
+
+def write_config(workdir: Path, config: Mapping[str, Any], changes: list[dict[str, Any]]) -> None:
+    """Writes config.json and changes.jsonl, unless they have this content already; no changes: no changes.jsonl.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    history = "".join(f"{atomic.to_json(change)}\n" for change in changes)
+    for name, text in ((CHANGES, history), (CONFIG, f"{atomic.to_json(config, indent=2)}\n")):
+        path, content = workdir / name, text.encode()
+        before = path.read_bytes() if path.exists() else b""
+        if content and content != before:
+            atomic.write_bytes(path, content)
+        elif before and not content:
+            atomic.remove(path)
 
 
 def has_checkpoints(workdir: Path) -> bool:

@@ -37,8 +37,8 @@ Set an option in a config file (`config.train.steps = 1000`) or on the command l
 
 * **Config files** are Python modules: they may import modules of their own directory, also relatively in a package.
   `get_config()`, or `get_config(ARG)` for `--config=FILE:ARG`, returns the config.
-* **On resume**: whether the option may change when a run resumes. *fixed*: no. *changeable*: yes, and the change is
-  printed and recorded in `changes.jsonl`. *free*: yes, silently.
+* **On resume**: whether the option may change when a run resumes. *fixed*: no. *changeable*: yes, while steps are left
+  to train with it; the change is printed and recorded in `changes.jsonl`. *free*: yes, silently.
 * **Only with**: the settings under which the option has an effect. With other settings, any value but the default is
   refused; what a config file sets and an override makes pointless is reset to its default.
 

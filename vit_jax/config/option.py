@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from vit_jax.arguments import plain, shown
 from vit_jax.errors import UserError
 
-# May an option differ when a run resumes? "fixed": no, the run directory is refused. "changeable": yes, and the change
-# is printed and recorded. "free": yes, silently.
+# May an option differ when a run resumes? "fixed": no, the run directory is refused. "changeable": yes, while steps are
+# left to train with it; the change is printed and recorded. "free": yes, silently, since no result depends on it.
 FIXED, CHANGEABLE, FREE = RESUME = ("fixed", "changeable", "free")
 MAX_SEED = 2**31 - 1
 MAX_INTEGER = 2**31 - 1  # steps and indices are int32 on the device

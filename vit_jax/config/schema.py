@@ -383,7 +383,7 @@ TRAIN = {
         0.0, float, "Label smoothing: target mass spread over all classes.", min=0, below=1, read_by=CLASSIFY
     ),
     "evaluate_every": _changeable(0, int, "Steps between evaluations. 0: evaluate only at the end.", min=0),
-    "evaluation_batch_size": _changeable(None, int, "Examples per evaluation step. None: train.batch_size.", min=1),
+    "evaluation_batch_size": _free(None, int, "Examples per evaluation step. None: train.batch_size.", min=1),
     "steps_per_dispatch": _free(50, int, "Maximum number of training steps per jitted call.", min=1),
     "max_minutes": _free(None, float, "Save and stop after this many minutes; rerun to resume. None: no limit.", min=0),
 }

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as options
 from vit_jax import terminal
-from vit_jax.checkpoint import run_files
 from vit_jax.data.pipeline import Pipeline
 from vit_jax.errors import UserError
 from vit_jax.models.summary import training_bytes
@@ -30,9 +29,7 @@ def recorded(config: ConfigDict, workdir: Path) -> ConfigDict:
 
     A run that is resumed, perhaps on another machine, keeps its batch size.
     """
-    old = None
-    if config.train.batch_size == AUTO and run_directory.has_begun(workdir):
-        old = run_files.read_config(workdir)
+    old = run_directory.recorded_config(workdir) if config.train.batch_size == AUTO else None
     if old is not None:
         config = options.from_dict(config.to_dict())
         config.train.batch_size = old["train"]["batch_size"]

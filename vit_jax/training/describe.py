@@ -74,11 +74,12 @@ def _classes(experiment: Experiment) -> str:
     return ", ".join([f"{first[1]} classes of {first[0]}", *(f"{count} of {name}" for name, count in rest)])
 
 
-def start(experiment: Experiment, step: int, workdir: Path) -> str:
-    """Returns 'training for 4,491 steps of 64 images (200.0 epochs), in runs/digits'."""
+def start(experiment: Experiment, step: int, workdir: Path, changed: list[str]) -> str:
+    """Returns 'training for 4,491 steps of 64 images (200.0 epochs), in runs/digits', and the options that changed."""
     steps, size = experiment.num_steps, experiment.config.train.batch_size
     begin = f"resuming at step {step:,} of" if step else "training for"
-    return f"{begin} {steps:,} steps of {size} images ({steps / experiment.steps_per_epoch:.1f} epochs), in {workdir}"
+    line = f"{begin} {steps:,} steps of {size} images ({steps / experiment.steps_per_epoch:.1f} epochs), in {workdir}"
+    return f"{line}\nchanged from step {step:,} on: {'; '.join(changed)}" if changed else line
 
 
 def result(objective: Objective, summary: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as options
 from vit_jax import paths, weights
-from vit_jax.checkpoint import integrity, run_files
+from vit_jax.checkpoint import integrity
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.errors import UserError
 from vit_jax.models import variants
@@ -58,7 +58,7 @@ def complete_config(config: ConfigDict, workdir: Path | None = None) -> None:
 
 def _begun(workdir: Path, source: str) -> dict[str, Any] | None:
     """The config of the run that has begun in a directory from these weights; None if there is no such run."""
-    config = run_files.read_config(workdir) if run_directory.has_begun(workdir) else None
+    config = run_directory.recorded_config(workdir)
     config = None if config is None else options.complete(config)
     is_same = config is not None and initial_weights.is_same(workdir, config["checkpoint"]["init_from"], source)
     return config if is_same else None

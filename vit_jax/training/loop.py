@@ -13,13 +13,14 @@ from vit_jax.errors import UserError
 from vit_jax.evaluation.exact import Interrupted
 from vit_jax.runtime.profiling import Profiler
 from vit_jax.sharding import multihost
-from vit_jax.training import describe, init_from, plan
+from vit_jax.training import describe, init_from, plan, run_directory
 from vit_jax.training.log import Log, NonFiniteBurst
 from vit_jax.training.metrics import MetricsWriter
 from vit_jax.training.plan import Chunk, ChunkLength
 from vit_jax.training.progress import Progress
 from vit_jax.training.recovery import NonFinite, Recovery
 from vit_jax.training.run import Run
+from vit_jax.training.run_record import RunRecord
 from vit_jax.training.saving import Saver
 from vit_jax.training.setup import Experiment
 from vit_jax.training.shutdown import StopRequest
@@ -34,6 +35,7 @@ def train(
     seed: int,
     workdir: Path,
     checkpoints: CheckpointManager,
+    record: RunRecord,
     stop: StopRequest,
     progress: Progress,
     compile_update: Callable[[], Update],
@@ -45,6 +47,7 @@ def train(
         seed: of the run.
         workdir: the run directory.
         checkpoints: of the run directory.
+        record: writes the files that describe the run.
         stop: ends the run early; it is saved first.
         progress: shows lines in the terminal.
         compile_update: returns the compiled `step.make_update`.
@@ -53,21 +56,26 @@ def train(
         The content of summary.json; None if the run was stopped.
 
     Raises:
-        UserError: a checkpoint does not fit the model, losses stay non-finite, or the last save fails.
+        UserError: the config has changed and no step is left, a checkpoint does not fit the model, losses stay
+            non-finite, or the last save fails.
     """
     config, say = experiment.config, progress.say
     experiment.pipelines.make_all()  # before the state: what fits on the devices is decided while they are empty
     state, resumed = init_from.start(experiment, seed, checkpoints, say)
     logged, step = resumed.get("settled", True), int(state.step)
-    say(describe.start(experiment, step, workdir))
+    changed = record.resume(step, resumed)
+    if changed and step >= experiment.num_steps:
+        raise run_directory.no_step_left(workdir, config, changed, step)
+    say(describe.start(experiment, step, workdir, changed))
     update = compile_update() if step < experiment.num_steps else None
     throughput = experiment.make_throughput(resumed.get("seconds", 0.0))
     recovery = Recovery(experiment, seed, checkpoints, workdir, say)
     first = step if logged else step - 1  # the line of a step that is not logged yet is written again
     with MetricsWriter(workdir, first, config.log.tensorboard, enabled=multihost.is_rank_0()) as writer:
+        multihost.on_rank_0(record.write)
         log = Log(experiment, writer, progress, throughput, resumed.get("rolled_back_from"))
         saver = Saver(checkpoints, experiment.objective.primary_metric, config.checkpoint.keep_best, say, log.flush)
-        run = Run(experiment, seed, state, stop, progress, log, saver, recovery, logged)
+        run = Run(experiment, seed, state, stop, progress, log, saver, recovery, record, logged)
         del state  # its arrays are donated to the first update
         stop.exit_on_signal = logged and update is None  # from here on there is something to save
         try:
@@ -87,7 +95,7 @@ def train(
         except NonFinite:
             raise
         except (UserError, OSError):
-            saver.rescue(run.state, run.metadata())
+            saver.rescue(run.state, run.metadata)
             raise
         saver.finish(run.state, run.metadata())
     return {
@@ -127,8 +135,10 @@ def train_steps(run: Run, update: Update, profiler: Profiler) -> None:
         except NonFiniteBurst:
             failed = run.step
             run.saver.wait()
-            run.state = run.recovery.roll_back(run.state)
+            run.state, resumed = run.recovery.roll_back(run.state)
             run.log.rewind(run.step, failed)
+            run.record.resume(run.step, resumed)
+            multihost.on_rank_0(run.record.write)
         finally:
             feeds.close()
 

@@ -131,7 +131,7 @@ def sweep(plan: Plan, workdir: Path, say: Callable[[str], None]) -> dict[str, An
     with StopRequest() as stop:  # for signals between two runs; each run handles its own
         stop.exit_on_signal = True
         for number, rate in enumerate(plan.rates):
-            run = workdir / f"rate-{rate:g}"
+            run = _trial_directory(workdir, rate)
             say(f"learning rate {rate:g} ({number + 1} of {len(plan.rates)}){_finished_note(run)}")
             trial = _train(plan.trial(rate), run, deadline)
             if trial is None:
@@ -162,7 +162,9 @@ def _check_workdir(plan: Plan, workdir: Path) -> None:
     try:
         saved = json.loads((workdir / RESULT).read_bytes())
         old, splits = saved["config"], saved["splits"]
-    except FileNotFoundError:
+    except FileNotFoundError:  # it is written after the first trial
+        begun = [(path, plan.trial(rate)) for rate in plan.rates if (path := _trial_directory(workdir, rate)).is_dir()]
+        _refuse(workdir, [row for path, config in begun for row in run_directory.changes(path, config)])
         return
     except OSError as error:
         raise run_files.unreadable(workdir / RESULT, error) from error
@@ -173,13 +175,20 @@ def _check_workdir(plan: Plan, workdir: Path) -> None:
     if run is not None and initial_weights.is_same(run, before, new["checkpoint"]["init_from"]):
         new["checkpoint"]["init_from"] = before
     rows = options.differences({**old, "splits": splits}, new, resume=("fixed", "changeable"))
-    rows = [row for row in rows if not row.startswith("optimizer.learning_rate:")]
+    _refuse(workdir, [row for row in rows if not row.startswith("optimizer.learning_rate:")])
+
+
+def _refuse(workdir: Path, rows: list[str]) -> None:
     if rows:
         raise UserError(
             f"--workdir={workdir} holds a sweep of another config\n"
             f"  differs: {'; '.join(rows[: run_directory.MAX_SHOWN])}\n"
             "  use another --workdir, or the same config"
         )
+
+
+def _trial_directory(workdir: Path, rate: float) -> Path:
+    return workdir / f"rate-{rate:g}"
 
 
 def _finished_note(run: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vit_jax import atomic, objectives, terminal
+from vit_jax import config as options
 from vit_jax.checkpoint import proof, run_files
 from vit_jax.errors import UserError, os_errors_of_run
 from vit_jax.objectives.base import PrimaryMetric
@@ -50,9 +51,9 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) ->
         UserError: as `train.train`; if seeds have failed, the error of the first one, after the others are finished.
     """
     seeds, primary = seeds_of(config), objectives.make(config).primary_metric
-    summary = run_files.read_summary(workdir)
-    is_complete = summary is not None and summary.get("seeds") == seeds
-    if is_complete and not _changes(workdir, config) and not _unfinished(workdir, config):
+    run_directory.changes(workdir, _recorded_seeds(workdir, config))
+    summary, unfinished = run_files.read_summary(workdir), _unfinished(workdir, config)
+    if summary is not None and summary.get("seeds") == seeds and not unfinished:
         terminal.say(describe.finished(workdir, describe_all(summary, primary)))
         return summary
     mesh = setup.check(config)
@@ -62,13 +63,15 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) ->
         stop = stack.enter_context(stop or StopRequest(config.train.max_minutes))
         stop.on_exit, stop.exit_on_signal = release_all, True
         stack.enter_context(Lock(workdir, stop.exit_without_saving))
-        changes = _changes(workdir, config)  # again: another process may have finished the run in between
-        run_directory.record(workdir, _config_of_all(config), changes, terminal.say)
-        atomic.remove(workdir / run_files.SUMMARY)
-        if unfinished := _unfinished(workdir, config):
+        if not any(map(run_files.has_checkpoints, _runs(workdir).values())):
+            with os_errors_of_run(workdir):
+                _record(workdir, config)
+        if unfinished := _unfinished(workdir, config):  # again: another process may have finished some in between
             proof.prove(workdir_of(workdir, max(unfinished)))
             attention = recorded_attention(workdir_of(workdir, seeds[0]))
             experiment = setup.assemble(config, mesh, setup.load_sources(config), attention=attention)
+            for seed, directory in _runs(workdir).items():
+                run_directory.check_steps_left(directory, experiment.config_of(seed), experiment.num_steps)
             terminal.say(describe.experiment(experiment))
             if not _train_all(experiment, unfinished, workdir, stop):
                 finished = len(seeds) - len(_unfinished(workdir, config))
@@ -77,7 +80,21 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) ->
                 )
                 return None
     with os_errors_of_run(workdir):
+        trained = options.from_dict(run_directory.recorded_config(workdir_of(workdir, seeds[0])) or config.to_dict())
+        trained.train.seeds = tuple(seeds)
+        _record(workdir, trained)
         return _finish(workdir, seeds, primary)
+
+
+def _record(workdir: Path, config: ConfigDict) -> None:
+    """Writes config.json, and removes the summary of another config or of other seeds.
+
+    Raises:
+        OSError: config.json cannot be written.
+    """
+    if (workdir / run_files.SUMMARY).exists():
+        atomic.remove(workdir / run_files.SUMMARY)
+    run_files.write_config(workdir, _config_of_all(config).to_dict(), run_files.read_changes(workdir))
 
 
 def _train_all(experiment: Experiment, seeds: list[int], workdir: Path, stop: StopRequest) -> bool:
@@ -92,6 +109,9 @@ def _train_all(experiment: Experiment, seeds: list[int], workdir: Path, stop: St
     def compile_update() -> Any:
         return compile_step(experiment, terminal.say)
 
+    def on_save() -> None:
+        _record(workdir, experiment.config)
+
     for seed in seeds:
         directory = workdir_of(workdir, seed)
         shown = Progress(experiment.num_steps, experiment.steps_per_epoch, name=f"seed {seed}")
@@ -99,7 +119,7 @@ def _train_all(experiment: Experiment, seeds: list[int], workdir: Path, stop: St
         explained = oom.explained(experiment.config, experiment.model, experiment.image_shape)
         with Lock(directory, stop.exit_without_saving), explained:
             try:
-                summary = train_seed(experiment, seed, directory, stop, shown, compile_update)
+                summary = train_seed(experiment, seed, directory, stop, shown, compile_update, on_save)
             except UserError as error:
                 shown.say(f"failed: {error}")
                 failed[seed] = error
@@ -125,11 +145,6 @@ def _finish(workdir: Path, seeds: list[int], primary: PrimaryMetric) -> dict[str
     return summary
 
 
-def _changes(workdir: Path, config: ConfigDict) -> list[str]:
-    """As `run_directory.changes`, except that the choice of seeds may change."""
-    return run_directory.changes(workdir, _recorded_seeds(workdir, config))
-
-
 def _recorded_seeds(workdir: Path, config: ConfigDict) -> ConfigDict:
     """The config with the seeds that config.json has, if it has any."""
     config, before = _config_of_all(config), run_files.read_config(workdir)
@@ -146,15 +161,21 @@ def _config_of_all(config: ConfigDict) -> ConfigDict:
 
 
 def _unfinished(workdir: Path, config: ConfigDict) -> list[int]:
-    """Returns the seeds that are not finished, or that resume with a changed config."""
+    """Returns the seeds that are not finished, or that resume with a changed config.
 
-    def is_finished(seed: int) -> bool:
-        directory = workdir_of(workdir, seed)
-        if not directory.is_dir():
-            return False
-        return run_directory.finished(directory, setup.config_of_seed(config, seed)) is not None
+    Raises:
+        UserError: as `run_directory.finished`, also for a seed of the directory that is not among those of the config:
+            the seeds of a directory are of one config.
+    """
+    runs = _runs(workdir).items()
+    found = {seed: run_directory.finished(run, setup.config_of_seed(config, seed)) for seed, run in runs}
+    return [seed for seed in seeds_of(config) if found.get(seed) is None]
 
-    return [seed for seed in seeds_of(config) if not is_finished(seed)]
+
+def _runs(workdir: Path) -> dict[int, Path]:
+    """Returns the run directory of every seed that has one."""
+    names = (path.name.removeprefix("seed-") for path in workdir.glob("seed-*") if path.is_dir())
+    return {seed: workdir_of(workdir, seed) for seed in sorted(int(name) for name in names if run_files.is_step(name))}
 
 
 def summarize(seeds: Sequence[int], summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -50,8 +50,10 @@ class Recovery:
         self._experiment, self._seed, self._checkpoints = experiment, seed, checkpoints
         self._workdir, self._say = workdir, say
 
-    def roll_back(self, state: TrainState) -> TrainState:
+    def roll_back(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state of the newest checkpoint, to continue with the batches after the non-finite ones.
+
+        And the metadata of that checkpoint, or the state at the start and {} if there is none.
 
         `state`, that after the burst, must not be used afterwards.
 
@@ -64,10 +66,7 @@ class Recovery:
         if self.rollbacks > MAX_ROLLBACKS:
             self._fail(state)
         jax.tree.map(lambda leaf: leaf.delete(), state)  # there may be no memory for two states
-        if multihost.on_rank_0(lambda: bool(self._checkpoints.steps())):
-            state = init_from.restore(self._experiment, self._checkpoints)
-        else:
-            state = init_from.initial_state(self._experiment, self._seed, self._say)
+        state, metadata = init_from.start(self._experiment, self._seed, self._checkpoints, self._say)
         back = int(state.step)
         counters = (jnp.int32(next_batch - back), jnp.int32(0))
         skipped, none = jax.device_put(counters, sharding.replicated(self._experiment.mesh))
@@ -75,7 +74,7 @@ class Recovery:
             f"warning: the loss or gradient was non-finite in {streak} consecutive steps, up to step {failed:,}; "
             f"back to step {back:,}, skipping their batches"
         )
-        return state.replace(skipped_batches=skipped, nonfinite_streak=none)
+        return state.replace(skipped_batches=skipped, nonfinite_streak=none), metadata
 
     def _fail(self, state: TrainState) -> NoReturn:
         found = report(self._experiment, self._seed, state)

@@ -9,6 +9,7 @@ from vit_jax.sharding import multihost
 from vit_jax.training.log import Log, NonFiniteBurst
 from vit_jax.training.progress import Progress
 from vit_jax.training.recovery import Recovery
+from vit_jax.training.run_record import RunRecord
 from vit_jax.training.saving import Saver
 from vit_jax.training.setup import Experiment
 from vit_jax.training.shutdown import StopRequest
@@ -28,6 +29,7 @@ class Run:
         log: writes metrics.
         saver: saves checkpoints.
         recovery: returns to a checkpoint after non-finite steps.
+        record: writes the files that describe the run.
         logged: False between a step after which the run evaluates and that step's line in metrics.jsonl.
         results: metrics of the last evaluation.
         evaluated: metrics of the last evaluation of every split.
@@ -41,6 +43,7 @@ class Run:
     log: Log
     saver: Saver
     recovery: Recovery
+    record: RunRecord
     logged: bool = True
     results: dict[str, float | int] = dataclasses.field(default_factory=dict)
     evaluated: dict[str, float | int] = dataclasses.field(default_factory=dict)
@@ -67,10 +70,9 @@ class Run:
         return self.results
 
     def metadata(self) -> dict[str, Any]:
-        """Returns the metadata of a checkpoint: the config, seconds of training, and the state of the log."""
-        config, seconds = self.experiment.config_of(self.seed).to_dict(), self.log.throughput.seconds()
-        rolled_back_from = self.log.rolled_back_from
-        return {"config": config, "seconds": seconds, "settled": self.logged, "rolled_back_from": rolled_back_from}
+        """Returns the metadata of a checkpoint: config and changes, seconds of training, and the state of the log."""
+        of_log = {"settled": self.logged, "rolled_back_from": self.log.rolled_back_from}
+        return {**self.record.at(self.step), "seconds": self.log.throughput.seconds(), **of_log}
 
     def save(self, metrics: dict[str, float]) -> None:
         """Starts to save the state, ranked by the primary metric if it is among the metrics."""

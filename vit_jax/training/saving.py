@@ -107,15 +107,15 @@ class Saver:
                 f"  {newest}; fix the cause (disk full?) and run the same command again"
             )
 
-    def rescue(self, state: TrainState, metadata: dict[str, Any]) -> None:
-        """Saves the state before an unrelated error ends the run; best effort."""
+    def rescue(self, state: TrainState, metadata: Callable[[], dict[str, Any]]) -> None:
+        """Saves the state before an unrelated error ends the run, with what `metadata` returns; best effort."""
         # In a cluster the other processes, which must take part in a save, may not have failed.
         if jax.process_count() > 1:
             return
         try:
             step = int(state.step)
             if step and not self.has(step):
-                self.save(state, metadata, {})
+                self.save(state, metadata(), {})
                 self._checkpoints.wait()
                 if self.has(step):
                     self._say(f"step {step:,} is saved")

@@ -20,9 +20,19 @@ from vit_jax.errors import os_errors_of_run
 from vit_jax.runtime import oom
 from vit_jax.runtime.attention_choice import Choice
 from vit_jax.sharding import multihost
-from vit_jax.training import auto_batch_size, describe, loop, recovery, run_directory, setup, stored_features
+from vit_jax.training import (
+    auto_batch_size,
+    describe,
+    environment,
+    loop,
+    recovery,
+    run_directory,
+    setup,
+    stored_features,
+)
 from vit_jax.training.lock import Lock, release_all
 from vit_jax.training.progress import Progress
+from vit_jax.training.run_record import RunRecord
 from vit_jax.training.setup import Experiment
 from vit_jax.training.shutdown import StopRequest
 from vit_jax.training.step import make_update
@@ -84,28 +94,32 @@ def train_seed(
     stop: StopRequest,
     progress: Progress,
     compile_update: Callable[[], loop.Update],
+    on_save: Callable[[], None] | None = None,
 ) -> dict[str, Any] | None:
-    """Trains one seed in a run directory that is locked, and writes summary.json; arguments as of `loop.train`."""
+    """Trains one seed in a run directory that is locked, and writes summary.json.
+
+    Arguments as of `loop.train`; `on_save` is called after each checkpoint.
+    """
     config = experiment.config_of(seed)
     with os_errors_of_run(workdir):
-        return _train_seed(experiment, config, workdir, stop, progress, compile_update)
+        record = RunRecord(config, workdir, environment.environment(experiment.attention), _spec(experiment), on_save)
+        return _train_seed(experiment, config, workdir, record, stop, progress, compile_update)
 
 
 def _train_seed(
     experiment: Experiment,
     config: ConfigDict,
     workdir: Path,
+    record: RunRecord,
     stop: StopRequest,
     progress: Progress,
     compile_update: Callable[[], loop.Update],
 ) -> dict[str, Any] | None:
     # Checked again under the lock: another process may have finished the run in between.
-    changes = multihost.on_rank_0(lambda: run_directory.claim(workdir, config))
-    with CheckpointManager(
-        workdir, config.checkpoint.keep, config.checkpoint.keep_best, say=progress.say
-    ) as checkpoints:
+    multihost.on_rank_0(lambda: run_directory.claim(workdir, config))
+    kept = config.checkpoint.keep, config.checkpoint.keep_best
+    with CheckpointManager(workdir, *kept, say=progress.say, on_save=record.saved) as checkpoints:
         saved = multihost.on_rank_0(checkpoints.steps)
-        run_directory.check_length(changes, experiment.num_steps, saved)
         if saved and experiment.objective.needs_labels:
             classes = experiment.sources["train"].class_names_by_label()
             multihost.on_rank_0(lambda: input_spec.check_classes(workdir, classes))
@@ -113,9 +127,9 @@ def _train_seed(
             leaves = jax.tree.leaves(experiment.abstract_state())
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
             multihost.on_rank_0(lambda: proof.check_room(workdir, size))
-        multihost.on_rank_0(lambda: _write_inputs(experiment, config, workdir, changes, progress.say))
+        where = config.train.seed, workdir, checkpoints, record
         try:
-            summary = loop.train(experiment, config.train.seed, workdir, checkpoints, stop, progress, compile_update)
+            summary = loop.train(experiment, *where, stop, progress, compile_update)
         finally:
             stop.exit_on_signal = True  # everything that can be saved is
     if summary is not None:
@@ -149,16 +163,13 @@ def recorded_attention(workdir: Path) -> Choice | None:
     return None if found is None else Choice(**found)
 
 
-def _write_inputs(
-    experiment: Experiment, config: ConfigDict, workdir: Path, changes: list[str], say: Callable[[str], Any]
-) -> None:
-    """Writes config.json, environment.json and data.json."""
-    run_directory.record(workdir, config, changes, say, experiment.attention)
+def _spec(experiment: Experiment) -> InputSpec | None:
+    """Returns the content of data.json, which describes images; None for a run on stored features."""
+    if stored_features.in_use(experiment.sources):
+        return None
     source = experiment.sources["train"]
-    if not stored_features.in_use(experiment.sources):  # data.json describes images
-        statistics = normalization.of_source(config.data.normalization, source)
-        spec = InputSpec(source.name, experiment.image_shape, *statistics, source.class_names_by_label())
-        input_spec.write(workdir, spec)
+    statistics = normalization.of_source(experiment.config.data.normalization, source)
+    return InputSpec(source.name, experiment.image_shape, *statistics, source.class_names_by_label())
 
 
 def _silent(*_: Any, **__: Any) -> None:
