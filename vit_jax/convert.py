@@ -1,9 +1,11 @@
 """The command: python -m vit_jax.convert IN OUT [--image_size=384] [--classes=N] [--patch_size=N] ..."""
 
 import argparse
+import contextlib
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from vit_jax import commands, paths, terminal
@@ -24,6 +26,8 @@ IN is anything that vit_jax.weights.load reads (docs/weights.md): a .npz file of
 Hugging Face, a directory with one, a URL, the name of a published model, or a run directory. OUT ends in .npz (Google's
 published names) or .safetensors (timm's names; a config.json is written to the same directory).
 """
+PLAIN = ("patch_size", "channels", "heads", "gelu", "pooling", "layer_norm_epsilon", "prefix")
+KEYWORDS = (*PLAIN, "classes", "image_size")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -74,8 +78,7 @@ def overrides(flags: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a flag has an invalid value.
     """
-    plain = ("patch_size", "channels", "heads", "gelu", "pooling", "layer_norm_epsilon", "prefix")
-    result = {name: getattr(flags, name) for name in plain if getattr(flags, name) is not None}
+    result = {name: getattr(flags, name) for name in PLAIN if getattr(flags, name) is not None}
     if flags.classes is not None:
         if flags.classes.lower() != "none" and not flags.classes.isdecimal():
             raise UserError(f"--classes={flags.classes}\n  allowed: an integer, or none")
@@ -90,6 +93,16 @@ def overrides(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.step is not None:
         result["step"] = commands.parse_step(flags.step)
     return result
+
+
+@contextlib.contextmanager
+def _flags_named() -> Iterator[None]:
+    """Writes the keyword arguments in messages of `vit_jax.weights` as the flags of this command."""
+    try:
+        yield
+    except UserError as error:
+        message = re.sub(rf"(?<![-\w.])({'|'.join(KEYWORDS)})=", r"--\1=", str(error))
+        raise UserError(message.replace("--image_size=(height, width)", "--image_size=HEIGHTxWIDTH")) from error
 
 
 def convert(flags: argparse.Namespace) -> str:
@@ -109,7 +122,18 @@ def convert(flags: argparse.Namespace) -> str:
     model, parameters, report = weights.load(flags.source, **options)
     if os.path.exists(target) and os.path.exists(report.source) and os.path.samefile(report.source, target):
         raise UserError(f"{target} is both IN and OUT, and what is not converted would be lost\n  give another OUT")
-    notes = weights.save(target, model, parameters, report.image_size, report.channels)
+    has_same_channels = report.statistics is not None and len(report.statistics[0]) == report.channels
+    has_same_classes = report.class_names is not None and len(report.class_names) == model.classes
+    notes = weights.save(
+        target,
+        model,
+        parameters,
+        report.image_size,
+        report.channels,
+        statistics=report.statistics if has_same_channels else None,
+        class_names=report.class_names if has_same_classes else None,
+        evaluation=report.evaluation,
+    )
     return "\n".join([report.table(flags.verbose), f"written: {target}", *(f"note: {note}" for note in notes)])
 
 
@@ -119,7 +143,8 @@ def main(arguments: list[str]) -> int:
     def run() -> None:
         flags = parse(arguments)
         if flags.list is None:
-            terminal.say(convert(flags))
+            with _flags_named():
+                terminal.say(convert(flags))
         else:
             from vit_jax.weights import published
 

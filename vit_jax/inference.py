@@ -408,5 +408,8 @@ def of_file(
         )
     shape = (*report.image_size, report.channels)
     model = extraction.prepare_for_device(model, "auto", report.image_size, report.channels)
-    augment = Augment(*statistics, dtype=model.dtype)
-    return Classifier(model, parameters, augment, InputSpec(str(file), shape, *statistics, {"label": names}))
+    views = {name: report.evaluation[name] for name in ("test_flip", "test_shift") if name in report.evaluation}
+    augment, loss = Augment(*statistics, dtype=model.dtype, **views), report.evaluation.get("loss", "softmax")
+    if loss not in losses.LOSSES:
+        raise UserError(f"{file}: config.json has loss {loss!r}\n  allowed: {', '.join(losses.LOSSES)}")
+    return Classifier(model, parameters, augment, InputSpec(str(file), shape, *statistics, {"label": names}), loss)
