@@ -208,9 +208,15 @@ def test_images_of_another_size_than_the_parameters_are_for(workdir):
             jax.eval_shape(model.apply, {"params": parameters}, np.zeros(shape, "f"))
 
 
-def test_the_arrays_of_the_optimizer_are_one_row_of_the_report(workdir):
+def test_the_state_of_training_is_one_row_of_the_report(workdir):
     report = weights.load(workdir)[2]
-    rows = [line for line in report.table().splitlines() if "(optimizer state)" in line]
-    arrays = sum(row.detail == "optimizer state" for row in report.rows)
-    assert len(rows) == 1 and f"ignored      {arrays} arrays: optimizer/" in rows[0]
+    rows = [line for line in report.table().splitlines() if line.startswith("  ignored")]
+    arrays = sum(row.action == "ignored" for row in report.rows)
+    assert len(rows) == 1 and rows[0].startswith(f"  ignored      {arrays} arrays: ")
+    assert rows[0].endswith(f" and {arrays - 1} more  (training state)")
     assert len(report.table(verbose=True).splitlines()) > arrays
+    loaded = len(report.rows) - arrays
+    first = (
+        f"initial parameters: runs/one, a run of vit_jax, {len(report.rows)} arrays: {loaded} loaded, {arrays} ignored"
+    )
+    assert report.changes("runs/one").splitlines() == [first, *rows, "note: the parameters of step 0"]

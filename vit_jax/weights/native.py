@@ -213,8 +213,10 @@ def _description(
     choices = Choices({})
     grid = _grid(shapes, model, image_size, choices)
     rules = _rules(parameter_shapes(model, grid, channels), shapes, prefix, model.depth)
-    reasons = {PARAMETERS: "the averaged parameters are used", "optimizer": "optimizer state"}
-    ignored = {name: reasons.get(name.split("/")[0], "training state") for name in others}
+    ignored = {
+        name: "the averaged parameters are used" if name.startswith(f"{PARAMETERS}/") else "training state"
+        for name in others
+    }
     ignored |= {
         name: "the decoder of pre-training" if "/decoder/" in name else "used in pre-training only"
         for name in parameters

@@ -73,13 +73,24 @@ class Report:
 
     def table(self, verbose: bool = False) -> str:
         """The report as text: arrays that were changed, ignored or initialized; with `verbose`, all arrays."""
-        arrays = sum(len(row.names) for row in self.rows)
-        lines = [f"{self.source}: {self.label}, {arrays} arrays", f"model: {self._model()}"]
+        lines = [f"{self.source}: {self.label}, {self._arrays()} arrays", f"model: {self._model()}"]
         lines += [f"  {one.field} {one.value!r}: {one.source}" for one in self.decisions]
         parameters = sum(len(row.paths) for row in self.rows)
-        lines += [f"{parameters} parameters; rows " + ", ".join(f"{n} {action}" for action, n in self.counts().items())]
+        lines += [f"{parameters} parameters; rows {self._counts()}"]
         lines += self._rows([row for row in self.rows if verbose or row.action not in PLAIN], verbose)
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+    def changes(self, source: str) -> str:
+        """The report without what describes the model, for one that is known; `source` is what the user wrote."""
+        lines = [f"initial parameters: {source}, {self.label}, {self._arrays()} arrays: {self._counts()}"]
+        lines += self._rows([row for row in self.rows if row.action not in PLAIN], verbose=False)
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+    def _arrays(self) -> int:
+        return sum(len(row.names) for row in self.rows)
+
+    def _counts(self) -> str:
+        return ", ".join(f"{number} {action}" for action, number in self.counts().items())
 
     def __str__(self) -> str:
         return self.table()
