@@ -19,9 +19,10 @@ Lists, verifies, compares and averages the checkpoints of a run.
   python -m vit_jax.checkpoints verify runs/cifar10          reads every array and compares it with its digest
   python -m vit_jax.checkpoints diff runs/a runs/b           differences in the config and in the arrays
   python -m vit_jax.checkpoints diff runs/a runs/a --steps=1000,2000
-  python -m vit_jax.checkpoints average runs/cifar10 --last=5 --out=mean.safetensors  the mean of the parameters
+  python -m vit_jax.checkpoints average runs/cifar10 --last=2 --out=mean.safetensors  the mean of the parameters
   python -m vit_jax.checkpoints restore-config runs/cifar10  writes config.json and changes.jsonl from the newest
 
+Two checkpoints are kept; to average more, train with --config.checkpoint.keep=5.
 Only `average` and `restore-config` write files. A file written by `average` can be used wherever weights are read:
 --config.checkpoint.init_from, vit_jax.evaluate --weights, vit_jax.convert.
 The exit status is 1 if `verify` finds a corrupt checkpoint or `diff` finds a difference.
@@ -178,7 +179,12 @@ def average(flags: argparse.Namespace) -> int:
     manager = _open(flags.workdirs[0])
     existing = manager.steps()
     if flags.last is not None and not 1 <= flags.last <= len(existing):
-        raise UserError(f"--last={flags.last}\n  allowed: 1 to {len(existing)}, the number of checkpoints")
+        found = f"{len(existing)} checkpoints, of steps" if len(existing) > 1 else "one checkpoint, of step"
+        more = f"; to keep {flags.last}, train with --config.checkpoint.keep={flags.last}" if flags.last > 1 else ""
+        raise UserError(
+            f"--last={flags.last}: {flags.workdirs[0]} has {found} {few(map(str, existing), 8)}\n"
+            f"  use --last={len(existing)} to average what there is{more}"
+        )
     if flags.steps is None:
         steps = existing[-(flags.last or len(existing)) :]
     else:

@@ -1,9 +1,11 @@
-"""The command: python -m vit_jax.convert IN OUT [--image_size=384] [--classes=N] [--patch_size=N] [--prefix=NAME]."""
+"""The command: python -m vit_jax.convert IN OUT [--image_size=384] [--classes=N] [--patch_size=N] ..."""
 
 import argparse
+import contextlib
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from vit_jax import commands, paths, terminal
@@ -12,23 +14,34 @@ from vit_jax.errors import UserError
 DESCRIPTION = """\
 Converts the weights of a Vision Transformer and reports what happened to every array.
 
-  python -m vit_jax.convert ViT-B_16.npz vit-b16/model.safetensors
+  python -m vit_jax.convert --list                           the published models and their names
+  python -m vit_jax.convert --list=b16                       those with b16 in their names
+  python -m vit_jax.convert runs/cifar10 cifar10/model.safetensors
+  python -m vit_jax.convert augreg-b16-224 vit-b16/model.safetensors
   python -m vit_jax.convert facebook/dinov2-base dinov2.npz --image_size=224
-  python -m vit_jax.convert runs/cifar10 cifar10.npz --verbose
-  python -m vit_jax.convert ViT-B_16.npz wide.safetensors --image_size=160x256 --classes=10
+  python -m vit_jax.convert augreg-b16-in21k wide.safetensors --image_size=160x256 --classes=10
   python -m vit_jax.convert dino.safetensors teacher.safetensors --prefix=teacher
 
 IN is anything that vit_jax.weights.load reads (docs/weights.md): a .npz file of Google, a .safetensors file of timm or
 Hugging Face, a directory with one, a URL, the name of a published model, or a run directory. OUT ends in .npz (Google's
 published names) or .safetensors (timm's names; a config.json is written to the same directory).
 """
+PLAIN = ("patch_size", "channels", "heads", "gelu", "pooling", "layer_norm_epsilon", "prefix")
+KEYWORDS = (*PLAIN, "classes", "image_size")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Returns the command's flags; --help and wrong flags end the process, the latter with status 2."""
     parser = commands.parser("convert", DESCRIPTION)
-    parser.add_argument("source", metavar="IN", help="the weights to read")
-    parser.add_argument("target", metavar="OUT", help="the file to write")
+    parser.add_argument("source", metavar="IN", nargs="?", help="the weights to read")
+    parser.add_argument("target", metavar="OUT", nargs="?", help="the file to write")
+    parser.add_argument(
+        "--list",
+        metavar="TEXT",
+        nargs="?",
+        const="",
+        help="print the published models, or those with this text in their names, and end",
+    )
     parser.add_argument("--to", choices=("google", "timm"), help="names of the arrays in OUT (default: by its suffix)")
     parser.add_argument(
         "--classes", metavar="N", help="number of classes; a new head of zeros if it differs from IN; none: no head"
@@ -50,10 +63,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help="start of the names of the model to read, if IN has several: teacher, model_ema, ...",
     )
-    parser.may_be_empty = ("prefix",)  # the model whose names have no prefix
+    parser.may_be_empty = ("prefix", "list")  # the model whose names have no prefix; all published models
     parser.add_argument("--step", help="checkpoint of a run directory: a step, or best (default: the newest)")
     parser.add_argument("--verbose", action="store_true", help="list all arrays, not only those that changed")
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if flags.list is None and flags.target is None:
+        parser.error("IN and OUT are required, or --list")
+    return flags
 
 
 def overrides(flags: argparse.Namespace) -> dict[str, Any]:
@@ -62,8 +78,7 @@ def overrides(flags: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a flag has an invalid value.
     """
-    plain = ("patch_size", "channels", "heads", "gelu", "pooling", "layer_norm_epsilon", "prefix")
-    result = {name: getattr(flags, name) for name in plain if getattr(flags, name) is not None}
+    result = {name: getattr(flags, name) for name in PLAIN if getattr(flags, name) is not None}
     if flags.classes is not None:
         if flags.classes.lower() != "none" and not flags.classes.isdecimal():
             raise UserError(f"--classes={flags.classes}\n  allowed: an integer, or none")
@@ -78,6 +93,16 @@ def overrides(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.step is not None:
         result["step"] = commands.parse_step(flags.step)
     return result
+
+
+@contextlib.contextmanager
+def _flags_named() -> Iterator[None]:
+    """Writes the keyword arguments in messages of `vit_jax.weights` as the flags of this command."""
+    try:
+        yield
+    except UserError as error:
+        message = re.sub(rf"(?<![-\w.])({'|'.join(KEYWORDS)})=", r"--\1=", str(error))
+        raise UserError(message.replace("--image_size=(height, width)", "--image_size=HEIGHTxWIDTH")) from error
 
 
 def convert(flags: argparse.Namespace) -> str:
@@ -97,13 +122,35 @@ def convert(flags: argparse.Namespace) -> str:
     model, parameters, report = weights.load(flags.source, **options)
     if os.path.exists(target) and os.path.exists(report.source) and os.path.samefile(report.source, target):
         raise UserError(f"{target} is both IN and OUT, and what is not converted would be lost\n  give another OUT")
-    notes = weights.save(target, model, parameters, report.image_size, report.channels)
+    has_same_channels = report.statistics is not None and len(report.statistics[0]) == report.channels
+    has_same_classes = report.class_names is not None and len(report.class_names) == model.classes
+    notes = weights.save(
+        target,
+        model,
+        parameters,
+        report.image_size,
+        report.channels,
+        statistics=report.statistics if has_same_channels else None,
+        class_names=report.class_names if has_same_classes else None,
+        evaluation=report.evaluation,
+    )
     return "\n".join([report.table(flags.verbose), f"written: {target}", *(f"note: {note}" for note in notes)])
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    return commands.finish(lambda: terminal.say(convert(parse(arguments))))
+
+    def run() -> None:
+        flags = parse(arguments)
+        if flags.list is None:
+            with _flags_named():
+                terminal.say(convert(flags))
+        else:
+            from vit_jax.weights import published
+
+            terminal.output(published.table(flags.list))
+
+    return commands.finish(run)
 
 
 if __name__ == "__main__":

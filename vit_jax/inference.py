@@ -442,6 +442,9 @@ def of_file(
         )
     shape = (*report.image_size, report.channels)
     model = extraction.prepare_for_device(model, "auto", report.image_size, report.channels)
-    augment = Augment(*statistics, dtype=model.dtype)
-    inputs = InputSpec(str(file), shape, *statistics, {"label": names})
-    return Classifier(model, parameters, augment, inputs, source=str(file), no_head=refusal or Classifier.no_head)
+    views = {name: report.evaluation[name] for name in ("test_flip", "test_shift") if name in report.evaluation}
+    augment, loss = Augment(*statistics, dtype=model.dtype, **views), report.evaluation.get("loss", "softmax")
+    if loss not in losses.LOSSES:
+        raise UserError(f"{file}: config.json has loss {loss!r}\n  allowed: {', '.join(losses.LOSSES)}")
+    inputs, no_head = InputSpec(str(file), shape, *statistics, {"label": names}), refusal or Classifier.no_head
+    return Classifier(model, parameters, augment, inputs, loss, source=str(file), no_head=no_head)

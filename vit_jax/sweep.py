@@ -15,7 +15,7 @@ with the best one on the whole split. The test split is used once, by that final
 
   python -m vit_jax.sweep --config=configs/cifar10.py:cpu --rates=.0005,.001,.002,.004
   python -m vit_jax.sweep --config=configs/finetune.py:oxford_iiit_pet --rates=.001,.003,.01,.03 --held_out=10 \\
-      --config.checkpoint.init_from=ViT-B_16.npz
+      --config.checkpoint.init_from=augreg-b16-in21k
 
 All options of python -m vit_jax.main can be set. If the config has a validation split, learning rates are compared on
 that, and the final run trains on both splits. The workdir holds the results (sweep.md, sweep.png and sweep.json) and a

@@ -21,7 +21,7 @@ Measures how good the frozen features of a backbone are for a dataset, in three 
 per class (few-shot), k nearest neighbours, and a linear probe.
 
   python -m vit_jax.transfer --init=runs/cifar10 --data=cifar100
-  python -m vit_jax.transfer --init=ViT-B_16.npz --data=cifar10 --shots=1,5,10 --draws=10
+  python -m vit_jax.transfer --init=augreg-b16-in21k --data=cifar10 --shots=1,5,10 --draws=10
   python -m vit_jax.transfer --init=augreg-b16-224 --data=folder --data_dir=photos --methods=knn,probe
   python -m vit_jax.transfer --features=runs/digits/features
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -103,13 +104,19 @@ def test_paths_have_precedence_over_names(tmp_path, monkeypatch):
     [
         ("dino-s15", "nearest: dino-s16"),
         ("DINOv2_b14_reg", "nearest: dinov2-b14-reg"),
-        ("vit_base_patch16_224.augreg_in22k", "nearest: vit_base_patch16_224.augreg_in21k"),
+        ("vit_base_patch16_224.augreg_in22k", "nearest: augreg-b16-in21k"),
         ("mae", "nearest: mae-"),
         ("", "neither a file nor a published model"),
         ("here/B_16.npz", "here/B_16.npz: there is no such file"),
         ("./here", "there is no such file"),
         ("/nowhere/at/all", "there is no such file"),
         ("B_16.npz", "there is no such file"),
+        ("ViT-B_16.npz", "to download it: augreg-b16-in21k, "),
+        ("here/ViT-B_16.npz", "to download it: augreg-b16-in21k, "),
+        ("./weights.npz", "to download it: augreg-b16-in21k, dinov2-b14, ... (all: python -m vit_jax.convert --list)"),
+        ("augreg-b16", "nearest: augreg-b16-in21k"),
+        ("vit_base_patch16_224", "nearest: augreg-b16-224"),
+        ("ViT-B/16", "nearest: augreg-b16-in21k"),
         ("owner/model.pth", "owner/model.pth is a pickle"),
         ("gs://vit_models/augreg/B_16.npz", "only http and https URLs are supported"),
         ("http://[x/a.npz", "is not a valid URL"),
@@ -128,8 +135,8 @@ def test_unknown_names(name, words):
 def test_without_huggingface_hub_files_are_placed_by_hand(cache, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     text = message("dino-s16")
-    assert "pip install 'vit_jax[hub]'" in text
-    assert "https://huggingface.co/timm/vit_small_patch16_224.dino/tree/main" in text
+    assert "https://huggingface.co/timm/vit_small_patch16_224.dino cannot be downloaded" in text
+    assert "huggingface_hub is missing: pip install huggingface_hub" in text
     placed = cache / "timm--vit_small_patch16_224.dino"
     assert str(placed) in text
     placed.mkdir(parents=True)
@@ -140,12 +147,29 @@ def test_without_huggingface_hub_files_are_placed_by_hand(cache, tmp_path, monke
 
 
 def library(monkeypatch, snapshot, names=()):
-    """Replaces huggingface_hub with the parts of it that are used."""
+    """Replaces huggingface_hub with the parts of it that are used, and an empty cache."""
     missing = type("RepositoryNotFoundError", (OSError,), {})
+    offline = type("OfflineModeIsEnabled", (OSError,), {})
+    not_cached = type("LocalEntryNotFoundError", (OSError,), {})
+    siblings = [types.SimpleNamespace(rfilename=name, size=1_500_000) for name in names]
+
+    def download(*arguments, local_files_only=False, **keywords):
+        if local_files_only:
+            raise not_cached
+        return snapshot(*arguments, **keywords)
+
+    def model_info(*_, **__):
+        if not names:
+            snapshot()
+        return types.SimpleNamespace(siblings=siblings)
+
     fake = types.SimpleNamespace(
-        snapshot_download=snapshot,
-        HfApi=lambda: types.SimpleNamespace(list_repo_files=lambda identifier, revision: list(names)),
-        errors=types.SimpleNamespace(RepositoryNotFoundError=missing),
+        snapshot_download=download,
+        HfApi=lambda: types.SimpleNamespace(model_info=model_info),
+        errors=types.SimpleNamespace(
+            RepositoryNotFoundError=missing, OfflineModeIsEnabled=offline, LocalEntryNotFoundError=not_cached
+        ),
+        constants=types.SimpleNamespace(HF_HUB_ETAG_TIMEOUT=10, HF_HUB_CACHE="~/.cache/huggingface/hub"),
     )
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     return missing
@@ -157,8 +181,8 @@ def test_errors_of_huggingface_hub(monkeypatch):
 
     library(monkeypatch, unreachable)
     text = message("mae-b16")
-    assert "the download from the hub failed: no route to host xx" in text
-    assert "https://huggingface.co/timm/vit_base_patch16_224.mae/tree/main" in text
+    assert "https://huggingface.co/timm/vit_base_patch16_224.mae cannot be downloaded: no route to host xx" in text
+    assert "hf download timm/vit_base_patch16_224.mae config.json model.safetensors --local-dir mae-b16" in text
 
     def missing(*_, **__):
         raise error("401")
@@ -183,7 +207,7 @@ def test_a_repository_without_exactly_one_weights_file(monkeypatch, tmp_path, na
     assert words in text and "https://huggingface.co/owner/name/resolve/main/FILE" in text
 
 
-def test_a_repository_with_a_weights_file_of_another_name(monkeypatch, tmp_path):
+def test_a_repository_with_a_weights_file_of_another_name(monkeypatch, tmp_path, capsys):
     requests = []
 
     def snapshot(identifier, revision, allow_patterns):
@@ -194,14 +218,25 @@ def test_a_repository_with_a_weights_file_of_another_name(monkeypatch, tmp_path)
 
     library(monkeypatch, snapshot, ["B_16.npz", "README.md", "B_16.pth"])
     assert hub.fetch("owner/name@v2") == tmp_path
-    described = ["config.json", files.PREPROCESSOR]
-    assert requests[0] == (
-        "owner/name", "v2", [*described, files.SAFETENSORS, files.INDEX, "model-*-of-*.safetensors"]
-    )  # fmt: skip
-    assert requests[1] == ("owner/name", "v2", [*described, "B_16.npz"])
+    assert requests == [("owner/name", "v2", ["config.json", files.PREPROCESSOR, "B_16.npz"])]
+    line = "downloading owner/name from https://huggingface.co, 1.5 MB, to ~/.cache/huggingface/hub\n"
+    assert capsys.readouterr().err == line
     for url in ("https://huggingface.co/owner/name/tree/v2", "https://hf.co/owner/name"):
         assert hub.fetch(url) == tmp_path
-    assert [revision for _, revision, _ in requests] == ["v2", "v2", "v2", None]
+    assert [revision for _, revision, _ in requests] == ["v2", "v2", None]
+
+
+def test_all_shards_are_downloaded(monkeypatch, tmp_path):
+    requests, shards = [], [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
+
+    def snapshot(identifier, revision, allow_patterns):
+        requests.append(allow_patterns)
+        content(tmp_path, "model.safetensors")
+        return str(tmp_path)
+
+    library(monkeypatch, snapshot, [files.INDEX, *shards, "pytorch_model.bin", "model-00001-of-00002.bin"])
+    hub.fetch("owner/name")
+    assert requests == [["config.json", files.PREPROCESSOR, files.INDEX, *shards]]
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -282,7 +317,7 @@ def publish(server, identifier, contents):
         }
         for name, data in contents.items()
     ]
-    siblings = [{"rfilename": name} for name in contents]
+    siblings = [{"rfilename": name, "size": len(data)} for name, data in contents.items()]
     about = {"id": identifier, "modelId": identifier, "sha": commit, "siblings": siblings, "private": False, "tags": []}
     about |= {"downloads": 0, "likes": 0}
     for revision in ("main", commit):
@@ -331,15 +366,22 @@ def test_huggingface_hub_itself(server, tmp_path):
     assert not any(path.endswith((".bin", ".md")) for _, path, _, _ in server.requests)
 
     num_requests = len(server.requests)
-    for endpoint, environment in (
-        (server.url, {"HF_HUB_OFFLINE": "1"}),
-        ("http://127.0.0.1:9", {}),
-    ):  # nothing listens there
-        cached, missing = fetched(["dino-s16", "mae-b16"], tmp_path, endpoint, **environment)
-        assert cached == online
-        assert "the download from the hub failed" in missing and missing.count(" / ") == 2
-        page = "https://huggingface.co/timm/vit_base_patch16_224.mae/tree/main"
-        assert f"model.safetensors and config.json from {page}" in missing
+    with socket.socket() as silent:  # accepts connections, and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        for endpoint, reason in (
+            (server.url, "HF_HUB_OFFLINE is set"),
+            ("http://127.0.0.1:9", "Connection refused"),  # nothing listens there
+            (f"http://127.0.0.1:{silent.getsockname()[1]}", "timed out"),
+        ):
+            variables = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_OFFLINE": "01"["OFFLINE" in reason]}
+            cached, missing = fetched(["dino-s16", "mae-b16"], tmp_path, endpoint, **variables)
+            assert cached == online
+            repository = "timm/vit_base_patch16_224.mae"
+            assert missing.startswith(f"mae-b16: https://huggingface.co/{repository} cannot be downloaded: ")
+            assert reason in missing
+            assert f"hf download {repository} config.json model.safetensors --local-dir mae-b16 / " in missing
+            assert missing.count(" / ") == 2
     assert len(server.requests) == num_requests
 
 
@@ -411,7 +453,7 @@ def test_a_url_of_something_else(server, cache, data, words):
 
 def test_servers_that_fail(server, tmp_path):
     text = message(f"{server.url}/x/vit_base_patch16_224.mae.npz")
-    assert "the server returned 404" in text and "vit_base_patch16_224.mae" in text.splitlines()[1]
+    assert "the server returned 404" in text and "published models: mae-b16" in text.splitlines()[1]
     assert "the download failed" in message("http://127.0.0.1:9/a.npz")
     server.moved["/x/a.npz"] = f"{server.url}/y/a.npz"
     server.files["/y/a.npz"] = content(tmp_path, "a.npz")

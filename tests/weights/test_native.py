@@ -192,8 +192,14 @@ def test_a_corrupt_checkpoint_is_not_averaged(several, capsys, tmp_path):
     [
         (["--out=mean.npz"], "ends in .safetensors"),
         ([], "ends in .safetensors"),
-        (["--out=m.safetensors", "--last=4"], "1 to 3"),
-        (["--out=m.safetensors", "--last=0"], "1 to 3"),
+        (
+            ["--out=m.safetensors", "--last=4"],
+            "use --last=3 to average what there is; to keep 4, train with --config.checkpoint.keep=4",
+        ),
+        (
+            ["--out=m.safetensors", "--last=0"],
+            "has 3 checkpoints, of steps 0, 10, 20\n  use --last=3 to average what there is\n",
+        ),
         (["--out=m.safetensors", "--steps=10,15"], "has no checkpoint of step 15"),
         (["--out=m.safetensors", "--steps=ten"], "--steps=ten"),
         (["--out=m.safetensors", "--steps=10", "--last=1"], "use one of them"),

@@ -6,6 +6,7 @@ import math
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vit_jax import atomic
 from vit_jax.checkpoint import run_files
@@ -55,16 +56,7 @@ def read(workdir: Path) -> InputSpec | None:
     """
     path = workdir / DATA
     try:
-        found = json.loads(path.read_bytes())
-        classes = {kind: tuple(map(str, names)) for kind, names in found["classes"].items()}
-        height, width, channels = map(int, found["image_shape"])
-        mean, std = (tuple(map(float, found[name])) for name in ("mean", "std"))
-        if min(height, width, channels) < 1 or height * width * channels > MAX_VALUES:
-            raise ValueError(f"image_shape is {height} x {width} x {channels}")
-        is_valid = all(map(math.isfinite, mean)) and all(0 <= value < math.inf for value in std)
-        if not len(mean) == len(std) == channels or not is_valid:
-            raise ValueError(f"mean and std must have {channels} finite values, one per channel")
-        return InputSpec(str(found["set"]), (height, width, channels), mean, std, classes)
+        return from_dict(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -73,6 +65,23 @@ def read(workdir: Path) -> InputSpec | None:
         raise UserError(
             f"{path} cannot be read: {one_line(error)}\n  remove it: its content is then taken from the dataset"
         ) from error
+
+
+def from_dict(found: Mapping[str, Any]) -> InputSpec:
+    """Returns the spec of which `dataclasses.asdict` returned this dictionary.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, OverflowError: a value is missing or not valid.
+    """
+    classes = {kind: tuple(map(str, names)) for kind, names in found["classes"].items()}
+    height, width, channels = map(int, found["image_shape"])
+    mean, std = (tuple(map(float, found[name])) for name in ("mean", "std"))
+    if min(height, width, channels) < 1 or height * width * channels > MAX_VALUES:
+        raise ValueError(f"image_shape is {height} x {width} x {channels}")
+    is_valid = all(map(math.isfinite, mean)) and all(0 <= value < math.inf for value in std)
+    if not len(mean) == len(std) == channels or not is_valid:
+        raise ValueError(f"mean and std must have {channels} finite values, one per channel")
+    return InputSpec(str(found["set"]), (height, width, channels), mean, std, classes)
 
 
 def check_classes(workdir: Path, classes: Mapping[str, tuple[str, ...]]) -> None:

@@ -102,7 +102,9 @@ def load(
     parameters = {name: part for name, part in parameters.items() if name != "head"}
     notes = "; ".join(report.notes)
     description = f"{report.label} ({notes})" if notes else report.label
-    return Backbone(model, parameters, layer, report.image_size, report.normalization, description, report.statistics)
+    # 'set' is the mean and std of the dataset that the features are of, also if those of the backbone's are recorded.
+    statistics = None if report.normalization == "set" else report.statistics
+    return Backbone(model, parameters, layer, report.image_size, report.normalization, description, statistics)
 
 
 def prepare_for_device(

@@ -1,13 +1,15 @@
 """The Vision Transformer (arXiv 2010.11929)."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
+from flax.errors import ScopeParamShapeError
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from vit_jax import arguments
@@ -129,25 +131,27 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
 
         Raises:
             ValueError: the patch size does not divide the images; the grid of the patches is unknown or wrong; or
-                `visible` is given and the position embedding is not applied at the input.
+                `visible` is given and the position embedding is not applied at the input; or the parameters are for
+                images of another size or number of channels.
         """
         grid = input_grid(self, inputs, grid)
-        if self.stem is not None:
-            inputs = ResNetStem(self.stem, self.stem_width, self.dtype, name="stem")(inputs)
-        width = self.width - self.position_width
-        tokens = PatchEmbedding(width, self.patch_size, self.dtype, name="embedding")(inputs.astype(self.dtype))
-        if replace is not None:
-            tokens = replace(tokens)
-        layout, at = self._layout(grid), position_at(self)
-        positions = Terms() if at == "layers" else POSITIONS[self.position](layout, name="positions")()
-        tokens = self._join(tokens, positions)
-        if at == "input" and not self.position_width and positions.table is not None:
-            tokens = tokens + positions.table.astype(tokens.dtype)
-        if visible is not None:
-            tokens = _only_visible(tokens, visible, layout.extra, at)
-        tokens = Dropout(self.dropout)(tokens, train)
-        self.sow("intermediates", "embedded", tokens)
-        tokens = self.encoder(layout)(tokens, mask, train, positions if at == "shared" else Terms())
+        with _shapes_explained(inputs):
+            if self.stem is not None:
+                inputs = ResNetStem(self.stem, self.stem_width, self.dtype, name="stem")(inputs)
+            width = self.width - self.position_width
+            tokens = PatchEmbedding(width, self.patch_size, self.dtype, name="embedding")(inputs.astype(self.dtype))
+            if replace is not None:
+                tokens = replace(tokens)
+            layout, at = self._layout(grid), position_at(self)
+            positions = Terms() if at == "layers" else POSITIONS[self.position](layout, name="positions")()
+            tokens = self._join(tokens, positions)
+            if at == "input" and not self.position_width and positions.table is not None:
+                tokens = tokens + positions.table.astype(tokens.dtype)
+            if visible is not None:
+                tokens = _only_visible(tokens, visible, layout.extra, at)
+            tokens = Dropout(self.dropout)(tokens, train)
+            self.sow("intermediates", "embedded", tokens)
+            tokens = self.encoder(layout)(tokens, mask, train, positions if at == "shared" else Terms())
         features = POOLINGS[self.pooling](layout.extra, self.block_config(), name="pooling")(tokens)
         if self.norm_after_pooling:
             features = LayerNorm(self.dtype, self.layer_norm_epsilon, name="norm")(features)
@@ -193,6 +197,20 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
             norm=not self.norm_after_pooling,
             name="encoder",
         )
+
+
+@contextlib.contextmanager
+def _shapes_explained(inputs: jax.Array) -> Iterator[None]:
+    """Replaces Flax's error about parameters that are for other inputs."""
+    try:
+        yield
+    except ScopeParamShapeError as error:
+        shape = "x".join(map(str, inputs.shape[1:]))
+        raise ValueError(
+            f"the parameters are for images of another size or number of channels than {shape}: "
+            f"{str(error).partition(' (https')[0]}\n"
+            "  resize the images, or load the parameters for them: weights.load(..., image_size=(height, width))"
+        ) from None
 
 
 def position_at(model: VisionTransformer) -> str:

@@ -96,7 +96,7 @@ def initial_state(experiment: Experiment, seed: int, say: Callable[[str], Any]) 
     height, width, channels = experiment.image_shape
     new_head = config.checkpoint.init_head == "new"
     parameters, report = weights.load_into(path, experiment.model, (height, width), channels, new_head=new_head)
-    say(str(report))
+    say(report.changes(path))
     stored_features.check_backbone(config, parameters, experiment.sources)
     return experiment.init_state(seed, parameters)
 

@@ -48,6 +48,8 @@ class Description:
             Google's models and most of timm's. `OTHER` if `statistics` have no name.
         statistics: mean and std of each channel of these images, if recorded beside the file.
         class_names: of its only head, if recorded beside the file.
+        recorded_size: height and width of its images, if recorded beside the parameters.
+        evaluation: other recorded options of evaluation (`preprocessing.EVALUATION`), such as 'crop_pct' and 'loss'.
     """
 
     label: str
@@ -63,11 +65,13 @@ class Description:
     normalization: str = "half"
     statistics: Statistics | None = None
     class_names: tuple[str, ...] | None = None
+    recorded_size: tuple[int, int] | None = None
+    evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width of the images that the position embedding is for; None if it has none."""
-        if self.grid is None:
-            return None
+        """Height and width of its images: recorded, or those that the position embedding is for; None if unknown."""
+        if self.grid is None or self.recorded_size is not None:
+            return self.recorded_size
         pixels = pixels_per_patch(self.model)
         return self.grid[0] * pixels, self.grid[1] * pixels
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.data import normalization
 from vit_jax.errors import UserError, few
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules
@@ -86,7 +87,16 @@ def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
     choices = Choices(overrides)
     model, channels = _model(names, parts, naming, choices)
     grid = _grid(names, parts, naming, model, choices)
-    return Description(LABEL, model, channels, grid, tuple(table), ignored, decisions=tuple(choices.made))
+    return Description(
+        LABEL,
+        model,
+        channels,
+        grid,
+        tuple(table),
+        ignored,
+        decisions=tuple(choices.made),
+        statistics=normalization.constants("half", channels),
+    )
 
 
 def _naming(names: Names) -> Naming:

@@ -1,13 +1,13 @@
 """Finds or downloads weights: a path, a URL, the name of a published model, or a model on the Hugging Face hub.
 
-Only config.json and files of arrays (.safetensors, .npz) are downloaded. Downloaded files are cached and found again
-without a network.
+Only JSON files beside the weights and files of arrays (.safetensors, .npz) are downloaded. Downloaded files are cached,
+and used from there without asking the server again.
 """
 
 import contextlib
-import difflib
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import http.client
 import os
@@ -17,19 +17,21 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from vit_jax import atomic, paths, terminal
 from vit_jax.errors import UserError, few, nearest, one_line
 from vit_jax.weights import files
-from vit_jax.weights.published import PUBLISHED
+from vit_jax.weights.published import LIST, PUBLISHED, nearest_models
 
 HUB = "https://huggingface.co"
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-_WEIGHTS = [files.SAFETENSORS, files.INDEX, "model-*-of-*.safetensors"]
+_VARIANT = re.compile(r"(vit-?)?(ti|s|m|b|l|h|g)/\d+", re.IGNORECASE)  # B/16 and ViT-B/16 are no models on the hub
+_EXAMPLES = ("augreg-b16-in21k", "dinov2-b14")
+_SHARDS = "model-*-of-*.safetensors"
 _SUFFIXES = (".npz", ".safetensors", ".json")
 _STALL_SECONDS = 30  # a download that receives no data for this long fails
 _CONFIG_BYTES = 10**6
@@ -72,7 +74,7 @@ def fetch(path_or_name: str | os.PathLike[str]) -> Path:
     for known in PUBLISHED.values():
         if name == known.hub.partition("/")[2]:
             return _from_hub(known.hub, name)
-    if not _HUB_ID.fullmatch(name) or path.suffix.lower() in _SUFFIXES:
+    if not _HUB_ID.fullmatch(name) or _VARIANT.fullmatch(name) or path.suffix.lower() in _SUFFIXES:
         raise _unknown(name, path)
     files.check_suffix(path)
     if path.parent.is_dir() or _nearest_paths(path):  # a misspelled directory is likelier than a model on the hub
@@ -102,14 +104,20 @@ def _exists(path: Path) -> bool:
 
 
 def _unknown(name: str, path: Path) -> UserError:
-    if "/" in name or Path(name).suffix.lower() in _SUFFIXES or name.startswith(("~", ".")):
+    models = ", ".join(nearest_models(name) or _EXAMPLES)
+    if ("/" in name or path.suffix.lower() in _SUFFIXES or name.startswith(("~", "."))) and not _VARIANT.fullmatch(
+        name
+    ):
         near = _nearest_paths(path)
         way_out = f"nearest: {', '.join(near)}" if near else "correct the path"
-        on_hub = f"\n  use {HUB}/{name} for a model on the Hugging Face hub" if _HUB_ID.fullmatch(name) else ""
-        return UserError(f"{name}: there is no such file or directory\n  {way_out}{on_hub}")
-    near = [*_nearest_paths(Path(name)), *_nearest(name)][:3]
+        if near and _HUB_ID.fullmatch(name):
+            download = f"use {HUB}/{name} for a model on the Hugging Face hub"
+        else:
+            download = f"or name a published model, to download it: {models}, ... (all: {LIST})"
+        return UserError(f"{name}: there is no such file or directory\n  {way_out}\n  {download}")
+    near = ", ".join([*_nearest_paths(Path(name)), models])
     return UserError(
-        f"{name!r} is neither a file nor a published model\n  nearest: {', '.join(near)}\n"
+        f"{name!r} is neither a file nor a published model\n  nearest: {near}, ... (all: {LIST})\n"
         "  allowed: a path, a URL, a published model, or a model on the Hugging Face hub as owner/name"
     )
 
@@ -129,82 +137,103 @@ def _entries(directory: Path) -> list[str]:
         return []
 
 
-def _nearest(name: str) -> list[str]:
-    """The three published names nearest to `name`, including timm's names."""
-    plain = name.lower().replace("_", "-").replace("/", "")
-    short = difflib.get_close_matches(plain, PUBLISHED, n=3, cutoff=0)
-    timm = difflib.get_close_matches(
-        name, [known.hub.partition("/")[2] for known in PUBLISHED.values()], n=3, cutoff=0.7
-    )
-    return timm or short
-
-
 # --- the Hugging Face hub -------------------------------------------------------------------------------------------
 
 
 def _from_hub(model: str, name: str) -> Path:
     """The directory of a model on the hub, downloaded by huggingface_hub into its cache."""
     identifier, _, revision = model.partition("@")
-    placed = cache_dir() / identifier.replace("/", "--")
+    placed = _placed(identifier)
     if placed.is_dir() and not revision:
         files.find(placed)
         return placed
     try:
         import huggingface_hub
+        from huggingface_hub import constants, errors
     except ImportError as error:
-        raise _by_hand(name, identifier, "huggingface_hub is missing (pip install 'vit_jax[hub]')") from error
+        raise _by_hand(name, identifier, "huggingface_hub is missing: pip install huggingface_hub") from error
     try:
         directory = _snapshot(huggingface_hub, identifier, revision or None)
     except UserError:
         raise
     except Exception as error:  # including those of its HTTP client, which depends on its version
-        missing = isinstance(error, huggingface_hub.errors.RepositoryNotFoundError)
-        raise (_no_model(name, identifier) if missing else _by_hand(name, identifier, one_line(error, 160))) from error
+        if isinstance(error, errors.RepositoryNotFoundError):
+            raise _no_model(name, identifier) from error
+        offline = f"HF_HUB_OFFLINE is set, and it is not in {constants.HF_HUB_CACHE}"
+        reason = offline if isinstance(error, errors.OfflineModeIsEnabled) else one_line(error, 160)
+        raise _by_hand(name, identifier, reason) from error
     files.find(directory)
     return directory
 
 
+def _placed(identifier: str) -> Path:
+    """Where the files of a model may be put by hand."""
+    return cache_dir() / identifier.replace("/", "--")
+
+
 def _snapshot(huggingface_hub, identifier: str, revision: str | None) -> Path:
-    """Downloads config.json and the weights, or resumes the download; checks sizes and checksums.
+    """The directory of a model in the cache; what is missing there is downloaded, or its download resumed.
 
-    Without a network it returns the cached files, if they are complete.
+    Without a network, this ends after the timeout of huggingface_hub (HF_HUB_ETAG_TIMEOUT, 10 seconds).
     """
+    from huggingface_hub import constants, errors
 
-    def snapshot(patterns: list[str]) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(
-                identifier, revision=revision, allow_patterns=[files.CONFIG, files.PREPROCESSOR, *patterns]
-            )
-        )
+    described = [files.CONFIG, files.PREPROCESSOR]
 
-    directory = snapshot(_WEIGHTS)
-    with contextlib.suppress(UserError):
-        files.find(directory)
+    def snapshot(weights: list[str], **options: bool) -> Path:
+        patterns = [*described, *weights]
+        path = huggingface_hub.snapshot_download(identifier, revision=revision, allow_patterns=patterns, **options)
+        return Path(path)
+
+    with contextlib.suppress(errors.LocalEntryNotFoundError, UserError):
+        directory = snapshot([files.SAFETENSORS, files.INDEX, _SHARDS], local_files_only=True)
+        files.open_file(directory)  # unless it is incomplete
         return directory
-    names = [name for name in huggingface_hub.HfApi().list_repo_files(identifier, revision=revision) if "/" not in name]
-    found = [name for name in names if name.endswith((".safetensors", ".npz"))]
+    found = huggingface_hub.HfApi().model_info(
+        identifier, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+    )
+    sizes = {one.rfilename: one.size or 0 for one in found.siblings if "/" not in one.rfilename}
+    names = _weights_among(sizes, identifier, revision)
+    size = sum(sizes.get(name, 0) for name in [*described, *names])
+    terminal.warn(f"downloading {identifier} from {HUB}, {size / 1e6:,.1f} MB, to {constants.HF_HUB_CACHE}")
+    return snapshot(names)
+
+
+def _weights_among(names: Mapping[str, int], identifier: str, revision: str | None) -> list[str]:
+    """The files of a repository that contain the model.
+
+    Raises:
+        UserError: there is none, or there are several models.
+    """
+    if files.SAFETENSORS in names:
+        return [files.SAFETENSORS]
+    if files.INDEX in names:
+        return [files.INDEX, *(name for name in names if fnmatch.fnmatch(name, _SHARDS))]
+    found = [name for name in names if name.endswith(files.SUFFIXES)]
     if len(found) != 1:
         contents = f"several weights files: {few(found, 4)}" if found else "no .safetensors or .npz file"
         way_out = "give the URL of one" if found else "download another file, to convert it"
         raise UserError(
             f"{identifier} on the hub has {contents}\n  {way_out}: {HUB}/{identifier}/resolve/{revision or 'main'}/FILE"
         )
-    return snapshot(found)
+    return found
 
 
 def _by_hand(name: str, identifier: str, reason: str) -> UserError:
     no_file = "" if name in PUBLISHED else "there is no such file, and "
+    directory = name if name in PUBLISHED else identifier.replace("/", "--")
+    what = f"{identifier} {files.CONFIG} {files.SAFETENSORS}"
     return UserError(
-        f"{name}: {no_file}the download from the hub failed: {reason}\n"
-        f"  download {files.SAFETENSORS} and {files.CONFIG} from {HUB}/{identifier}/tree/main on any machine,\n"
-        f"  put both into {cache_dir() / identifier.replace('/', '--')}, and use the same name again"
+        f"{name}: {no_file}{HUB}/{identifier} cannot be downloaded: {reason}\n"
+        f"  on a machine with a network: hf download {what} --local-dir {directory}\n"
+        f"  then copy that directory to this machine and give its path, or put it at {_placed(identifier)}"
     )
 
 
 def _no_model(name: str, identifier: str) -> UserError:
     return UserError(
         f"{name}: there is no such file, and no {HUB}/{identifier}, or it is private (hf auth login)\n"
-        f"  nearest published models: {', '.join(_nearest(name))}"
+        f"  nearest published models: {', '.join(nearest_models(name) or _EXAMPLES)}, ... (all: {LIST})"
     )
 
 
@@ -344,10 +373,11 @@ def _network(url: str) -> Iterator[None]:
     try:
         yield
     except urllib.error.HTTPError as error:
+        near = nearest_models(Path(urllib.parse.urlsplit(url).path).stem)
         closed = " (Google closed that bucket in 2026)" if "storage.googleapis.com/vit_models" in url else ""
         raise UserError(
             f"{url}: the server returned {error.code} {error.reason}{closed}\n"
-            f"  names of published models: {', '.join(_nearest(Path(urllib.parse.urlsplit(url).path).stem))}, ..."
+            f"  names of published models: {', '.join(near or _EXAMPLES)}, ... (all: {LIST})"
         ) from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise _interrupted(url, one_line(getattr(error, "reason", error), 160)) from error

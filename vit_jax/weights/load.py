@@ -292,6 +292,7 @@ def _take(
         description.notes,
         description.statistics,
         description.class_names,
+        description.evaluation,
     )
     return nested(flat), report
 

@@ -1,5 +1,6 @@
 """Checkpoints of our own runs: the newest, the best or any step of a run directory, or a file with their average."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -10,8 +11,10 @@ import numpy as np
 
 from vit_jax import atomic
 from vit_jax.checkpoint import input_spec, integrity
+from vit_jax.checkpoint.input_spec import InputSpec
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.checkpoint.run_files import CHECKPOINTS, is_step, read_config
+from vit_jax.data import normalization
 from vit_jax.errors import UserError, few
 from vit_jax.models import variants
 from vit_jax.models.parameters import parameter_shapes
@@ -95,20 +98,15 @@ def describe(path: Path, step: int | str | None) -> tuple[Description, Mapping[s
     step = manager.find(named if step is None else step)
     kind, parameters, others, config = _read(manager, step)
     notes = (f"the {'averaged ' if kind == AVERAGED else ''}parameters of step {step}",)
-    size = _image_size(workdir, config)
-    return _description(LABEL, parameters, kind, others, config, notes, size), parameters
+    return _description(LABEL, parameters, kind, others, config, notes, _inputs(workdir)), parameters
 
 
-def _image_size(workdir: Path | None, config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of the training images, in pixels; None if unknown."""
-    side = (config.get("data") or {}).get("image_size")
-    if side is not None:
-        return side, side
+def _inputs(workdir: Path) -> InputSpec | None:
+    """The images and class names of a run; None if they are unknown."""
     try:
-        spec = None if workdir is None else input_spec.read(workdir)
+        return input_spec.read(workdir)
     except UserError:  # the parameters do not need it
         return None
-    return None if spec is None else spec.image_shape[:2]
 
 
 def _read(manager: CheckpointManager, step: int) -> tuple[str, dict[str, np.ndarray], list[str], dict[str, Any]]:
@@ -128,7 +126,8 @@ def _read(manager: CheckpointManager, step: int) -> tuple[str, dict[str, np.ndar
 def average(path: Path, steps: list[int], target: Path) -> None:
     """Writes the mean of the parameters of several checkpoints, computed in float64, to a .safetensors file.
 
-    Uses the same parameters as `describe`. The file has the config of the newest checkpoint and digests of its own.
+    Uses the same parameters as `describe`. The file has the config of the newest checkpoint, the images and class names
+    of the run, and digests of its own.
 
     Args:
         path: a run directory.
@@ -145,7 +144,9 @@ def average(path: Path, steps: list[int], target: Path) -> None:
             name = f"{PARAMETERS}/{name.removeprefix(kind + '/')}"
             sums[name] = sums.get(name, 0.0) + array.astype(np.float64)
     means = {name: np.asarray(total / len(steps), np.float32) for name, total in sums.items()}
+    inputs = _inputs(path)
     content = {"config": config, "steps": sorted(steps), "digests": integrity.digests(means)}
+    content["inputs"] = None if inputs is None else dataclasses.asdict(inputs)
     files.write_safetensors(target, means, {SEALED: atomic.to_json(integrity.seal(content))})
 
 
@@ -178,8 +179,9 @@ def describe_file(stored: Stored) -> tuple[Description, Mapping[str, np.ndarray]
             "  average the checkpoints again: python -m vit_jax.checkpoints average --help"
         )
     notes = (f"the mean of the parameters of steps {few(map(str, content['steps']), 6)}",)
-    size = _image_size(None, content["config"])
-    return _description(AVERAGE, parameters, PARAMETERS, [], content["config"], notes, size), parameters
+    inputs = content.get("inputs")  # files of older versions have none
+    inputs = None if inputs is None else input_spec.from_dict(inputs)
+    return _description(AVERAGE, parameters, PARAMETERS, [], content["config"], notes, inputs), parameters
 
 
 def _description(
@@ -189,13 +191,16 @@ def _description(
     others: list[str],
     config: Mapping[str, Any],
     notes: tuple[str, ...],
-    image_size: tuple[int, int] | None,
+    inputs: InputSpec | None,
 ) -> Description:
     # In pre-training the model is a submodule.
     is_pretraining = any(name.startswith(f"{kind}/{BACKBONE}/") for name in parameters)
     prefix = f"{kind}/{BACKBONE}/" if is_pretraining else f"{kind}/"
     shapes = {name[len(prefix) :]: array.shape for name, array in parameters.items() if name.startswith(prefix)}
-    model, data = _model(config, shapes, image_size), config.get("data") or {}
+    data = config.get("data") or {}
+    side = data.get("image_size")
+    image_size = (side, side) if side is not None else None if inputs is None else inputs.image_shape[:2]
+    model = _model(config, shapes, image_size)
     check_depth(model.depth, shapes)
     channels = shapes.get("embedding/projection/kernel", (0,))[0] // model.patch_size**2
     if model.stem is not None:
@@ -206,10 +211,12 @@ def _description(
             "  use the config.json that the run wrote"
         )
     choices = Choices({})
-    grid = _grid(shapes, model, data.get("image_size"), choices)
+    grid = _grid(shapes, model, image_size, choices)
     rules = _rules(parameter_shapes(model, grid, channels), shapes, prefix, model.depth)
-    reasons = {PARAMETERS: "the averaged parameters are used", "optimizer": "optimizer state"}
-    ignored = {name: reasons.get(name.split("/")[0], "training state") for name in others}
+    ignored = {
+        name: "the averaged parameters are used" if name.startswith(f"{PARAMETERS}/") else "training state"
+        for name in others
+    }
     ignored |= {
         name: "the decoder of pre-training" if "/decoder/" in name else "used in pre-training only"
         for name in parameters
@@ -229,7 +236,28 @@ def _description(
         notes=notes,
         head_name=names[0] if len(names) == 1 else None,
         normalization=data.get("normalization", "set"),
+        recorded_size=image_size,
+        evaluation=_evaluation(config),
+        **_recorded(inputs, model, channels),
     )
+
+
+def _recorded(inputs: InputSpec | None, model: VisionTransformer, channels: int) -> dict[str, Any]:
+    """The fields of `Description` that come from data.json, where it is that of the model."""
+    found = {}
+    if inputs is not None and len(inputs.mean) == channels:
+        found["statistics"] = inputs.mean, normalization.divisors(inputs.std)
+    if inputs is not None and list(map(len, inputs.classes.values())) == [model.classes]:
+        found["class_names"] = next(iter(inputs.classes.values()))
+    return found
+
+
+def _evaluation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How the run decodes images in evaluation, its loss and its test-time views, as `preprocessing.EVALUATION`."""
+    options = {**(config.get("augment") or {}), **(config.get("train") or {})}
+    unusual = {"loss": options.get("loss") != "softmax", **dict.fromkeys(("test_flip", "test_shift"), True)}
+    found = {name: options[name] for name, is_unusual in unusual.items() if options.get(name) and is_unusual}
+    return {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center", **found}
 
 
 def check_depth(depth: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -298,7 +326,10 @@ def _classes(shapes: Mapping[str, tuple[int, ...]]) -> int | dict[str, int] | No
 
 
 def _grid(
-    shapes: Mapping[str, tuple[int, ...]], model: VisionTransformer, image_size: int | None, choices: Choices
+    shapes: Mapping[str, tuple[int, ...]],
+    model: VisionTransformer,
+    image_size: tuple[int, int] | None,
+    choices: Choices,
 ) -> tuple[int, int] | None:
     """Rows and columns of the position embedding, whether it is at the input or in the layers; None without one."""
     tables = {name.split("/")[-1]: shape for name, shape in shapes.items() if "positions/" in name}

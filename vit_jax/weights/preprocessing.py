@@ -1,6 +1,10 @@
-"""What the JSON files beside weights say of their inputs and outputs: mean and std of images, and class names."""
+"""What the JSON files beside weights say of inputs and outputs: mean and std of images, class names, resizing, views.
+
+`complete` reads it, `for_timm` writes it: a model that is loaded and saved keeps what is known of it.
+"""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +17,15 @@ from vit_jax.weights.describe import OTHER, Description, config_value
 from vit_jax.weights.files import CONFIG, PREPROCESSOR, Stored, read_json
 from vit_jax.weights.report import Report
 
+OURS = "vit_jax"  # key of config.json for what timm has no name for
+# Options of evaluation that a file may record, and their types: timm's in `pretrained_cfg`, ours in `OURS`.
+_OF_TIMM = {"interpolation": str, "crop_pct": float, "crop_mode": str}
+_OF_OURS = {"loss": str, "test_flip": bool, "test_shift": int}
+EVALUATION = {**_OF_TIMM, **_OF_OURS}
+
 
 def complete(description: Description, stored: Stored) -> Description:
-    """Returns a description with the normalization and the class names that are recorded beside the file, if any are.
+    """Returns a description with the normalization, class names and `EVALUATION` that are recorded beside the file.
 
     timm records them in config.json (`pretrained_cfg` or the top level, `label_names`), Hugging Face in
     preprocessor_config.json and config.json (`id2label`).
@@ -29,6 +39,8 @@ def complete(description: Description, stored: Stored) -> Description:
         statistics = _of_hugging_face(read_json(path), description.channels)
     if statistics is not None:
         description = dataclasses.replace(description, normalization=_name(statistics), statistics=statistics)
+    if evaluation := _evaluation(config):
+        description = dataclasses.replace(description, evaluation=evaluation)
     names, classes = _class_names(config), description.model.classes
     if names is None or not isinstance(classes, int):
         return description
@@ -36,6 +48,24 @@ def complete(description: Description, stored: Stored) -> Description:
         note = f"{CONFIG} has {len(names)} class names, but the head has {classes} classes: the names are not used"
         return dataclasses.replace(description, notes=(*description.notes, note))
     return dataclasses.replace(description, class_names=names)
+
+
+def for_timm(
+    statistics: Statistics | None, class_names: tuple[str, ...] | None, evaluation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the entries of a config.json for `complete` and for timm; `pretrained_cfg` is to be merged into timm's.
+
+    Args:
+        statistics: mean and std of each channel of the images, of pixels in [0, 1].
+        class_names: of the head.
+        evaluation: values of some of `EVALUATION`.
+    """
+    recorded = {key: evaluation[key] for key in _OF_TIMM if key in evaluation}
+    if statistics is not None:
+        recorded |= {"mean": list(statistics[0]), "std": list(statistics[1])}
+    ours = {key: evaluation[key] for key in _OF_OURS if key in evaluation}
+    names = {} if class_names is None else {"label_names": list(class_names)}
+    return {**names, "pretrained_cfg": recorded, **({OURS: ours} if ours else {})}
 
 
 def named_normalization(source: str, found: Description | Report, option: str) -> str:
@@ -58,6 +88,17 @@ def _of_timm(config: Mapping[str, Any]) -> Statistics | None:
     if recorded.get("mean") is None or recorded.get("std") is None:
         return None
     return _checked(recorded["mean"], recorded["std"], f"{CONFIG}: mean and std")
+
+
+def _evaluation(config: Mapping[str, Any]) -> dict[str, Any]:
+    timm = config_value(config, "pretrained_cfg", dict) or config
+    ours = config_value(config, OURS, dict) or {}
+    found = {key: config_value(timm, key, kind) for key, kind in _OF_TIMM.items()}
+    found |= {key: config_value(ours, key, kind) for key, kind in _OF_OURS.items()}
+    for key, value in found.items():
+        if isinstance(value, int | float) and not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"{CONFIG} has {key} {value}: it must not be negative\n  correct it, or remove it")
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _of_hugging_face(config: Mapping[str, Any], channels: int) -> Statistics | None:

@@ -2,8 +2,11 @@
 
 import collections
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from vit_jax.data.normalization import Statistics
+from vit_jax.errors import few
 from vit_jax.models.stacking import stacked_path
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights.describe import Decision
@@ -47,6 +50,7 @@ class Report:
         notes: what else a user should know.
         statistics: mean and std of each channel of these images, if recorded beside the file.
         class_names: of its only head, if recorded beside the file.
+        evaluation: other recorded options of evaluation (`preprocessing.EVALUATION`), such as 'crop_pct' and 'loss'.
     """
 
     source: str
@@ -60,6 +64,7 @@ class Report:
     notes: tuple[str, ...] = ()
     statistics: Statistics | None = None
     class_names: tuple[str, ...] | None = None
+    evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """The number of rows per action, in the order of the table."""
@@ -68,13 +73,24 @@ class Report:
 
     def table(self, verbose: bool = False) -> str:
         """The report as text: arrays that were changed, ignored or initialized; with `verbose`, all arrays."""
-        arrays = sum(len(row.names) for row in self.rows)
-        lines = [f"{self.source}: {self.label}, {arrays} arrays", f"model: {self._model()}"]
+        lines = [f"{self.source}: {self.label}, {self._arrays()} arrays", f"model: {self._model()}"]
         lines += [f"  {one.field} {one.value!r}: {one.source}" for one in self.decisions]
         parameters = sum(len(row.paths) for row in self.rows)
-        lines += [f"{parameters} parameters; rows " + ", ".join(f"{n} {action}" for action, n in self.counts().items())]
+        lines += [f"{parameters} parameters; rows {self._counts()}"]
         lines += self._rows([row for row in self.rows if verbose or row.action not in PLAIN], verbose)
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+    def changes(self, source: str) -> str:
+        """The report without what describes the model, for one that is known; `source` is what the user wrote."""
+        lines = [f"initial parameters: {source}, {self.label}, {self._arrays()} arrays: {self._counts()}"]
+        lines += self._rows([row for row in self.rows if row.action not in PLAIN], verbose=False)
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+    def _arrays(self) -> int:
+        return sum(len(row.names) for row in self.rows)
+
+    def _counts(self) -> str:
+        return ", ".join(f"{number} {action}" for action, number in self.counts().items())
 
     def __str__(self) -> str:
         return self.table()
@@ -95,6 +111,9 @@ class Report:
             alike.setdefault((row.action, row.detail), []).append(row)
         lines = []
         for (action, detail), same in alike.items():
+            if action == "ignored" and len(same) > 1 and not verbose:
+                lines.append(f"  {action:<11}  {len(same)} arrays: {few(map(_names, same), 1)}  ({detail})")
+                continue
             shown = same if verbose else same[:SHOWN]
             for row in shown:
                 more = f" and {len(same) - SHOWN} more" if row is shown[-1] and len(same) > len(shown) else ""

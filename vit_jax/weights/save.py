@@ -1,17 +1,18 @@
 """Exports parameters in formats that other projects read: Google's .npz, or timm's .safetensors with config.json."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vit_jax import arguments, atomic, paths
+from vit_jax.data.normalization import Statistics, constants
 from vit_jax.errors import UserError
 from vit_jax.models.positions import POSITIONS, TokenLayout
 from vit_jax.models.vit import VisionTransformer, position_at, token_grid
-from vit_jax.weights import files, google, timm, timm_writer
+from vit_jax.weights import files, google, preprocessing, timm, timm_writer
 from vit_jax.weights.describe import pair
 
 TABLES = ("sincos_2d", "sinusoidal", "learned_2d")  # positions that can be written as a table
@@ -24,6 +25,10 @@ def save(
     parameters: Mapping[str, Any],
     image_size: int | np.integer | tuple[int, int] | None = None,
     channels: int | np.integer = 3,
+    *,
+    statistics: Statistics | None = None,
+    class_names: Iterable[str] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> tuple[str, ...]:
     """Writes a model's parameters to a file: '.npz' with Google's published names, '.safetensors' with timm's.
 
@@ -36,12 +41,17 @@ def save(
         parameters: as in `model.apply({"params": ...})`.
         image_size: in pixels, or (height, width); needed for .safetensors, and for positions that are not a table.
         channels: of the images; for .safetensors.
+        statistics: mean and std of each channel that the images are normalized by, of pixels in [0, 1]; for
+            .safetensors, like the other two.
+        class_names: one per class.
+        evaluation: further options, as in `Report.evaluation`.
 
     Returns:
         Notes on what the format cannot express.
 
     Raises:
-        UserError: the suffix is unknown, the format cannot express the model, or parameters are missing.
+        UserError: the suffix is unknown, the format cannot express the model, parameters are missing, or there are
+            another number of statistics or names than channels or classes.
     """
     path = paths.expand(path, "path")
     if not isinstance(model, VisionTransformer) or not isinstance(parameters, Mapping):
@@ -49,13 +59,15 @@ def save(
         raise UserError(f"{wrong} is of the wrong type\n  allowed: model and parameters as weights.load returns them")
     image_size = None if image_size is None else pair(arguments.size("image_size", image_size))
     channels = arguments.integer("channels", channels)
+    names = None if class_names is None else arguments.names("class_names", class_names)
+    _check_counts(model, channels, statistics, names)
     family = format_of(path)
     try:
         model, flat, position_notes = _with_table(model, flattened(parameters), image_size)
         if family == "google":
             arrays, notes = google.write(model, flat)
             files.write_npz(path, _contiguous(arrays))
-            return position_notes + notes
+            return position_notes + notes + _not_in_npz(statistics, names)
         arrays, config, notes = timm_writer.write(model, flat, image_size, channels)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
@@ -65,6 +77,8 @@ def save(
             "  pass the model and the parameters of one weights.load"
         ) from None
     notes = position_notes + notes
+    about = preprocessing.for_timm(statistics, names, evaluation or {})
+    config |= {**about, "pretrained_cfg": config["pretrained_cfg"] | about["pretrained_cfg"]}
     files.write_safetensors(path, _contiguous(arrays), {"format": "pt", timm.OWN: atomic.to_json(config)})
     config_path = path.with_name(files.CONFIG)
     if config_path.is_file() and not _is_ours(config_path):
@@ -78,6 +92,22 @@ def save(
             "  free disk space or change its permissions, and save again"
         ) from error
     return notes
+
+
+def _check_counts(
+    model: VisionTransformer, channels: int, statistics: Statistics | None, names: tuple[str, ...] | None
+) -> None:
+    if statistics is not None and {len(part) for part in statistics} != {channels}:
+        raise UserError(f"statistics is {statistics}\n  allowed: mean and std, one number per channel ({channels})")
+    if names is not None and len(names) != model.classes:
+        raise UserError(f"class_names has {len(names)} names\n  allowed: one per class ({model.classes})")
+
+
+def _not_in_npz(statistics: Statistics | None, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """A note on what is known of a model and a .npz file does not contain; Google's models have mean and std 0.5."""
+    is_usual = statistics is None or statistics == constants("half", len(statistics[0]))
+    lost = ([] if is_usual else ["the mean and std of its images"]) + (["class names"] if names is not None else [])
+    return (f"a .npz file has no place for {' and '.join(lost)}: a .safetensors file keeps them",) if lost else ()
 
 
 def _with_table(
