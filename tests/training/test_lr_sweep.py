@@ -30,7 +30,7 @@ def trainer(monkeypatch):
         def __init__(self):
             self.configs, self.stop_at, self.diverging = [], None, ()
 
-        def __call__(self, config, workdir):
+        def __call__(self, config, workdir, shown):
             workdir.mkdir(parents=True, exist_ok=True)
             self.configs.append((workdir.name, config))
             if workdir.name == self.stop_at:
@@ -93,6 +93,23 @@ def test_held_out_examples_are_not_trained_on():
     trained, held_out = set(source["train"].ids()), set(source["validation"].ids())
     assert not trained & held_out and trained | held_out == set(source["everything"].ids())
     assert len(held_out) == 144 and len(trained) == 1293
+
+
+@pytest.mark.parametrize(
+    "split, trained, held_out",
+    [
+        ("train[:1000]", "train[0:900]", "train[900:1000]"),
+        ("train[200:300]+test[:100]", "train[200:300]+test[0:80]", "test[80:100]"),
+        ("test[:10]+train[200:300]", "test[0:10]+train[200:289]", "train[289:300]"),
+        ("all", "train[0:1437]+test[0:180]", "test[180:360]"),
+    ],
+)
+def test_a_part_of_a_slice_is_held_out(split, trained, held_out):
+    """Its last examples, in the order of the expression."""
+    plan = lr_sweep.plan(digits(train=split), (0.1,), 10.0)
+    assert (plan.train, plan.validation, plan.everything) == (trained, held_out, split)
+    first, last, whole = (setup.load(plan.config, each, ["label"]).ids() for each in plan.splits().values())
+    assert [*first, *last] == [*whole]
 
 
 def test_a_validation_split_of_the_config_is_used_and_finally_trained_on(trainer, tmp_path):
@@ -176,7 +193,7 @@ def test_the_directory_of_another_sweep_is_refused(trainer, tmp_path):
         (["--rates=.1,0.1"], "different numbers"),
         (["--rates=.1", "--held_out=0"], "--held_out=0"),
         (["--rates=.1", "--held_out=100"], "--held_out=100"),
-        (["--rates=.1", "--config.data.train=train[:50%]"], "config.data.train is 'train[:50%]'"),
+        (["--rates=.1", "--config.data.train=train[:1]"], "config.data.train is 'train[:1]'"),
         (["--rates=.1", "--config.data.test=None"], "config.data.test"),
         (["--rates=.1", "--config.trian.steps=5"], "config.train.steps"),
         (["--rates=.1", "--held_out=0.01"], "use at least --held_out=1"),

@@ -15,7 +15,9 @@ from vit_jax import sharding
 from vit_jax.data import pipeline
 from vit_jax.data.augment import Augment
 from vit_jax.objectives.base import Objective
+from vit_jax.progress import Counter
 from vit_jax.runtime import hardware
+from vit_jax.sharding import multihost
 
 # Large enough to hide the cost of a dispatch; small enough for streamed batches to fit, and to stop soon on request.
 BATCHES_PER_DISPATCH = 8
@@ -76,11 +78,13 @@ def evaluate(
     indices, is_real = dispatch_tables(batches, batch_size)
     example_ids = np.where(is_real, indices, -1)
     totals = None
-    for feed, ids in zip(batches.feeds((table, len(table)) for table in indices), example_ids, strict=True):
-        if should_stop():
-            raise Interrupted
-        sums = jax.tree.map(lambda leaf: leaf.item(), scorer(parameters, feed, ids))
-        totals = sums if totals is None else jax.tree.map(operator.add, totals, sums)
+    with Counter("scoring", len(batches.source), f"{split} images", enabled=multihost.is_rank_0()) as counter:
+        for feed, ids in zip(batches.feeds((table, len(table)) for table in indices), example_ids, strict=True):
+            if should_stop():
+                raise Interrupted
+            sums = jax.tree.map(lambda leaf: leaf.item(), scorer(parameters, feed, ids))
+            totals = sums if totals is None else jax.tree.map(operator.add, totals, sums)
+            counter.add(ids.size)
     return objective.summarize(split, totals)
 
 

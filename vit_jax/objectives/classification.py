@@ -67,11 +67,12 @@ class Classification(Objective):
         return metrics
 
     def describe(self, split: str, metrics: Mapping[str, float]) -> str:
-        accuracy, top5, loss, count = (metrics[f"{split}/{name}"] for name in ("accuracy", "top5", "loss", "examples"))
+        accuracy, loss, count = (metrics[f"{split}/{name}"] for name in ("accuracy", "loss", "examples"))
+        top5 = metrics.get(f"{split}/top5")
         named = {name: metrics[f"{split}/{name}/accuracy"] for name in list(self.weights)[1:]}
         others = "".join(f", {name}: accuracy {100 * value:.2f} %" for name, value in named.items())
-        first = f"accuracy {100 * accuracy:.2f} %, top-5 {100 * top5:.2f} %, loss {loss:.4f}"
-        return f"{first}{others} on {count:,} examples"
+        first = f"accuracy {100 * accuracy:.2f} %" + (f", top-5 {100 * top5:.2f} %" if top5 is not None else "")
+        return f"{first}, loss {loss:.4f}{others} on {count:,} examples"
 
     def summary_line(self, summary: Mapping[str, float]) -> str:
         """Returns 'test accuracy 97.50 % (351 of 360)'."""

@@ -10,12 +10,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_jax import atomic, objectives, terminal
+from vit_jax import atomic, objectives, progress, terminal
 from vit_jax.checkpoint import proof, run_files
 from vit_jax.errors import UserError, os_errors_of_run
 from vit_jax.objectives.base import PrimaryMetric
 from vit_jax.runtime import oom
-from vit_jax.training import describe, progress, run_directory, setup
+from vit_jax.training import describe, run_directory, setup
 from vit_jax.training.lock import Lock, release_all
 from vit_jax.training.progress import Progress
 from vit_jax.training.setup import Experiment
@@ -36,7 +36,7 @@ def workdir_of(workdir: Path, seed: int) -> Path:
     return workdir / f"seed-{seed}"
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
+def train(config: ConfigDict, workdir: Path, shown: describe.Shown = describe.USUAL) -> dict[str, Any] | None:
     """Trains every seed that is not finished; returns the content of summary.json (`summarize`).
 
     None if it was stopped; the run is saved. A seed that fails does not keep the others from being trained.
@@ -44,6 +44,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Args:
         config: a checked config with `train.seeds`.
         workdir: the run directory of all seeds.
+        shown: how much is printed; `start` and `parameters`.
 
     Raises:
         UserError: as `train.train`; if seeds have failed, the error of the first one, after the others are finished.
@@ -56,7 +57,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         return summary
     mesh = setup.check(config)
     run_directory.claim(workdir, _recorded_seeds(workdir, config))
-    terminal.say(describe.versions(mesh))
+    if shown.start:
+        terminal.say(describe.versions(mesh))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest(config.train.max_minutes))
         stop.on_exit, stop.exit_on_signal = release_all, True
@@ -68,7 +70,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
             proof.prove(workdir_of(workdir, max(unfinished)))
             attention = recorded_attention(workdir_of(workdir, seeds[0]))
             experiment = setup.assemble(config, mesh, setup.load_sources(config), attention=attention)
-            terminal.say(describe.experiment(experiment))
+            if shown.start:
+                terminal.say(describe.experiment(experiment, shown.parameters))
             if not _train_all(experiment, unfinished, workdir, stop):
                 finished = len(seeds) - len(_unfinished(workdir, config))
                 terminal.say(
@@ -89,7 +92,7 @@ def _train_all(experiment: Experiment, seeds: list[int], workdir: Path, stop: St
 
     @functools.cache
     def compile_update() -> Any:
-        return compile_step(experiment, terminal.say)
+        return compile_step(experiment, Progress(experiment.num_steps, experiment.steps_per_epoch))
 
     for seed in seeds:
         directory = workdir_of(workdir, seed)

@@ -62,8 +62,11 @@ class Run:
         """
         self.results = self.experiment.evaluate(self.state.for_evaluation(), role, self.stop_requested)
         self.evaluated |= self.results
-        line = self.experiment.objective.describe(role, self.results)
-        self.progress.say(f"step {self.step}/{self.experiment.num_steps}  {role}: {line}")
+        shown = dict(self.results)
+        if len(self.experiment.sources["train"].class_names) <= 5:
+            shown.pop(f"{role}/top5", None)  # every example has it
+        line = self.experiment.objective.describe(role, shown)
+        self.progress.tell(f"step {self.step}/{self.experiment.num_steps}  {role}: {line}")
         return self.results
 
     def metadata(self) -> dict[str, Any]:
