@@ -102,6 +102,7 @@ def sweep(arguments: list[str]) -> None:
         for row in [*([titles] if is_first else []), _cells(trial, metrics)]:
             say("  ".join(f"{cell:>{len(title)}}" for cell, title in zip(row, titles, strict=True)).rstrip())
 
+    say(f"{len(rates)} learning rates: trained on {plan.train}, compared on {plan.validation}; in {workdir}")
     content = lr_sweep.sweep(plan, workdir, show)
     if content is None:
         say("sweep: stopped; run the same command again to resume")
@@ -181,7 +182,9 @@ def _write_report(workdir: Path, content: dict[str, Any]) -> None:
     points = [(trial["learning_rate"], factor * trial[f"validation/{metric}"]) for trial in finished]
     try:
         (workdir / "sweep.md").write_text(table(content) + "\n", encoding="utf-8")
-        image = chart.draw(points, "learning rate", f"validation {metric}{unit}", content["best"])
+        # Differences that do not matter look small: less than two percentage points, or a tenth of the loss.
+        min_span = 2.0 if unit else 0.1 * max(abs(value) for _, value in points)
+        image = chart.draw(points, "learning rate", f"validation {metric}{unit}", content["best"], min_span)
         image.save(workdir / "sweep.png")
     except OSError as error:
         raise UserError(

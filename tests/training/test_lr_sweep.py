@@ -221,6 +221,27 @@ def test_ticks_of_one_value():
     assert found[0] <= 50 <= found[-1] and len(found) >= 2
 
 
+def test_the_value_of_the_best_point_is_not_drawn_over_the_title():
+    """The best point at the top left: no red pixel is in the rows of the title."""
+    image = chart.draw([(0.001, 40.0), (0.01, 20.0)], "rate", "validation accuracy, %", 0.001).convert("RGB")
+    blank = chart.draw([(0.001, 40.0), (0.01, 20.0)], "rate", "", 0.01).convert("RGB")
+    with_title = chart.draw([(0.001, 40.0), (0.01, 20.0)], "rate", "validation accuracy, %", 0.01).convert("RGB")
+    pixels = [(x, y) for x in range(image.width) for y in range(image.height)]
+    title = max(y for x, y in pixels if blank.getpixel((x, y)) != with_title.getpixel((x, y)))
+    assert min(y for x, y in pixels if image.getpixel((x, y)) == chart.MARK) > title > 10
+
+
+def test_small_differences_are_drawn_small():
+    """With a minimum span of 2, a difference of 0.1 is less than a tenth of the height of the axes."""
+    points = [(0.001, 33.1), (0.01, 33.0)]
+    rows = []
+    for marked, _ in points:
+        image = chart.draw(points, "rate", "accuracy", marked, 2.0).convert("RGB")
+        around = [y for x in range(image.width) for y in range(image.height) if image.getpixel((x, y)) == chart.MARK]
+        rows.append(max(around))
+    assert 0 < rows[1] - rows[0] < (chart.HEIGHT - chart.TOP - chart.BOTTOM) / 10
+
+
 def test_the_chart_marks_the_best_point():
     """The red mark is the highest point, at the middle of the logarithmic axis."""
     image = chart.draw([(0.001, 10.0), (0.01, 30.0), (0.1, 20.0)], "rate", "accuracy", 0.01).convert("RGB")
