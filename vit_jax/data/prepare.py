@@ -70,7 +70,7 @@ def _prepare_locked(archive: Archive, data_dir: Path, source: Path | None) -> Pa
     for stale in folder.parent.glob("incomplete.*"):  # left by a killed process
         if time.time() - stale.stat().st_mtime > 3600:
             shutil.rmtree(stale, ignore_errors=True)
-    terminal.warn(f"preparing {archive.name} in {folder} (about 15 s)")
+    terminal.warn(f"preparing {archive.name} in {folder}")
     with Counter("writing", sum(archive.sizes.values()), "images") as counter:
         _write(builder, archive, files, names, counter)
         atomic.sync_tree(folder)

@@ -59,7 +59,7 @@ def experiment(experiment: Experiment, parameters: bool = False) -> str:
         f"data: {config.data.name}, {sizes}, {height}x{width}x{channels}, {_classes(experiment)}",
         f"model: {config.model.variant} (width {model.width}, depth {model.depth}, heads {model.heads}, MLP "
         f"{model.mlp_width}), {short(experiment.num_parameters)} parameters, "
-        f"{short(experiment.forward_flops, 0)}FLOP per image (forward), {model.dtype.name}"
+        f"{short(experiment.forward_flops, 1000)}FLOP per image (forward), {model.dtype.name}"
         + (f" with {model.matmul_dtype.name} matmuls" if model.matmul_dtype else "")
         + f", attention: {experiment.attention.describe()}",
     ]
