@@ -85,6 +85,7 @@ def test_rate_and_time_left_are_those_since_the_first_things(monkeypatch):
         now[0] = 112.0
         counter.add(200)
         assert counter.text(112.0) == "scoring 300 of 1,000 images  100/s  left 0:07"
+        assert counter.text(115.0) == "scoring 300 of 1,000 images  100/s  left 0:04"  # while a batch is computed
         counter.add(900)  # the last batch is padded
         assert counter.text(112.0).startswith("scoring 1,000 of 1,000 images")
     with Counter("downloading", None, "MB", enabled=False) as counter:

@@ -34,6 +34,7 @@ class Counter:
         self._task, self._total, self._unit, self._enabled = task, total, unit, enabled
         self._done: float = 0
         self._first: tuple[float, float] | None = None  # time and count when the first things were done
+        self._last = 0.0  # time when the last things were done
         self._line = terminal.LiveLine(sys.stderr)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -57,8 +58,8 @@ class Counter:
     def add(self, count: float = 1) -> None:
         """Counts what has been done since the last call."""
         self._done += count
-        if self._first is None:
-            self._first = time.monotonic(), self._done
+        self._last = time.monotonic()
+        self._first = self._first or (self._last, self._done)
 
     def over(self, items: Iterable[T], each: int = 1) -> Iterator[T]:
         """Yields the items; counts `each` after each of them has been used."""
@@ -75,10 +76,11 @@ class Counter:
         count = f"{done:,.0f}" if self._total is None else f"{done:,.0f} of {self._total:,.0f}"
         shown = f"{self._task} {count} {self._unit}"
         began, before = self._first or (now, 0)
-        if done <= before or now <= began:
+        if done <= before or self._last <= began:
             return f"{shown}  {elapsed}"
-        rate = (done - before) / (now - began)
-        left = "" if self._total is None else f"  left {clock((self._total - done) / rate)}"
+        rate = (done - before) / (self._last - began)
+        seconds = 0.0 if self._total is None else max((self._total - done) / rate - (now - self._last), 0.0)
+        left = "" if self._total is None else f"  left {clock(seconds)}"
         return f"{shown}  {rate:,.{0 if rate >= 10 else 1}f}/s{left}"
 
     def _show(self) -> None:

@@ -59,7 +59,7 @@ class Progress:
             self._print(self._prefix + terminal.styled(self._stream, text))
 
     def tell(self, text: str) -> None:
-        """Prints a line about the usual course of a run, as `say`; not if the progress is brief."""
+        """Prints a line about what every run does, as `say`; not if the progress is brief."""
         if not self._brief:
             self.say(text)
 
