@@ -1,20 +1,27 @@
 """How far a task is: on a terminal, elsewhere, and together with other lines; the lines at the start of a run."""
 
-import dataclasses
+import fcntl
 import io
+import math
+import pty
 import re
+import struct
+import termios
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 from helpers import tiny_config
 
 from vit_jax import progress, terminal
+from vit_jax.objectives.classification import Classification
 from vit_jax.progress import Counter
 from vit_jax.training import describe, setup
 from vit_jax.training import progress as training_progress
 from vit_jax.training.progress import Progress
+from vit_jax.training.run import Run
 
 METRICS = {"train/loss": 0.5, "train/accuracy": 0.25, "train/learning_rate": 1e-3, "images_per_second": 1234.5}
 
@@ -137,6 +144,23 @@ def test_a_narrow_terminal_cuts_the_line(screen, monkeypatch):
         assert screen.screen() == ["decoding "]
 
 
+@pytest.mark.parametrize("columns, text", [(0, "decoding 0 of 10"), (1, ""), (9, "decoding"), (30, "decoding 0 of 10")])
+def test_a_real_terminal_shows_one_line(screen, columns, text):
+    """0 columns: the width is not known."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(slave, "w") as stream, open(master, "rb", buffering=0) as seen:
+        progress.sys.stderr = terminal.sys.stderr = stream
+        assert terminal.width(stream) == (columns or 120)
+        with Counter("decoding", 10, "images"):
+            shown = seen.read(1000).decode()
+        assert shown.startswith(f"\r\x1b[K{text}")
+        terminal.warn("done")
+        while not shown.endswith("done\r\n"):
+            shown += seen.read(1000).decode()
+        assert shown.endswith("\r\x1b[Kdone\r\n")
+
+
 @pytest.mark.parametrize("word", ["error:", "warning:", "finished:"])
 def test_colors_are_for_terminals_without_no_color(screen, monkeypatch, word):
     text = f"{word} something"
@@ -164,8 +188,11 @@ def _broken(_):
 
 @pytest.fixture(scope="module")
 def experiment():
+    """Its FLOPs are given, since counting them takes a second."""
     config = tiny_config()
-    return setup.assemble(config, setup.check(config), setup.load_sources(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup.Experiment, "forward_flops", 67_900)
+        yield setup.assemble(config, setup.check(config), setup.load_sources(config))
 
 
 def test_a_run_begins_with_a_few_lines(experiment):
@@ -174,18 +201,50 @@ def test_a_run_begins_with_a_few_lines(experiment):
     assert len(lines) <= 5
     (model,) = [line for line in lines if line.startswith("model: ")]
     assert model.startswith(f"model: {config.model.variant} (width {config.model.width}, depth {config.model.depth}, ")
-    assert f", {experiment.num_parameters:,} parameters, " in model
+    assert f", {experiment.num_parameters:,} parameters, 67.9 kFLOP per image (forward), float32" in model
     table = describe.experiment(experiment, parameters=True)
     assert "head/logits/kernel" in table and table.splitlines()[-len(lines) :] == lines
     assert len(table.splitlines()) > 15 and "head/logits/kernel" not in "".join(lines)
 
 
+def test_a_resumed_run_names_its_learning_rate(experiment):
+    """The schedule is that of the new length: a linear warm-up, then half a cosine."""
+    optimizer = experiment.config.optimizer
+    warmup, steps = min(optimizer.warmup_steps, experiment.num_steps), experiment.num_steps
+    assert optimizer.schedule == "cosine"
+    for step in (1, 10, 19):
+        share = min(1.0, step / warmup) if warmup else 1.0
+        if step > warmup:
+            share = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        line = describe.start(experiment, step, step, Path("runs/a"))
+        assert line.startswith(f"resuming at step {step} of {steps} steps of 64 images") and line.endswith("runs/a")
+        assert f", at learning rate {share * optimizer.learning_rate:.2e}, in" in line
+    assert "rate" not in describe.start(experiment, 0, 0, Path("runs/a"))
+    assert "rate" not in describe.start(experiment, steps, steps, Path("runs/a"))
+
+
+@pytest.mark.parametrize("classes, is_printed", [(2, False), (5, False), (6, True)])
+def test_top_5_accuracy_is_not_printed_for_five_classes_or_fewer(classes, is_printed):
+    """It is in the results, and thus in the files."""
+    results = {"test/accuracy": 0.5, "test/top5": 1.0, "test/loss": 0.7, "test/examples": 10}
+    lines, train = [], types.SimpleNamespace(class_names=tuple("abcdef"[:classes]))
+    experiment = types.SimpleNamespace(
+        evaluate=lambda *_: results, objective=Classification(), sources={"train": train}, num_steps=2
+    )
+    state = types.SimpleNamespace(for_evaluation=dict)
+    shown = types.SimpleNamespace(tell=lines.append)
+    run = types.SimpleNamespace(
+        experiment=experiment, state=state, stop_requested=None, evaluated={}, progress=shown, step=1
+    )
+    assert Run.evaluate(run, "test") == results and run.evaluated == results
+    middle = ", top-5 100.00 %" if is_printed else ""
+    assert lines == [f"step 1/2  test: accuracy 50.00 %{middle}, loss 0.7000 on 10 examples"]
+
+
 @pytest.mark.parametrize("mixup, cutmix, is_said", [(0.2, 0.0, True), (0.0, 1.0, True), (0.0, 0.0, False)])
 def test_mixed_images_are_named_where_their_accuracy_is_shown(experiment, mixup, cutmix, is_said):
-    config = experiment.config.copy_and_resolve_references()
-    config.augment.update(mixup=mixup, cutmix=cutmix)
-    changed = dataclasses.replace(experiment, config=config)
-    assert ("measured on mixed images" in describe.experiment(changed)) == is_said
+    experiment.config.augment.update(mixup=mixup, cutmix=cutmix)
+    assert ("measured on mixed images" in describe.experiment(experiment)) == is_said
 
 
 @pytest.mark.parametrize(
