@@ -51,7 +51,7 @@ def nearest(
     shape = (*query_blocks.shape[:2], count)
     best = (jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32))
     block = min(block, len(bank))
-    with Counter("comparing with", len(bank), "neighbours") as counter:
+    with Counter("comparing with", len(bank), "examples") as counter:
         for start in counter.over(range(0, len(bank), block), block):
             part = np.asarray(bank[start : start + block], np.float32)
             padded = np.pad(part, ((0, block - len(part)), (0, 0)))
