@@ -10,7 +10,7 @@ COMMANDS = "commands"
 # From bottom to top. A package or module may import what is in its own layer and below. `config` stands for the package
 # but for `config.check`; modules at the top level that no layer names are commands and what only commands share.
 LAYERS = (
-    ("errors", "atomic", "arguments", "machine_errors", "terminal", "paths"),
+    ("errors", "atomic", "arguments", "machine_errors", "terminal", "progress", "paths"),
     ("config",),
     ("models",),
     ("data", "sharding", "runtime"),
@@ -24,7 +24,7 @@ LAYERS = (
 # What is stricter than the order of the layers: all that these may import besides themselves.
 ALLOWED = {
     "models": {"errors", "arguments"},
-    "data": {"errors", "atomic", "arguments", "paths", "terminal", "sharding", "runtime"},
+    "data": {"errors", "atomic", "arguments", "paths", "progress", "terminal", "sharding", "runtime"},
 }
 
 

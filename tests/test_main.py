@@ -95,7 +95,9 @@ def test_a_run_writes_its_files(uninterrupted):
     environment = json.loads((workdir / "environment.json").read_text())
     assert environment["packages"]["jax"] and environment["devices"] and environment["command"]
     assert environment["attention"]["backend"] == "heads_first"
-    assert "images/s" in output and "head/logits/kernel" in output and "finished: test accuracy" in output
+    assert "images/s" in output and "\nmodel: " in output and "\nfinished: test accuracy" in output
+    start = output[: output.index("compiled the training step")].splitlines()
+    assert len(start) <= 8 and "head/logits/kernel" not in output
     assert lines[0]["train/loss"] > lines[-1]["train/loss"]
 
 
@@ -129,6 +131,16 @@ def test_a_streamed_run_resumed_with_other_reader_threads_ends_as_a_resident_one
     output = finish(start(tmp_path, *streamed, "--config.data.workers=3"))
     assert "resuming at step" in output
     assert_same_run(tmp_path, uninterrupted[0])
+
+
+@pytest.mark.parametrize("flags, expected", [([], False), (["--parameters"], True)])
+def test_the_table_of_parameters_is_printed_on_request(flags, expected, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("vit_jax.runtime.compilation_cache.cache_compilations", lambda: None)
+    monkeypatch.setattr("vit_jax.training.train.train", lambda *arguments: calls.append(arguments))
+    assert main.main(["--config=configs/digits.py", f"--workdir={tmp_path}", *flags]) == 0
+    ((_, _, shown),) = calls
+    assert shown.start and shown.parameters == expected and not shown.trial
 
 
 def test_a_finished_run_is_reported_and_not_repeated(uninterrupted, capsys, monkeypatch):

@@ -36,8 +36,8 @@ def test_patches_are_separated_by_white_lines(tmp_path):
 
 def test_captions_show_the_mixed_classes():
     names = tuple("abcd")
-    assert preview.caption(np.array([0.0, 0.7, 0.3, 0.0]), names, 0.0) == ["70%: b", "30%: c"]
-    assert preview.caption(np.array([0.025, 0.025, 0.025, 0.925]), names, 0.1) == ["92%: d"]
+    assert preview.caption(np.array([0.0, 0.7, 0.3, 0.0]), names, 0.0) == ["70 %  b", "30 %  c"]
+    assert preview.caption(np.array([0.025, 0.025, 0.025, 0.925]), names, 0.1) == ["92 %  d"]
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,11 @@ def test_user_errors_are_reported_in_at_most_three_lines(tmp_path, arguments, me
     assert not (tmp_path / "x.png").exists()
 
 
-def test_unwritable_output_file_is_named(tmp_path, capsys):
-    assert preview.main([*DIGITS, f"--out={tmp_path}/nowhere/x.png", "--count=1"]) == 2
-    assert "nowhere/x.png" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["nowhere/x.png", "x.txt", ""])
+def test_an_output_file_that_cannot_be_written_is_named_before_the_work(tmp_path, name, capsys, monkeypatch):
+    monkeypatch.setattr(preview, "batch", lambda *_: pytest.fail("images were drawn"))
+    assert preview.main([*DIGITS, f"--out={tmp_path}/{name}", "--count=1"]) == 2
+    assert f"--out={tmp_path}/{name}" in capsys.readouterr().err
 
 
 def test_former_command_name_still_works():

@@ -8,13 +8,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 80, 30, 30, 60  # pixels around the axes
+LEFT, RIGHT, TOP, BOTTOM = 80, 30, 50, 60  # pixels around the axes
 INSET = 30  # pixels between the ends of the x axis and the outermost points
 FONT_SIZE, NUM_TICKS = 15, 5
 LINE, MARK, GRID = (31, 119, 180), (214, 39, 40), (221, 221, 221)
 
 
-def draw(points: Sequence[tuple[float, float]], x_label: str, y_label: str, marked: float) -> "Image":
+def draw(
+    points: Sequence[tuple[float, float]], x_label: str, y_label: str, marked: float, min_span: float = 0.0
+) -> "Image":
     """Returns a chart of the points, joined by a line in the order of x.
 
     Args:
@@ -22,13 +24,15 @@ def draw(points: Sequence[tuple[float, float]], x_label: str, y_label: str, mark
         x_label: label of the x axis.
         y_label: label of the y axis.
         marked: x of the point that is highlighted and labelled with its y.
+        min_span: minimum range of the y axis, which is extended downward.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_SIZE)
     points = sorted(points)
-    y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
+    high = max(y for _, y in points)
+    y_ticks = ticks(min(high - min_span, *(y for _, y in points)), high)
     axes = _Axes([math.log10(x) for x, _ in points], y_ticks)
     for tick in y_ticks:
         row = axes.row(tick)

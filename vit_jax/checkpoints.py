@@ -10,15 +10,20 @@ from vit_jax import config as options
 from vit_jax.errors import UserError, few
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vit_jax.checkpoint.manager import CheckpointManager
 
+    Arrays = dict[str, np.ndarray]
+
+SHOWN = 5  # arrays that `diff` shows without --all
 DESCRIPTION = """\
 Lists, verifies, compares and averages the checkpoints of a run.
 
   python -m vit_jax.checkpoints list runs/cifar10            steps, dates, sizes, validation metrics, changed options
   python -m vit_jax.checkpoints verify runs/cifar10          reads every array and compares it with its digest
   python -m vit_jax.checkpoints diff runs/a runs/b           differences in the config and in the arrays
-  python -m vit_jax.checkpoints diff runs/a runs/a --steps=1000,2000
+  python -m vit_jax.checkpoints diff runs/a runs/a --steps=1000,2000 --all
   python -m vit_jax.checkpoints average runs/cifar10 --last=2 --out=mean.safetensors  the mean of the parameters
   python -m vit_jax.checkpoints restore-config runs/cifar10  writes config.json and changes.jsonl from the newest
 
@@ -38,6 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--steps", metavar="N,N", help="diff: the step of each run (default: the newest); average: the steps"
     )
+    parser.add_argument("--all", action="store_true", help="diff: list every array that differs, not only the largest")
     parser.add_argument("--last", type=int, metavar="N", help="average: the newest N checkpoints (default: all)")
     parser.add_argument("--out", metavar="FILE", help="average: the file to write, .safetensors")
     flags = parser.parse_args(arguments)
@@ -122,29 +128,79 @@ def verify(flags: argparse.Namespace) -> int:
 
 
 def diff(flags: argparse.Namespace) -> int:
-    """Prints the differences between two checkpoints."""
+    """Prints the differences between two checkpoints; of the arrays a summary, or all of them with --all."""
     sides: list[dict[str, Any]] = []
+    managers = []
     steps = _parse_steps(flags.steps) if flags.steps is not None else [None, None]
     if len(steps) != 2:
         raise UserError(f"--steps={flags.steps}\n  allowed: two steps, such as --steps=1000,2000")
     for workdir, wanted in zip(flags.workdirs, steps, strict=True):
         manager = _open(workdir)
         step = manager.find(wanted)
+        managers.append(manager)
         sides.append({"step": step, **manager.content(step)})
     one, two = sides
     rows = [f"step: {one['step']} -> {two['step']}"] if one["step"] != two["step"] else []
     configs = (side["metadata"].get("config", {}) for side in sides)
     rows += [f"config.{row}" for row in options.differences(*configs)]
-    for name in sorted({*one["digests"], *two["digests"]}):
+    names = sorted({*one["digests"], *two["digests"]})
+    changed = {}
+    for name in names:
         shapes = [side["digests"].get(name, "missing").split(" ")[0] for side in sides]
         if shapes[0] != shapes[1]:
-            rows.append(f"{name}: {shapes[0]} -> {shapes[1]}")
+            changed[name] = f"{name}: {shapes[0]} -> {shapes[1]}"
         elif one["digests"].get(name) != two["digests"].get(name):
-            rows.append(f"{name}: {shapes[0]}, values differ")
+            changed[name] = f"{name}: {shapes[0]}, values differ"
+    if flags.all or not changed:
+        rows += changed.values()
+    else:
+        parameters = [
+            manager.read_part(side["step"], "parameters") for manager, side in zip(managers, sides, strict=True)
+        ]
+        rows += summarize_arrays(names, changed, *parameters)
     terminal.output(
         "\n".join(rows) if rows else f"no difference: {len(one['digests'])} arrays and the config are equal"
     )
     return 1 if rows else 0
+
+
+def summarize_arrays(names: list[str], changed: dict[str, str], one: "Arrays", two: "Arrays") -> list[str]:
+    """Returns the rows of a short comparison: the number of changed arrays per module, and the largest differences.
+
+    Args:
+        names: of all arrays.
+        changed: for the name of an array that has changed, the row about it.
+        one: the parameters of the first checkpoint, by name.
+        two: the parameters of the second one.
+    """
+    import numpy as np
+
+    both = [name for name in changed if name in one and name in two and one[name].shape == two[name].shape]
+    squares = {name: np.square(np.subtract(two[name], one[name], dtype=np.float64)).sum() for name in both}
+    sizes = {name: np.square(one[name], dtype=np.float64).sum() for name in both}
+
+    def relative(members: list[str]) -> float:
+        """The norm of the differences over the norm of the first arrays."""
+        size = sum(sizes[name] for name in members)
+        return float(np.sqrt(sum(squares[name] for name in members) / size)) if size else np.inf
+
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split("/")
+        modules.setdefault("/".join(parts[: 2 if parts[0] == "parameters" else 1]), []).append(name)
+    rows = []
+    modules.pop("step", None)  # has a row of its own
+    for module, members in modules.items():
+        count, compared = sum(name in changed for name in members), [name for name in members if name in squares]
+        if members == [module]:
+            rows += [changed[module]] if count else []
+        elif count:
+            by = f", relative difference {relative(compared):.3g}" if compared else ""
+            rows.append(f"{module}: {count} of {len(members)} arrays differ{by}")
+    largest = sorted(both, key=lambda name: -relative([name]))[:SHOWN]
+    others = [row for name, row in changed.items() if name.startswith("parameters/") and name not in squares][:SHOWN]
+    rows += [*others, *(f"{changed[name]}, relative difference {relative([name]):.3g}" for name in largest)]
+    return [*rows, f"with --all: each of the {len(changed)} arrays that differ"]
 
 
 def _parse_steps(text: str) -> list[int]:

@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command's flags; config overrides are removed from the arguments beforehand."""
     parser = terminal.Parser(
         prog="python -m vit_jax.main",
-        usage="%(prog)s --config=FILE[:ARG] [--workdir=DIR] [--config.SECTION.OPTION=VALUE ...]",
+        usage="%(prog)s --config=FILE[:ARG] [--workdir=DIR] [--parameters] [--config.SECTION.OPTION=VALUE ...]",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help="config file and its argument; see configs/")
     parser.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/<config name>)")
+    parser.add_argument("--parameters", action="store_true", help="print the table of all parameters before training")
     parser.add_argument("-h", "--help", action="store_true", help="show this help; with --config, the config's options")
     return parser
 
@@ -113,11 +114,11 @@ def run(arguments: list[str]) -> None:
     made = commands.make_config(flags.config, overrides, workdir)
     # Imported only now, so that mistakes on the command line are reported at once.
     from vit_jax.runtime import compilation_cache
-    from vit_jax.training import multi_seed, train
+    from vit_jax.training import describe, multi_seed, train
 
     compilation_cache.cache_compilations()
     trained = train.train if made.train.seeds is None else multi_seed.train
-    trained(made, workdir)
+    trained(made, workdir, shown=describe.Shown(parameters=flags.parameters))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vit_jax import atomic, commands, paths, terminal
 from vit_jax.errors import UserError, few
+from vit_jax.progress import Counter
 
 if TYPE_CHECKING:
     from vit_jax.inference import Prediction, Predictor
@@ -82,16 +83,17 @@ def predict(flags: argparse.Namespace) -> int:
     for note in notes:
         terminal.warn(note)
     has_several_heads = len(predictor.inputs.classes) > 1
-    for prediction in predictor.stream(images, flags.top):
-        if isinstance(prediction, inference.Unreadable):
-            num_unreadable += 1
-            message = f"{prediction.image}: cannot be read as an image: {prediction.reason}"
-            terminal.warn(message)
-            continue
-        rows += _rows(prediction, has_several_heads)
-        terminal.output(_json(prediction, has_several_heads) if flags.json else _line(prediction))
-        if terminal.lost() and not flags.csv:
-            break
+    with Counter("classifying", len(images), "images") as counter:
+        for prediction in counter.over(predictor.stream(images, flags.top)):
+            if isinstance(prediction, inference.Unreadable):
+                num_unreadable += 1
+                message = f"{prediction.image}: cannot be read as an image: {prediction.reason}"
+                terminal.warn(message)
+                continue
+            rows += _rows(prediction, has_several_heads)
+            terminal.output(_json(prediction, has_several_heads) if flags.json else _line(prediction))
+            if terminal.lost() and not flags.csv:
+                break
     if flags.csv:
         _write_csv(flags.csv, ["path", *(["head"] if has_several_heads else []), "rank", "class", "probability"], rows)
     if num_unreadable:

@@ -23,7 +23,7 @@ that step. Below each image are its classes and their target probabilities.
 """
 
 TILE = 96  # minimum width and height of a tile, pixels
-LINE = 12  # height of a line of text, pixels
+LINE = 13  # height of a line of text, pixels
 GAP = 6  # pixels between tiles
 
 
@@ -120,7 +120,7 @@ def caption(probabilities: Float[np.ndarray, " classes"], names: tuple[str, ...]
     """Returns up to two lines: the most probable classes above what label smoothing gives to every class."""
     minimum = smoothing / len(names) + 1e-3
     found = [k for k in np.argsort(-probabilities, kind="stable")[:2] if probabilities[k] > minimum]
-    return [f"{100 * probabilities[k]:.0f}%: {listing.printable(names[k])}" for k in found]
+    return [f"{100 * probabilities[k]:.0f} %  {listing.printable(names[k])}" for k in found]
 
 
 def preview(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -132,6 +132,10 @@ def preview(flags: argparse.Namespace, overrides: list[str]) -> None:
     from PIL import Image
 
     out = paths.expand(flags.out, "--out")
+    if out.suffix.lower() not in Image.registered_extensions() or out.is_dir() or not out.parent.is_dir():
+        raise UserError(
+            f"--out={flags.out} cannot be written\n  use a file name that ends in .png, in an existing directory"
+        )
     config = commands.make_config(flags.config, overrides)
     from vit_jax.training import multi_seed  # imports JAX, which --help must not wait for
 

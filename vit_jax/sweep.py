@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vit_jax import commands, paths, terminal
+from ml_collections import ConfigDict
+
+from vit_jax import commands, paths, progress, terminal
+from vit_jax import config as options
 from vit_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -91,13 +94,22 @@ def sweep(arguments: list[str]) -> None:
             terminal.say(text)
 
     plan = lr_sweep.plan(config, rates, held_out)
-    content = lr_sweep.sweep(plan, workdir, lambda text: say(f"sweep: {text}"))
+    metrics = _metrics(config)
+    titles = _titles(metrics)
+
+    def show(trial: dict[str, Any]) -> None:
+        is_first = trial["learning_rate"] == rates[0]
+        for row in [*([titles] if is_first else []), _cells(trial, metrics)]:
+            say("  ".join(f"{cell:>{len(title)}}" for cell, title in zip(row, titles, strict=True)).rstrip())
+
+    say(f"{len(rates)} learning rates: trained on {plan.train}, compared on {plan.validation}; in {workdir}")
+    content = lr_sweep.sweep(plan, workdir, show)
     if content is None:
         say("sweep: stopped; run the same command again to resume")
         return
     if multihost.is_rank_0():
         _write_report(workdir, content)
-    say(f"\n{table(content)}\nresults are in {workdir}: sweep.md, sweep.png, sweep.json")
+    say(f"{conclusion(content)}\nresults are in {workdir}: sweep.md, sweep.png, sweep.json")
 
 
 def _default_workdir(spec: str) -> Path:
@@ -107,40 +119,48 @@ def _default_workdir(spec: str) -> Path:
 
 def table(content: dict[str, Any]) -> str:
     """Returns the content of sweep.json as Markdown: a row per learning rate, and the result of the final run."""
-    from vit_jax.training import progress
-
-    metric = _objective(content).primary_metric.name
-    metrics = [metric] if metric == "loss" else [metric, "loss"]
-    rows = [
-        f"| learning rate | {' | '.join(f'validation {name}' for name in metrics)} | steps | training |",
-        "|---" * (len(metrics) + 3) + "|",
-    ]
+    metrics = _metrics(options.from_dict(content["config"]))
+    titles = _titles(metrics)
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for trial in content["trials"]:
-        rate = f"{trial['learning_rate']:g}"
+        rate, *cells = _cells(trial, metrics)
         rate = f"**{rate}**" if trial["learning_rate"] == content["best"] else rate
-        if "failed" in trial:
-            cells = [rate, trial["failed"], *[""] * (len(metrics) + 1)]
-        else:
-            cells = [rate, *(_formatted(trial, name) for name in metrics)]
-            cells += [f"{trial['steps']:,}", progress.clock(trial["seconds"])]
-        rows.append("".join(f"| {cell} " if cell else "| " for cell in cells) + "|")
-    splits, counts = content["splits"], {trial.get("validation/examples") for trial in content["trials"]} - {None}
-    final = content["final"]
-    result = _objective(content).summary_line({name: value for name, value in final.items() if name != "folder"})
-    rows += [
-        "",
-        f"Trained on {splits['train']}, chosen on {splits['validation']} ({max(counts):,} examples): "
-        f"{content['best']:g}. With it, trained on {splits['everything']}: {result} after {final['steps']:,} steps, "
-        f"{progress.clock(final['seconds'])} of training.",
-    ]
-    return "\n".join(rows)
+        rows.append("".join(f"| {cell} " if cell else "| " for cell in (rate, *cells)) + "|")
+    return "\n".join([*rows, "", conclusion(content)])
 
 
-def _objective(content: dict[str, Any]) -> Any:
-    from vit_jax import config as options
+def conclusion(content: dict[str, Any]) -> str:
+    """Returns the content of sweep.json in one sentence: the best learning rate, and the result of the final run."""
     from vit_jax import objectives
 
-    return objectives.make(options.from_dict(content["config"]))
+    splits, counts = content["splits"], {trial.get("validation/examples") for trial in content["trials"]} - {None}
+    objective = objectives.make(options.from_dict(content["config"]))
+    final = {name: value for name, value in content["final"].items() if name != "folder"}
+    return (
+        f"Trained on {splits['train']}, chosen on {splits['validation']} ({max(counts):,} examples): "
+        f"{content['best']:g}. With it, trained on {splits['everything']}: {objective.summary_line(final)} after "
+        f"{final['steps']:,} steps, {progress.clock(final['seconds'])} of training."
+    )
+
+
+def _metrics(config: ConfigDict) -> list[str]:
+    """Returns the names of the metrics in the table: the one that is compared, and the loss."""
+    from vit_jax import objectives
+
+    return list(dict.fromkeys([objectives.make(config).primary_metric.name, "loss"]))
+
+
+def _titles(metrics: list[str]) -> list[str]:
+    return ["learning rate", *(f"validation {name}" for name in metrics), "steps", "training"]
+
+
+def _cells(trial: dict[str, Any], metrics: list[str]) -> list[str]:
+    """Returns a row of the table."""
+    rate = f"{trial['learning_rate']:g}"
+    if "failed" in trial:
+        return [rate, trial["failed"], *[""] * (len(metrics) + 1)]
+    values = (_formatted(trial, name) for name in metrics)
+    return [rate, *values, f"{trial['steps']:,}", progress.clock(trial["seconds"])]
 
 
 def _percent(metric: str) -> bool:
@@ -156,13 +176,15 @@ def _write_report(workdir: Path, content: dict[str, Any]) -> None:
     """Writes sweep.md and sweep.png."""
     from vit_jax import chart
 
-    metric = _objective(content).primary_metric.name
+    metric = _metrics(options.from_dict(content["config"]))[0]
     factor, unit = (100, ", %") if _percent(metric) else (1, "")
     finished = [trial for trial in content["trials"] if "failed" not in trial]
     points = [(trial["learning_rate"], factor * trial[f"validation/{metric}"]) for trial in finished]
     try:
         (workdir / "sweep.md").write_text(table(content) + "\n", encoding="utf-8")
-        image = chart.draw(points, "learning rate", f"validation {metric}{unit}", content["best"])
+        # Differences that do not matter look small: less than two percentage points, or a tenth of the loss.
+        min_span = 2.0 if unit else 0.1 * max(abs(value) for _, value in points)
+        image = chart.draw(points, "learning rate", f"validation {metric}{unit}", content["best"], min_span)
         image.save(workdir / "sweep.png")
     except OSError as error:
         raise UserError(

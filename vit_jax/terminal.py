@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol, runtime_checkable
 
@@ -20,6 +21,8 @@ ERRORS = "vit_jax.terminal"  # the error handler of the streams
 _DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"  # word processors replace hyphens by others
 _lost: list[str] = []  # why standard output has not received all of `output`; at most one
 _absent: list[io.TextIOBase] = []  # streams that stand for those that were closed when the process started
+_STYLES = {"error:": "\x1b[1;31m", "warning:": "\x1b[33m", "finished:": "\x1b[1m"}
+_CLEARED = "\r\x1b[K"  # what empties the line of a terminal
 
 
 @runtime_checkable
@@ -32,12 +35,12 @@ class Stream(Protocol):
 
 def say(text: str = "", end: str = "\n") -> None:
     """Prints to standard output, if that is possible: for what is also in files, such as the progress of a run."""
-    write(sys.stdout, text + end)
+    print_below(sys.stdout, text + end)
 
 
 def warn(text: str = "", end: str = "\n") -> None:
     """Prints to standard error, if that is possible."""
-    write(sys.stderr, text + end)
+    print_below(sys.stderr, text + end)
 
 
 def output(text: str = "", end: str = "\n") -> None:
@@ -45,7 +48,7 @@ def output(text: str = "", end: str = "\n") -> None:
 
     After a failure nothing more is printed, and `commands.finish` ends the command with the reason (`lost`).
     """
-    if not _lost and (reason := write(sys.stdout, text + end)) is not None:
+    if not _lost and (reason := print_below(sys.stdout, text + end)) is not None:
         _lost.append(reason)
 
 
@@ -167,6 +170,68 @@ def is_live(stream: Stream | None) -> bool:
         return bool(getattr(stream, "isatty", _nothing)()) and os.environ.get("TERM") != "dumb"
     except ValueError:  # closed by the program
         return False
+
+
+class LiveLine:
+    """A line of a terminal that is overwritten. At most one is open; whatever else is printed ends it first."""
+
+    _lock = threading.RLock()  # lines are shown by several threads
+    _open: "LiveLine | None" = None
+
+    def __init__(self, stream: Stream | None, kept: bool = False):
+        """Prints nothing yet.
+
+        Args:
+            stream: where to print.
+            kept: whether its last text stays when it ends; else it is removed.
+        """
+        self._stream, self._kept = stream, kept
+        self.is_live = is_live(stream)
+
+    def show(self, text: str) -> None:
+        """Replaces the text of the line, cut to the width of the terminal; a line that is not live is not printed."""
+        if self.is_live:
+            with LiveLine._lock:
+                if LiveLine._open is not self:
+                    LiveLine.end_open()
+                LiveLine._open = self
+                write(self._stream, _CLEARED + text[: max(width(self._stream) - 1, 0)])
+
+    def end(self) -> None:
+        """Ends the line if it is open."""
+        with LiveLine._lock:
+            if LiveLine._open is self:
+                LiveLine.end_open()
+
+    @classmethod
+    def end_open(cls) -> None:
+        """Ends the line that is open, if there is one."""
+        with LiveLine._lock:
+            line, LiveLine._open = LiveLine._open, None
+            if line is not None:
+                write(line._stream, "\n" if line._kept else _CLEARED)
+
+
+def print_below(stream: Stream | None, text: str) -> str | None:
+    """As `write`, below a line that is open; 'error:', 'warning:' or 'finished:' at the start may be colored."""
+    LiveLine.end_open()
+    return write(stream, styled(stream, text))
+
+
+def styled(stream: Stream | None, text: str) -> str:
+    """Returns the text with its first word in color, if it has one and the stream is a terminal without NO_COLOR."""
+    word = text.partition(" ")[0]
+    if word not in _STYLES or os.environ.get("NO_COLOR") or not is_live(stream):
+        return text
+    return f"{_STYLES[word]}{word}\x1b[0m{text.removeprefix(word)}"
+
+
+def width(stream: Stream | None) -> int:
+    """Returns the number of columns of a terminal; 120 if it is not known."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 120
+    except (OSError, ValueError, AttributeError):  # AttributeError: no real file
+        return 120
 
 
 def prepare() -> None:

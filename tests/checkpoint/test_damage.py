@@ -5,12 +5,14 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from vit_jax import checkpoints as command
@@ -244,7 +246,22 @@ def test_the_command_lists_verifies_and_compares(saved, tmp_path, capsys):
     assert command.main(["diff", str(workdir), str(workdir), "--steps=2,3"]) == 1
     shown = capsys.readouterr().out
     assert "config.train.seed: 2 -> 3" in shown
-    assert "parameters/head/logits/kernel: float32[16,4], values differ" in shown
+    with CheckpointManager(workdir, read_only=True) as manager:
+        one, two = (manager.read_part(step, "parameters") for step in (2, 3))
+    found = dict(re.findall(r"^(\S+): .*relative difference (\S+)$", shown, re.MULTILINE))
+    norms = {name: np.linalg.norm(two[name] - one[name]) / np.linalg.norm(one[name]) for name in one}
+    largest = sorted(norms, key=norms.get)[-5:]
+    assert {name: value for name, value in found.items() if name in norms} == {
+        name: f"{norms[name]:.3g}" for name in largest
+    }
+    head = [name for name in one if name.startswith("parameters/head/")]
+    before, after = (np.concatenate([side[name].ravel() for name in head]) for side in (one, two))
+    expected = np.linalg.norm(after - before) / np.linalg.norm(before)
+    assert f"parameters/head: {len(head)} of {len(head)} arrays differ, relative difference {expected:.3g}" in shown
+    assert len(shown.splitlines()) < 25
+    assert command.main(["diff", str(workdir), str(workdir), "--steps=2,3", "--all"]) == 1
+    every = capsys.readouterr().out
+    assert "averaged/head/logits/kernel: float32[16,4], values differ\n" in every and "relative" not in every
     zero(workdir / "checkpoints" / "2" / "state" / "manifest.ocdbt", random.Random(1))
     assert command.main(["verify", str(workdir)]) == 1
     shown = capsys.readouterr().out

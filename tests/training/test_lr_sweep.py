@@ -30,7 +30,7 @@ def trainer(monkeypatch):
         def __init__(self):
             self.configs, self.stop_at, self.diverging = [], None, ()
 
-        def __call__(self, config, workdir):
+        def __call__(self, config, workdir, shown):
             workdir.mkdir(parents=True, exist_ok=True)
             self.configs.append((workdir.name, config))
             if workdir.name == self.stop_at:
@@ -93,6 +93,23 @@ def test_held_out_examples_are_not_trained_on():
     trained, held_out = set(source["train"].ids()), set(source["validation"].ids())
     assert not trained & held_out and trained | held_out == set(source["everything"].ids())
     assert len(held_out) == 144 and len(trained) == 1293
+
+
+@pytest.mark.parametrize(
+    "split, trained, held_out",
+    [
+        ("train[:1000]", "train[0:900]", "train[900:1000]"),
+        ("train[200:300]+test[:100]", "train[200:300]+test[0:80]", "test[80:100]"),
+        ("test[:10]+train[200:300]", "test[0:10]+train[200:289]", "train[289:300]"),
+        ("all", "train[0:1437]+test[0:180]", "test[180:360]"),
+    ],
+)
+def test_a_part_of_a_slice_is_held_out(split, trained, held_out):
+    """Its last examples, in the order of the expression."""
+    plan = lr_sweep.plan(digits(train=split), (0.1,), 10.0)
+    assert (plan.train, plan.validation, plan.everything) == (trained, held_out, split)
+    first, last, whole = (setup.load(plan.config, each, ["label"]).ids() for each in plan.splits().values())
+    assert [*first, *last] == [*whole]
 
 
 def test_a_validation_split_of_the_config_is_used_and_finally_trained_on(trainer, tmp_path):
@@ -176,7 +193,7 @@ def test_the_directory_of_another_sweep_is_refused(trainer, tmp_path):
         (["--rates=.1,0.1"], "different numbers"),
         (["--rates=.1", "--held_out=0"], "--held_out=0"),
         (["--rates=.1", "--held_out=100"], "--held_out=100"),
-        (["--rates=.1", "--config.data.train=train[:50%]"], "config.data.train is 'train[:50%]'"),
+        (["--rates=.1", "--config.data.train=train[:1]"], "config.data.train is 'train[:1]'"),
         (["--rates=.1", "--config.data.test=None"], "config.data.test"),
         (["--rates=.1", "--config.trian.steps=5"], "config.train.steps"),
         (["--rates=.1", "--held_out=0.01"], "use at least --held_out=1"),
@@ -202,6 +219,27 @@ def test_ticks_are_round_and_enclose_the_values(low, high, expected):
 def test_ticks_of_one_value():
     found = chart.ticks(50.0, 50.0)
     assert found[0] <= 50 <= found[-1] and len(found) >= 2
+
+
+def test_the_value_of_the_best_point_is_not_drawn_over_the_title():
+    """The best point at the top left: no red pixel is in the rows of the title."""
+    image = chart.draw([(0.001, 40.0), (0.01, 20.0)], "rate", "validation accuracy, %", 0.001).convert("RGB")
+    blank = chart.draw([(0.001, 40.0), (0.01, 20.0)], "rate", "", 0.01).convert("RGB")
+    with_title = chart.draw([(0.001, 40.0), (0.01, 20.0)], "rate", "validation accuracy, %", 0.01).convert("RGB")
+    pixels = [(x, y) for x in range(image.width) for y in range(image.height)]
+    title = max(y for x, y in pixels if blank.getpixel((x, y)) != with_title.getpixel((x, y)))
+    assert min(y for x, y in pixels if image.getpixel((x, y)) == chart.MARK) > title > 10
+
+
+def test_small_differences_are_drawn_small():
+    """With a minimum span of 2, a difference of 0.1 is less than a tenth of the height of the axes."""
+    points = [(0.001, 33.1), (0.01, 33.0)]
+    rows = []
+    for marked, _ in points:
+        image = chart.draw(points, "rate", "accuracy", marked, 2.0).convert("RGB")
+        around = [y for x in range(image.width) for y in range(image.height) if image.getpixel((x, y)) == chart.MARK]
+        rows.append(max(around))
+    assert 0 < rows[1] - rows[0] < (chart.HEIGHT - chart.TOP - chart.BOTTOM) / 10
 
 
 def test_the_chart_marks_the_best_point():

@@ -7,8 +7,9 @@ import pytest
 
 from vit_jax import atomic
 from vit_jax.checkpoint import run_files
+from vit_jax.progress import clock
 from vit_jax.training.metrics import MetricsWriter
-from vit_jax.training.progress import Progress, clock, progress_line
+from vit_jax.training.progress import Progress, progress_line
 from vit_jax.training.throughput import Throughput
 
 

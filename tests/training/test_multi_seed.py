@@ -227,4 +227,4 @@ def test_a_seed_that_fails_does_not_stop_the_others(alone, tmp_path, monkeypatch
 @pytest.mark.slow
 def test_one_program_is_compiled_for_all_seeds(tmp_path, capsys):
     multi_seed.train(small(train={"seeds": (3, 0), "steps": 4}, checkpoint={"every": 0}), tmp_path)
-    assert capsys.readouterr().out.count("compiling the training step") == 1
+    assert capsys.readouterr().out.count("compiled the training step") == 1

@@ -14,6 +14,7 @@ from vit_jax import atomic, machine_errors
 from vit_jax.checkpoint import integrity, inventory, orbax_io, run_files
 from vit_jax.checkpoint.integrity import CorruptCheckpoint
 from vit_jax.errors import UserError, few
+from vit_jax.progress import Counter
 from vit_jax.sharding import multihost
 
 METADATA_BYTES = 2**20  # space for what is stored in addition to the arrays
@@ -67,10 +68,11 @@ def prove(workdir: Path) -> None:
     arrays = {"step": np.asarray(0, np.int32), "parameters": np.arange(1000, dtype=np.float32)}
     written = integrity.digests(arrays)
     try:
-        multihost.on_rank_0(lambda: _attempt(workdir, lambda: _prepare(path)))
-        if jax.process_count() == 1:
-            _attempt(workdir, lambda: orbax_io.write_small(path, arrays, integrity.seal({"digests": written})))
-            _attempt(workdir, lambda: _compare(path, written))
+        with Counter(f"checking that {workdir} can hold checkpoints", enabled=multihost.is_rank_0()):
+            multihost.on_rank_0(lambda: _attempt(workdir, lambda: _prepare(path)))
+            if jax.process_count() == 1:
+                _attempt(workdir, lambda: orbax_io.write_small(path, arrays, integrity.seal({"digests": written})))
+                _attempt(workdir, lambda: _compare(path, written))
     finally:
         if multihost.is_rank_0():
             _remove(path)

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import http.client
 import socket
-import sys
 import tarfile
 import threading
 import urllib.error
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from vit_jax import atomic, paths, terminal
 from vit_jax.errors import UserError
+from vit_jax.progress import Counter
 
 SHAPE = (32, 32, 3)  # height, width, channels of the images
 _STALL_SECONDS = 30  # a download without data for this long is interrupted
@@ -247,7 +247,7 @@ def download(archive: Archive, folder: Path) -> Path:
 
 
 def _fetch(archive: Archive, part: Path) -> None:
-    """Appends the missing bytes of the archive to `part`; shows progress on a terminal."""
+    """Appends the missing bytes of the archive to `part`."""
     have = part.stat().st_size if part.exists() else 0
     if have >= archive.size:
         return
@@ -257,15 +257,13 @@ def _fetch(archive: Archive, part: Path) -> None:
         have = have if resumed else 0
         if reply.headers["Content-Length"] and int(reply.headers["Content-Length"]) != archive.size - have:
             raise _different_file(archive)
-        with part.open("ab" if resumed else "wb") as file:
+        with part.open("ab" if resumed else "wb") as file, Counter("downloading", archive.size / 1e6, "MB") as counter:
+            counter.add(have / 1e6)
             # One byte too many is enough to detect a different file.
             while have <= archive.size and (block := reply.read(2**20)):
                 file.write(block)
                 have += len(block)
-                if terminal.is_live(sys.stderr):
-                    terminal.warn(f"\r{have / 1e6:,.0f} of {archive.size / 1e6:,.0f} MB", end="")
-        if terminal.is_live(sys.stderr):
-            terminal.warn()
+                counter.add(len(block) / 1e6)
 
 
 def _from_command(archive: Archive) -> str:

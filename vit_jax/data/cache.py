@@ -17,6 +17,7 @@ from jaxtyping import Int32, UInt8
 
 from vit_jax import atomic, paths, terminal
 from vit_jax.errors import UserError
+from vit_jax.progress import Counter
 
 Fill = Callable[[np.ndarray, np.ndarray], None]  # fill(images, labels) writes every example into the two arrays
 Shape = tuple[int, int, int, int]  # examples, height, width, channels
@@ -182,10 +183,11 @@ def mean_and_std(arrays: DecodedSplit) -> tuple[tuple[float, ...], tuple[float, 
         return known
     examples, height, width, channels = arrays.images.shape
     sums, squares = np.zeros((2, height, width, channels))
-    for start in range(0, examples, 1024):
-        pixels = arrays.images[start : start + 1024].astype(np.float64)
-        sums += pixels.sum(0)
-        squares += np.square(pixels, out=pixels).sum(0)
+    with Counter("computing mean and std:", examples, "images") as counter:
+        for start in counter.over(range(0, examples, 1024), 1024):
+            pixels = arrays.images[start : start + 1024].astype(np.float64)
+            sums += pixels.sum(0)
+            squares += np.square(pixels, out=pixels).sum(0)
     count = examples * height * width
     mean = sums.sum((0, 1)) / count
     variance = np.maximum(squares.sum((0, 1)) / count - mean**2, 0.0)

@@ -18,6 +18,7 @@ from vit_jax.data import cache, images, lazy_images, listing
 from vit_jax.data.listing import LeftOut
 from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.errors import UserError, few
+from vit_jax.progress import Counter
 
 SPLITS = ("train", "validation", "val", "test")
 # Folders such as Train and Test, or seg_train and seg_test.
@@ -312,5 +313,7 @@ def _find_broken(root: Path, files: list[tuple[str, int]]) -> tuple[dict[str, st
             broken[name] = str(error)
             is_final.append(error.is_final)
 
-    lazy_images.map_in_threads(check, range(len(files)))
+    with Counter("reading", len(files), "files") as counter:
+        for _ in counter.over(lazy_images.map_in_threads(check, range(len(files)))):
+            pass
     return broken, all(is_final)

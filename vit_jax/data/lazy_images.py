@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from jaxtyping import Int32, UInt8
 
 from vit_jax import atomic, terminal
 from vit_jax.data import cache
+from vit_jax.progress import Counter
 
 _SCAN_CHUNK = 64  # images that a thread decodes per task of a scan
 _DECODE_CHUNK = 256  # the same for `decode_all`
@@ -108,7 +109,9 @@ def scan(records: Records, size: Size, folder: Path | None, title: str) -> Scann
 
     # Sums of integers are exact in float64, so the order of the threads does not matter.
     chunks = range(0, records.count, _SCAN_CHUNK)
-    first, second = sum(map_in_threads(sums, chunks)) / (records.count * size[0] * size[1])
+    with Counter("scanning", records.count, "images") as counter:
+        total = sum(counter.over(map_in_threads(sums, chunks), _SCAN_CHUNK))
+    first, second = total / (records.count * size[0] * size[1])
     std = np.sqrt(np.maximum(second - first**2, 0))
     known = ScannedSplit(labels, tuple((first / 255).tolist()), tuple((std / 255).tolist()))
     if folder:
@@ -116,10 +119,10 @@ def scan(records: Records, size: Size, folder: Path | None, title: str) -> Scann
     return known
 
 
-def map_in_threads(function: Callable, arguments: Sequence[int]) -> list:
-    """Returns the function's result for each argument, in order, computed by several threads."""
+def map_in_threads(function: Callable, arguments: Sequence[int]) -> Iterator:
+    """Yields the function's result for each argument, in order, computed by several threads."""
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        return list(threads.map(function, arguments))
+        yield from threads.map(function, arguments)
 
 
 def decode_all(records: Records, images: np.ndarray, labels: np.ndarray) -> None:
@@ -130,7 +133,9 @@ def decode_all(records: Records, images: np.ndarray, labels: np.ndarray) -> None
             images[index], labels[index] = records.read(index, images.shape[1:])
 
     # Pillow releases the GIL while it decodes and resizes.
-    map_in_threads(decode, range(0, len(labels), _DECODE_CHUNK))
+    with Counter("decoding", len(labels), "images") as counter:
+        for _ in counter.over(map_in_threads(decode, range(0, len(labels), _DECODE_CHUNK)), _DECODE_CHUNK):
+            pass
 
 
 def _open(folder: Path, count: int, channels: int) -> ScannedSplit | None:

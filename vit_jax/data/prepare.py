@@ -18,6 +18,7 @@ import numpy as np
 from vit_jax import atomic, paths, terminal
 from vit_jax.data.archives import ARCHIVES, SHAPE, Archive, download, expected_files, read_files
 from vit_jax.errors import UserError
+from vit_jax.progress import Counter
 
 
 def default_data_dir() -> Path:
@@ -62,19 +63,22 @@ def _prepare_locked(archive: Archive, data_dir: Path, source: Path | None) -> Pa
     if folder.exists():
         _check_format(archive, folder)
         return folder
-    files = read_files(archive, download(archive, data_dir / "downloads") if source is None else source)
+    source = download(archive, data_dir / "downloads") if source is None else source
+    with Counter(f"reading and verifying {source}"):
+        files = read_files(archive, source)
     names = [_class_names(files[file]) for file in archive.label_files]
     for stale in folder.parent.glob("incomplete.*"):  # left by a killed process
         if time.time() - stale.stat().st_mtime > 3600:
             shutil.rmtree(stale, ignore_errors=True)
-    terminal.warn(f"preparing {archive.name} in {folder} (about 15 s)")
-    _write(builder, archive, files, names)
-    atomic.sync_tree(folder)
-    atomic.sync(folder.parent)
+    terminal.warn(f"preparing {archive.name} in {folder}")
+    with Counter("writing", sum(archive.sizes.values()), "images") as counter:
+        _write(builder, archive, files, names, counter)
+        atomic.sync_tree(folder)
+        atomic.sync(folder.parent)
     return folder
 
 
-def _write(builder, archive: Archive, files: Mapping[str, bytes], names: Sequence[list[str]]) -> None:
+def _write(builder, archive: Archive, files: Mapping[str, bytes], names: Sequence[list[str]], counter: Counter) -> None:
     """Lets TFDS's builder write the set, with a Python reader instead of its own, which needs TensorFlow.
 
     Name, version, features, keys (and thus the order on disk) and ids are those of TFDS. Its PNG encoder also needs
@@ -90,7 +94,9 @@ def _write(builder, archive: Archive, files: Mapping[str, bytes], names: Sequenc
                 f"{feature.num_classes}\n{expected_files(archive)}"
             )
         feature.names = class_names
-    builder._split_generators = lambda dl_manager: {s: _examples(archive, files, s) for s in archive.splits}
+    builder._split_generators = lambda dl_manager: {
+        split: counter.over(_examples(archive, files, split)) for split in archive.splits
+    }
     builder._make_download_manager = lambda **_: types.SimpleNamespace(downloaded_size=archive.size)
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(None):  # TFDS would announce a download of unknown size

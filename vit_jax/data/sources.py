@@ -302,6 +302,13 @@ def check(
     return (*size, spec.shape[2])
 
 
+def pieces(name: str, split: str, data_dir: str | os.PathLike | None = None) -> tuple[split_expressions.Piece, ...]:
+    """Returns the parts of the stored splits that a split expression selects, as `splits.parse`; decodes nothing."""
+    data_dir = _data_dir(name, data_dir)
+    archive = _missing_archive(name, data_dir)
+    return split_expressions.parse(split, archive.sizes if archive else _dataset_spec(name, data_dir, None).sizes)
+
+
 def label_kinds(name: str, data_dir: str | os.PathLike | None = None) -> tuple[str, ...]:
     """Returns the kinds of label of a prepared set, `label` first."""
     return tuple(_dataset_spec(name, _data_dir(name, data_dir), None).class_names)

@@ -17,7 +17,9 @@ from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.evaluation.per_class import Predictions
 from vit_jax.objectives.base import Objective
+from vit_jax.progress import Counter
 from vit_jax.runtime import hardware
+from vit_jax.sharding import multihost
 
 # Large enough to hide the cost of a dispatch; small enough for streamed batches to fit, and to stop soon on request.
 BATCHES_PER_DISPATCH = 8
@@ -81,13 +83,15 @@ def evaluate(
     indices, is_real = dispatch_tables(batches, batch_size)
     example_ids = np.where(is_real, indices, -1)
     totals, parts = None, []
-    for feed, ids in zip(batches.feeds((table, len(table)) for table in indices), example_ids, strict=True):
-        if should_stop():
-            raise Interrupted
-        sums, predictions = scorer(parameters, feed, ids)
-        sums = jax.tree.map(lambda leaf: leaf.item(), sums)
-        totals = sums if totals is None else jax.tree.map(operator.add, totals, sums)
-        parts.append(jax.device_get(predictions))
+    with Counter("scoring", len(batches.source), f"{split} images", enabled=multihost.is_rank_0()) as counter:
+        for feed, ids in zip(batches.feeds((table, len(table)) for table in indices), example_ids, strict=True):
+            if should_stop():
+                raise Interrupted
+            sums, predictions = scorer(parameters, feed, ids)
+            sums = jax.tree.map(lambda leaf: leaf.item(), sums)
+            totals = sums if totals is None else jax.tree.map(operator.add, totals, sums)
+            parts.append(jax.device_get(predictions))
+            counter.add(ids.size)
     return objective.summarize(split, totals), _predictions(parts, is_real, batches.source)
 
 

@@ -23,6 +23,7 @@ from vit_jax.evaluation import exact
 from vit_jax.models import attention_backends
 from vit_jax.models.vit import VisionTransformer, token_grid
 from vit_jax.optim import trainable
+from vit_jax.progress import Counter
 from vit_jax.runtime import attention_choice, hardware
 
 TIMED_BATCH = 64  # batch size at which attention backends are timed
@@ -165,9 +166,11 @@ def extract(
 
     options = hardware.compiler_options(batches.mesh.devices.flat[0].platform)
     compiled = jax.jit(run, out_shardings=sharding.replicated(batches.mesh), compiler_options=options)
-    for feed, real in zip(batches.feeds((table, rows) for table in indices), is_real, strict=True):
-        features = np.asarray(compiled(parameters, feed))
-        yield features.reshape(-1, *features.shape[2:])[real.ravel()]
+    with Counter("computing the features of", len(batches.source), "images") as counter:
+        for feed, real in zip(batches.feeds((table, rows) for table in indices), is_real, strict=True):
+            features = np.asarray(compiled(parameters, feed))
+            yield features.reshape(-1, *features.shape[2:])[real.ravel()]
+            counter.add(real.size)
 
 
 def load_or_compute(

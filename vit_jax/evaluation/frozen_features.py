@@ -11,6 +11,7 @@ from vit_jax import terminal
 from vit_jax.data import finite
 from vit_jax.errors import UserError, few
 from vit_jax.evaluation import fewshot, knn, linear_probe
+from vit_jax.progress import Counter
 
 METHODS = ("fewshot", "knn", "probe")
 
@@ -108,18 +109,19 @@ def evaluate(train: Examples, test: Examples, classes: int, settings: Settings) 
 def _evaluate_fewshot(train: Examples, test: Examples, classes: int, settings: Settings) -> dict[str, object]:
     l2 = settings.fewshot_l2 or fewshot.L2_PER_FEATURE * train.features.shape[1]
     results: dict[str, object] = {"fewshot/l2": l2}
-    for shots in settings.shots:
-        accuracies = []
-        for draw_index in range(settings.draws):
-            indices = fewshot.draw(train.labels, classes, shots, settings.seed, draw_index)
-            features = np.asarray(train.features[indices], np.float32)
-            classifier = fewshot.fit(features, train.labels[indices], classes, l2)
-            accuracies.append(_accuracy(classifier.predict(test.features), test.labels))
-        results |= {
-            f"fewshot/{shots}/accuracy": statistics.fmean(accuracies),
-            f"fewshot/{shots}/std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-            f"fewshot/{shots}/draws": accuracies,
-        }
+    with Counter("few-shot:", len(settings.shots) * settings.draws, "fits") as counter:
+        for shots in settings.shots:
+            accuracies = []
+            for draw_index in counter.over(range(settings.draws)):
+                indices = fewshot.draw(train.labels, classes, shots, settings.seed, draw_index)
+                features = np.asarray(train.features[indices], np.float32)
+                classifier = fewshot.fit(features, train.labels[indices], classes, l2)
+                accuracies.append(_accuracy(classifier.predict(test.features), test.labels))
+            results |= {
+                f"fewshot/{shots}/accuracy": statistics.fmean(accuracies),
+                f"fewshot/{shots}/std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+                f"fewshot/{shots}/draws": accuracies,
+            }
     return results
 
 
@@ -140,7 +142,8 @@ def _evaluate_probe(train: Examples, test: Examples, classes: int, settings: Set
     if len(settings.probe_l2) > 2 and choice.l2 in (min(settings.probe_l2), max(settings.probe_l2)):
         message = f"linear probe: the chosen L2 constant, {choice.l2:g}, is at the end of the grid; see --probe_l2"
         terminal.warn(message)
-    fit = probe.fit(choice.l2)
+    with Counter("fitting the linear probe"):
+        fit = probe.fit(choice.l2)
     return {
         "probe/accuracy": _accuracy(fit.classifier.predict(test.features), test.labels),
         "probe/l2": choice.l2,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Integer, Num
 
 from vit_jax import arguments
 from vit_jax.errors import UserError
+from vit_jax.progress import Counter
 
 TEMPERATURE = 0.07  # as in DINO
 # Sizes of the blocks of queries and bank examples whose similarities are in memory at a time.
@@ -50,10 +51,12 @@ def nearest(
     shape = (*query_blocks.shape[:2], count)
     best = (jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32))
     block = min(block, len(bank))
-    for start in range(0, len(bank), block):
-        part = np.asarray(bank[start : start + block], np.float32)
-        padded = np.pad(part, ((0, block - len(part)), (0, 0)))
-        best = _merge_block(best, query_blocks, padded, np.int32(start), np.int32(len(part)))
+    with Counter("comparing with", len(bank), "examples") as counter:
+        for start in counter.over(range(0, len(bank), block), block):
+            part = np.asarray(bank[start : start + block], np.float32)
+            padded = np.pad(part, ((0, block - len(part)), (0, 0)))
+            best = _merge_block(best, query_blocks, padded, np.int32(start), np.int32(len(part)))
+            jax.block_until_ready(best)  # what is counted is done
     similarities, indices = (np.asarray(array).reshape(-1, count)[: len(queries)] for array in best)
     return similarities, indices
 

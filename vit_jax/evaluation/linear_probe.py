@@ -13,6 +13,7 @@ from vit_jax import arguments
 from vit_jax.errors import UserError
 from vit_jax.evaluation import linear_classifier
 from vit_jax.evaluation.linear_classifier import LinearClassifier
+from vit_jax.progress import Counter
 
 L2 = tuple(10.0**power for power in range(-6, 2))  # the default grid
 HELD_OUT = 0.1  # fraction of the training examples on which L2 is chosen
@@ -127,10 +128,11 @@ class Probe:
         accuracies: dict[float, float] = {}
         start = None
         # From strong to weak regularization: each solution is a good initial value for the next fit.
-        for l2 in sorted(grid, reverse=True):
-            start = self.fit(l2, start, included=~is_held_out).classifier
-            correct = start.predict(self._features[is_held_out]) == self._labels[is_held_out]
-            accuracies[l2] = float(correct.mean())
+        with Counter("linear probe:", len(grid), "values of L2") as counter:
+            for l2 in counter.over(sorted(grid, reverse=True)):
+                start = self.fit(l2, start, included=~is_held_out).classifier
+                correct = start.predict(self._features[is_held_out]) == self._labels[is_held_out]
+                accuracies[l2] = float(correct.mean())
         return Choice(max(accuracies, key=lambda l2: (accuracies[l2], l2)), accuracies)
 
 

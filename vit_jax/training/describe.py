@@ -1,5 +1,7 @@
 """What a run prints about itself."""
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,28 @@ import jax
 from clu import parameter_overview
 
 import vit_jax
-from vit_jax import optim
+from vit_jax import optim, progress
 from vit_jax.data import listing, normalization, splits
 from vit_jax.objectives.base import Objective
-from vit_jax.training import progress
 from vit_jax.training.setup import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """How much a run prints.
+
+    Attributes:
+        start: versions, data and model.
+        parameters: with these, the table of all parameters.
+        trial: the name of a run of a sweep, which prints one line that is overwritten, and warnings; '' for others.
+    """
+
+    start: bool = True
+    parameters: bool = False
+    trial: str = ""
+
+
+USUAL = Shown()
 
 
 def finished(workdir: Path, result: str) -> str:
@@ -25,22 +44,27 @@ def versions(mesh: jax.sharding.Mesh) -> str:
     return f"vit_jax {vit_jax.__version__}, jax {jax.__version__}, {devices}"
 
 
-def experiment(experiment: Experiment) -> str:
-    """Returns the table of parameters, the data, the model, and how many parameters are trained."""
-    model, shapes = experiment.model, experiment.abstract_state().parameters
+def experiment(experiment: Experiment, parameters: bool = False) -> str:
+    """Returns the lines about data and model, how much of it is trained, and how to stop.
+
+    Args:
+        experiment: what is trained.
+        parameters: True for the table of all parameters before these lines.
+    """
+    config, model, shapes = experiment.config, experiment.model, experiment.abstract_state().parameters
     height, width, channels = experiment.image_shape
     sizes = ", ".join(f"{len(source):,} {role}" for role, source in experiment.sources.items())
-    lines = [
-        parameter_overview.get_parameter_overview(shapes, include_stats=False),
-        f"data: {experiment.config.data.name}, {sizes}, {height}x{width}x{channels}, {_classes(experiment)}",
-        f"model: {experiment.config.model.variant}, patch {model.patch_size}, width {model.width}, "
-        f"depth {model.depth}, heads {model.heads}, MLP {model.mlp_width}; {experiment.num_parameters:,} parameters, "
-        f"{experiment.forward_flops / 1e9:.3g} GFLOP per image (forward); compute dtype {model.dtype.name}"
-        + (f", {model.matmul_dtype.name} matmuls" if model.matmul_dtype else "")
-        + f"; attention: {experiment.attention.describe()}",
+    lines = [parameter_overview.get_parameter_overview(shapes, include_stats=False)] if parameters else []
+    lines += [
+        f"data: {config.data.name}, {sizes}, {height}x{width}x{channels}, {_classes(experiment)}",
+        f"model: {config.model.variant} (width {model.width}, depth {model.depth}, heads {model.heads}, MLP "
+        f"{model.mlp_width}), {short(experiment.num_parameters)} parameters, "
+        f"{short(experiment.forward_flops, 1000)}FLOP per image (forward), {model.dtype.name}"
+        + (f" with {model.matmul_dtype.name} matmuls" if model.matmul_dtype else "")
+        + f", attention: {experiment.attention.describe()}",
     ]
     source = experiment.sources["train"]
-    if experiment.config.data.normalization == "set" and (note := normalization.note(source.mean, source.std)):
+    if config.data.normalization == "set" and (note := normalization.note(source.mean, source.std)):
         lines.append(note)
     if experiment.objective.needs_labels and source.classes() == 1:
         only = listing.printable(source.class_names[0])
@@ -49,7 +73,10 @@ def experiment(experiment: Experiment) -> str:
     if experiment.mask is not None:
         flags = zip(jax.tree.leaves(experiment.mask), jax.tree.leaves(shapes), strict=True)
         count = sum(leaf.size for keep, leaf in flags if keep)
-        lines.append(f"trained: {count:,} of {experiment.num_parameters:,} parameters; the others are frozen")
+        lines.append(f"trained: {short(count)} of {short(experiment.num_parameters)} parameters; the others are frozen")
+    if experiment.objective.needs_labels and (config.augment.mixup or config.augment.cutmix):
+        lines.append("the accuracy of training is measured on mixed images: it may be below the test accuracy")
+    lines.append("Ctrl-C saves and stops; the same command resumes")
     return "\n".join(lines)
 
 
@@ -65,6 +92,14 @@ def _warnings(experiment: Experiment) -> list[str]:
     return lines
 
 
+def short(count: int, exact: int = 10**6) -> str:
+    """Returns a number with one decimal, '85.8 M' or '1.2 G'; all its digits, '541,578', if it is less than `exact`."""
+    if count < exact:
+        return f"{count:,}"
+    power = min(max(int(math.log10(count)) // 3, 1), 4)
+    return f"{count / 1000**power:,.1f} {'kMGT'[power - 1]}"
+
+
 def _classes(experiment: Experiment) -> str:
     """Returns '10 classes', or '10 classes of label, 2 of parity'."""
     source = experiment.sources["train"]
@@ -74,11 +109,23 @@ def _classes(experiment: Experiment) -> str:
     return ", ".join([f"{first[1]} classes of {first[0]}", *(f"{count} of {name}" for name, count in rest)])
 
 
-def start(experiment: Experiment, step: int, workdir: Path, changed: list[str]) -> str:
-    """Returns 'training for 4,491 steps of 64 images (200.0 epochs), in runs/digits', and the options that changed."""
+def start(experiment: Experiment, step: int, updates: int, workdir: Path, changed: list[str]) -> str:
+    """Returns 'training for 4,491 steps of 64 images (200.0 epochs), in runs/digits', and the options that changed.
+
+    Args:
+        experiment: what is trained.
+        step: number of steps taken.
+        updates: number of updates made.
+        workdir: the run directory.
+        changed: the options that changed since the run was stopped.
+    """
     steps, size = experiment.num_steps, experiment.config.train.batch_size
-    begin = f"resuming at step {step:,} of" if step else "training for"
-    line = f"{begin} {steps:,} steps of {size} images ({steps / experiment.steps_per_epoch:.1f} epochs), in {workdir}"
+    begin, rate = "training for", ""
+    if step:
+        begin = f"resuming at step {step:,} of"
+        rate = f", at learning rate {optim.learning_rate(experiment.schedule, updates):.2e}" if step < steps else ""
+    epochs = steps / experiment.steps_per_epoch
+    line = f"{begin} {steps:,} steps of {size} images ({epochs:.1f} epochs){rate}, in {workdir}"
     return f"{line}\nchanged from step {step:,} on: {'; '.join(changed)}" if changed else line
 
 

@@ -13,6 +13,7 @@ from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.models.vit import VisionTransformer
+from vit_jax.progress import Counter
 from vit_jax.sharding import multihost
 from vit_jax.training import initial_weights, run_directory, stored_features
 from vit_jax.training.setup import Experiment
@@ -122,10 +123,11 @@ def restore(experiment: Experiment, checkpoints: CheckpointManager, step: int | 
     """
     like = experiment.abstract_state()
     arrays = like.to_arrays()
-    if step is None:
-        state = like.with_arrays(checkpoints.restore_newest(arrays, optional=ADDED))
-    else:
-        state = like.with_arrays(checkpoints.restore(arrays, step, optional=ADDED))
+    with Counter(f"reading a checkpoint from {checkpoints.directory}", enabled=multihost.is_rank_0()):
+        if step is None:
+            state = like.with_arrays(checkpoints.restore_newest(arrays, optional=ADDED))
+        else:
+            state = like.with_arrays(checkpoints.restore(arrays, step, optional=ADDED))
     stored_features.check_backbone(experiment.config, state.for_evaluation(), experiment.sources)
     return state
 

@@ -61,12 +61,12 @@ def train(
     """
     config, say = experiment.config, progress.say
     experiment.pipelines.make_all()  # before the state: what fits on the devices is decided while they are empty
-    state, resumed = init_from.start(experiment, seed, checkpoints, say)
+    state, resumed = init_from.start(experiment, seed, checkpoints, progress.tell)
     logged, step = resumed.get("settled", True), int(state.step)
     changed = record.resume(step, resumed)
     if changed and step >= experiment.num_steps:
         raise run_directory.no_step_left(workdir, config, changed, step)
-    say(describe.start(experiment, step, workdir, changed))
+    progress.tell(describe.start(experiment, step, int(state.updates), workdir, changed))
     update = compile_update() if step < experiment.num_steps else None
     throughput = experiment.make_throughput(resumed.get("seconds", 0.0))
     recovery = Recovery(experiment, seed, checkpoints, workdir, say)

@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 from vit_jax import atomic, objectives
 from vit_jax import config as options
 from vit_jax.checkpoint import run_files
-from vit_jax.data.splits import EmptySplit
+from vit_jax.data import sources
+from vit_jax.data.splits import EmptySplit, Piece
 from vit_jax.errors import UserError
 from vit_jax.sharding import multihost
-from vit_jax.training import initial_weights, recovery, run_directory, setup, train
+from vit_jax.training import describe, initial_weights, recovery, run_directory, setup, train
 from vit_jax.training.shutdown import StopRequest
 
 RESULT = "sweep.json"
@@ -84,14 +85,11 @@ def plan(config: ConfigDict, rates: tuple[float, ...], held_out: float) -> Plan:
         raise UserError("config.data.test is None\n  set the split on which the final run is evaluated")
     if data.validation is not None:
         splits = data.train, data.validation, f"{data.train}+{data.validation}"
-    elif not data.train.replace("_", "").isalnum():
-        raise UserError(
-            f"config.data.train is {data.train!r}, of which no further part can be held out\n"
-            "  allowed: a whole split, such as 'train'; or set config.data.validation"
-        )
-    else:
+    elif data.train.replace("_", "").isalnum() and data.train != "all":
         cut = f"{100 - held_out:g}%"
         splits = f"{data.train}[:{cut}]", f"{data.train}[{cut}:]", data.train
+    else:
+        splits = *_hold_out(config, held_out), data.train
     planned = Plan(config, rates, *splits)
     for checked in (planned.trial(rates[0]), planned.final(rates[0])):
         try:
@@ -99,6 +97,27 @@ def plan(config: ConfigDict, rates: tuple[float, ...], held_out: float) -> Plan:
         except EmptySplit as error:
             raise _not_held_out(error.sizes.get(data.train, 0), data.train, held_out) or error from None
     return planned
+
+
+def _hold_out(config: ConfigDict, percentage: float) -> tuple[str, str]:
+    """Returns two split expressions: a training split without its last examples, and these."""
+    data = config.data
+    pieces = sources.pieces(data.name, data.train, data.dir)
+    examples = sum(piece.stop - piece.start for piece in pieces)
+    cut = round((100 - percentage) * examples / 100)
+    if not 0 < cut < examples:
+        raise _not_held_out(examples, data.train, percentage) or UserError(
+            f"config.data.train is {data.train!r}, {examples} example\n  allowed: a split of two examples or more"
+        )
+    first, last = [], []
+    for piece in pieces:
+        size = piece.stop - piece.start
+        middle = piece.start + min(max(cut, 0), size)
+        first += [Piece(piece.split, piece.start, middle)] if piece.start < middle else []
+        last += [Piece(piece.split, middle, piece.stop)] if middle < piece.stop else []
+        cut -= size
+    one, two = ("+".join(f"{each.split}[{each.start}:{each.stop}]" for each in part) for part in (first, last))
+    return one, two
 
 
 def _not_held_out(examples: int, split: str, held_out: float) -> UserError | None:
@@ -113,13 +132,13 @@ def _not_held_out(examples: int, split: str, held_out: float) -> UserError | Non
     )
 
 
-def sweep(plan: Plan, workdir: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+def sweep(plan: Plan, workdir: Path, show: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
     """Trains the runs that are not finished; returns the content of sweep.json, or None if requested to stop.
 
     Args:
         plan: a checked plan.
         workdir: the sweep's directory; each run has a directory below it.
-        say: prints a line; called before each run.
+        show: prints an entry of 'trials' of sweep.json; called after each trial.
 
     Raises:
         UserError: the directory holds something else, every run ended with non-finite values, or as `train.train`.
@@ -132,16 +151,18 @@ def sweep(plan: Plan, workdir: Path, say: Callable[[str], None]) -> dict[str, An
         stop.exit_on_signal = True
         for number, rate in enumerate(plan.rates):
             run = _trial_directory(workdir, rate)
-            say(f"learning rate {rate:g} ({number + 1} of {len(plan.rates)}){_finished_note(run)}")
-            trial = _train(plan.trial(rate), run, deadline)
+            name = f"learning rate {rate:g} ({number + 1} of {len(plan.rates)})"
+            shown = describe.Shown(start=number == 0, trial=name)
+            trial = _train(plan.trial(rate), run, deadline, shown)
             if trial is None:
                 return None
             content["trials"].append({"learning_rate": rate, **trial})
+            show(content["trials"][-1])
             write(workdir, content)
         content["best"] = best = choose(content["trials"], *objectives.make(plan.config).primary_metric)
         run = workdir / f"final-{best:g}"
-        say(f"the best learning rate is {best:g}; training with it on {plan.everything}{_finished_note(run)}")
-        final = _train(plan.final(best), run, deadline)
+        shown = describe.Shown(start=False, trial=f"learning rate {best:g} on {plan.everything}")
+        final = _train(plan.final(best), run, deadline, shown)
         if final is None:
             return None
     if "failed" in final:
@@ -191,11 +212,7 @@ def _trial_directory(workdir: Path, rate: float) -> Path:
     return workdir / f"rate-{rate:g}"
 
 
-def _finished_note(run: Path) -> str:
-    return ": already finished" if (run / run_files.SUMMARY).exists() else ""
-
-
-def _train(config: ConfigDict, workdir: Path, deadline: float | None) -> dict[str, Any] | None:
+def _train(config: ConfigDict, workdir: Path, deadline: float | None, shown: describe.Shown) -> dict[str, Any] | None:
     """Trains or resumes a run unless it is finished; returns its summary, or None if requested to stop."""
 
     def has_failed() -> bool:
@@ -206,7 +223,7 @@ def _train(config: ConfigDict, workdir: Path, deadline: float | None) -> dict[st
         if deadline is not None:
             config.train.max_minutes = max(0.0, deadline - time.monotonic()) / 60
         try:
-            summary = train.train(config, workdir)
+            summary = train.train(config, workdir, shown=shown)
         except UserError:
             if not has_failed():
                 raise

@@ -10,13 +10,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_jax import atomic, objectives, terminal
+from vit_jax import atomic, objectives, progress, terminal
 from vit_jax import config as options
 from vit_jax.checkpoint import proof, run_files
 from vit_jax.errors import UserError, os_errors_of_run
 from vit_jax.objectives.base import PrimaryMetric
 from vit_jax.runtime import oom
-from vit_jax.training import describe, progress, run_directory, setup
+from vit_jax.training import describe, run_directory, setup
 from vit_jax.training.lock import Lock, release_all
 from vit_jax.training.progress import Progress
 from vit_jax.training.setup import Experiment
@@ -37,7 +37,9 @@ def workdir_of(workdir: Path, seed: int) -> Path:
     return workdir / f"seed-{seed}"
 
 
-def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) -> dict[str, Any] | None:
+def train(
+    config: ConfigDict, workdir: Path, stop: StopRequest | None = None, shown: describe.Shown = describe.USUAL
+) -> dict[str, Any] | None:
     """Trains every seed that is not finished; returns the content of summary.json (`summarize`).
 
     None if it was stopped; the run is saved. A seed that fails does not keep the others from being trained.
@@ -46,6 +48,7 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) ->
         config: a checked config with `train.seeds`.
         workdir: the run directory of all seeds.
         stop: as of `train.train`.
+        shown: how much is printed; `start` and `parameters`.
 
     Raises:
         UserError: as `train.train`; if seeds have failed, the error of the first one, after the others are finished.
@@ -58,7 +61,8 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) ->
         return summary
     mesh = setup.check(config)
     run_directory.claim(workdir, _recorded_seeds(workdir, config))
-    terminal.say(describe.versions(mesh))
+    if shown.start:
+        terminal.say(describe.versions(mesh))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop or StopRequest(config.train.max_minutes))
         stop.on_exit, stop.exit_on_signal = release_all, True
@@ -72,7 +76,8 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) ->
             experiment = setup.assemble(config, mesh, setup.load_sources(config), attention=attention)
             for seed, directory in _runs(workdir).items():
                 run_directory.check_steps_left(directory, experiment.config_of(seed), experiment.num_steps)
-            terminal.say(describe.experiment(experiment))
+            if shown.start:
+                terminal.say(describe.experiment(experiment, shown.parameters))
             if not _train_all(experiment, unfinished, workdir, stop):
                 finished = len(seeds) - len(_unfinished(workdir, config))
                 terminal.say(
@@ -107,7 +112,7 @@ def _train_all(experiment: Experiment, seeds: list[int], workdir: Path, stop: St
 
     @functools.cache
     def compile_update() -> Any:
-        return compile_step(experiment, terminal.say)
+        return compile_step(experiment, Progress(experiment.num_steps, experiment.steps_per_epoch))
 
     def on_save() -> None:
         _record(workdir, experiment.config)

@@ -2,10 +2,11 @@
 
 import io
 import math
-import os
 import sys
+import time
 
 from vit_jax import terminal
+from vit_jax.progress import PLAIN_SECONDS, clock
 
 
 class Progress:
@@ -18,7 +19,7 @@ class Progress:
         stream: io.TextIOBase | None = None,
         enabled: bool = True,
         name: str = "",
-        live: bool = True,
+        brief: bool = False,
     ):
         """Prints nothing yet.
 
@@ -28,40 +29,43 @@ class Progress:
             stream: where to print; None for standard output.
             enabled: False to print nothing.
             name: printed at the start of each line; '' for none.
-            live: False to print one line per record on a terminal too.
+            brief: True for one of many runs: what `tell` prints is left out, the line is removed when others are
+                printed, and elsewhere than on a terminal there is one every `PLAIN_SECONDS` at most.
         """
         self._steps, self._steps_per_epoch = steps, steps_per_epoch
-        self._stream, self._enabled = stream or sys.stdout, enabled
-        self._live = live and terminal.is_live(self._stream)
+        self._stream, self._enabled, self._brief = stream or sys.stdout, enabled, brief
+        self._line = terminal.LiveLine(self._stream, kept=not brief)
         self._prefix = f"{name}: " if name else ""
-        self._line_is_open = False
+        self._shown_at = time.monotonic()
 
     def show(self, step: int, metrics: dict[str, float], seconds_left: float, recorded: bool) -> None:
         """Prints the state of the run; not on a terminal, only if the metrics are `recorded` too."""
-        if not self._enabled or not (recorded or self._live):
+        live, now = self._line.is_live, time.monotonic()
+        is_due = recorded and not (self._brief and now < self._shown_at + PLAIN_SECONDS)
+        if not self._enabled or not (live or is_due):
             return
-        width = max(_terminal_width() - len(self._prefix), 1) if self._live else None
+        self._shown_at = now
+        width = max(terminal.width(self._stream) - len(self._prefix), 1) if live else None
         epoch = step / self._steps_per_epoch
         text = self._prefix + progress_line(step, self._steps, epoch, metrics, seconds_left, width)
-        self._print(f"\r\x1b[K{text}" if self._live else text + "\n")
-        self._line_is_open = self._live
+        if live:
+            self._line.show(text)
+        else:
+            self._print(text)
 
     def say(self, text: str) -> None:
         """Prints a separate line, below the one that is overwritten."""
         if self._enabled:
-            self._print(("\n" if self._line_is_open else "") + self._prefix + text + "\n")
-        self._line_is_open = False
+            self._print(self._prefix + terminal.styled(self._stream, text))
+
+    def tell(self, text: str) -> None:
+        """Prints a line about what every run does, as `say`; not if the progress is brief."""
+        if not self._brief:
+            self.say(text)
 
     def _print(self, text: str) -> None:
         # Training continues when the terminal is closed or nobody reads the pipe any more.
-        terminal.write(self._stream, text)
-
-
-def _terminal_width() -> int:
-    try:
-        return os.get_terminal_size().columns or 120  # 0 columns: unknown
-    except (OSError, ValueError):
-        return 120
+        terminal.print_below(self._stream, text + "\n")
 
 
 def progress_line(
@@ -89,10 +93,3 @@ def progress_line(
             parts.pop(name, None)
     # A line as wide as the terminal would wrap, and could not be overwritten.
     return "  ".join(parts.values())[: width and width - 1]
-
-
-def clock(seconds: float) -> str:
-    """Returns a duration as '1:05' or '2:03:20'."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

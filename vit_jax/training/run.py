@@ -66,7 +66,7 @@ class Run:
         self.results, _ = self.experiment.evaluate(self.state.for_evaluation(), role, self.stop_requested)
         self.evaluated |= self.results
         line = self.experiment.objective.describe(role, self.results, self.experiment.module)
-        self.progress.say(f"step {self.step}/{self.experiment.num_steps}  {role}: {line}")
+        self.progress.tell(f"step {self.step}/{self.experiment.num_steps}  {role}: {line}")
         return self.results
 
     def metadata(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import jax
 from vit_jax.checkpoint.manager import CheckpointManager, SaveFailed, ranking_score
 from vit_jax.errors import UserError, one_line
 from vit_jax.objectives.base import PrimaryMetric
+from vit_jax.progress import Counter
 from vit_jax.sharding import multihost
 from vit_jax.training.state import TrainState
 
@@ -86,7 +87,8 @@ class Saver:
         step = int(state.step)
         for attempt in range(FINAL_ATTEMPTS):
             try:
-                self._checkpoints.wait()
+                with Counter(f"saving the checkpoint of step {step:,}", enabled=multihost.is_rank_0()):
+                    self._checkpoints.wait()
                 if self.has(step):
                     return
                 reason = self._reason

@@ -17,6 +17,7 @@ from vit_jax.checkpoint.input_spec import InputSpec
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.data import normalization
 from vit_jax.errors import os_errors_of_run
+from vit_jax.progress import Counter
 from vit_jax.runtime import oom
 from vit_jax.runtime.attention_choice import Choice
 from vit_jax.sharding import multihost
@@ -47,7 +48,9 @@ WRITTEN = (
 )
 
 
-def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) -> dict[str, Any] | None:
+def train(
+    config: ConfigDict, workdir: Path, stop: StopRequest | None = None, shown: describe.Shown = describe.USUAL
+) -> dict[str, Any] | None:
     """Trains a config, or resumes the run of the run directory; returns the content of summary.json.
 
     None if it was stopped (SIGTERM, SIGINT, `train.max_minutes`); the run is saved.
@@ -56,6 +59,7 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) ->
         config: a checked config.
         workdir: the run directory.
         stop: ends the run early; None for a command, which signals and `train.max_minutes` stop.
+        shown: how much is printed.
 
     Raises:
         UserError: before anything is compiled or overwritten, if data, devices or the run directory do not fit; later,
@@ -73,7 +77,8 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) ->
     mesh = setup.check(config)
     config = auto_batch_size.resolve(config, workdir, mesh)
     multihost.on_rank_0(lambda: run_directory.claim(workdir, config))
-    say(describe.versions(mesh))
+    if shown.start:
+        say(describe.versions(mesh))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop or StopRequest(config.train.max_minutes))
         stop.on_exit, stop.exit_on_signal = release_all, True
@@ -81,9 +86,11 @@ def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) ->
         proof.prove(workdir)
         experiment = setup.assemble(config, mesh, setup.load_sources(config), attention=recorded_attention(workdir))
         with oom.explained(config, experiment.model, experiment.image_shape):
-            say(describe.experiment(experiment))
-            progress = Progress(experiment.num_steps, experiment.steps_per_epoch, enabled=multihost.is_rank_0())
-            compile_update = functools.partial(compile_step, experiment, progress.say)
+            if shown.start:
+                say(describe.experiment(experiment, shown.parameters))
+            about = {"enabled": multihost.is_rank_0(), "name": shown.trial, "brief": bool(shown.trial)}
+            progress = Progress(experiment.num_steps, experiment.steps_per_epoch, **about)
+            compile_update = functools.partial(compile_step, experiment, progress)
             return train_seed(experiment, config.train.seed, workdir, stop, progress, compile_update)
 
 
@@ -136,19 +143,19 @@ def _train_seed(
         if multihost.is_rank_0():
             atomic.write_json(workdir / run_files.SUMMARY, summary)
             (workdir / recovery.REPORT).unlink(missing_ok=True)  # of an earlier attempt
-        progress.say(f"finished: {describe.result(experiment.objective, summary)}")
-        progress.say(f"results are in {workdir}: {', '.join(WRITTEN)}")
+        progress.tell(f"finished: {describe.result(experiment.objective, summary)}")
+        progress.tell(f"results are in {workdir}: {', '.join(WRITTEN)}")
     return summary
 
 
-def compile_step(experiment: Experiment, say: Callable[[str], Any]) -> jax.stages.Compiled:
+def compile_step(experiment: Experiment, progress: Progress) -> jax.stages.Compiled:
     """Returns the compiled `step.make_update`; it serves every seed."""
     began = time.monotonic()
-    say("compiling the training step ...")
     feed = experiment.pipelines["train"].abstract_feed(experiment.max_chunk_steps, experiment.config.train.batch_size)
     scalar = jax.ShapeDtypeStruct((), "int32")
-    compiled = make_update(experiment).lower(experiment.abstract_state(), feed, scalar, scalar).compile()
-    say(f"compiled in {time.monotonic() - began:.1f} s")
+    with Counter("compiling the training step", enabled=multihost.is_rank_0()):
+        compiled = make_update(experiment).lower(experiment.abstract_state(), feed, scalar, scalar).compile()
+    progress.tell(f"compiled the training step in {time.monotonic() - began:.1f} s")
     return compiled
 
 
