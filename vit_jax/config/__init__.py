@@ -9,6 +9,7 @@ return c
 """
 
 from vit_jax.config.load import (
+    adapt,
     complete,
     default,
     differences,
@@ -28,6 +29,7 @@ __all__ = [
     "INIT_FROM",
     "OPTIONS",
     "Option",
+    "adapt",
     "complete",
     "default",
     "differences",

@@ -136,6 +136,18 @@ def load(spec: str) -> ConfigDict:
     return config if is_ours else from_dict(config.to_dict())
 
 
+def adapt(spec: str, config: ConfigDict) -> None:
+    """Applies `adapt(config)` of the Python file of 'FILE' or 'FILE:ARG', if it has that function.
+
+    It sets what depends on options that the command line may set, such as `checkpoint.init_from` or `data.dir`.
+
+    Raises:
+        UserError: an error in it, an option that does not exist, or a value that is not allowed.
+    """
+    module.call_adapt(spec, config)
+    check_values(config)
+
+
 def override(config: ConfigDict, assignment: str) -> str:
     """Applies one 'section.key=value' of the command line to `config`; returns the name of the option.
 

@@ -51,6 +51,19 @@ def call(spec: str) -> Any:
             return get_config(argument) if argument else get_config()
 
 
+def call_adapt(spec: str, config: Any) -> None:
+    """Calls `adapt(config)` of a config file, if it has that function; the file is run anew.
+
+    Raises:
+        UserError: as `call`.
+    """
+    file = _open(spec, split(spec)[0])
+    with _siblings(file), _errors(spec, file, f"adapt of {file} failed"):
+        adapt = getattr(_import(file), "adapt", None)
+        if adapt is not None:
+            adapt(config)
+
+
 def split(spec: str) -> tuple[str, str]:
     """Returns file and argument of 'FILE' or 'FILE:ARG', either of which may contain colons.
 

@@ -51,6 +51,15 @@ DATA = {
         "Skip image files that cannot be decoded, and report how many.",
         read_by=FOLDER,
     ),
+    "held_out": Option(
+        None,
+        float,
+        "Fraction of each class of train that becomes the split 'test' of a folder without one. None: 0.2 if a split "
+        "of the config needs it, else none.",
+        min=0.001,
+        below=1,
+        read_by=FOLDER,
+    ),
     "cache_dir": free(None, str, "Directory where decoded datasets are cached. None: ~/.cache/vit_jax/data."),
     "decoded": free(
         True, bool, "Cache decoded images on disk. False: decode them every time they are read.", read_by=NOT_EMBEDDED

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -14,26 +15,28 @@ import numpy as np
 import PIL
 
 from vit_jax import atomic, terminal
-from vit_jax.data import cache, images, lazy_images, listing
+from vit_jax.data import cache, held_out, images, lazy_images, listing
 from vit_jax.data.listing import LeftOut
 from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.errors import UserError, few
 
+SAMPLE = 200  # files per split whose sizes are looked at
 SPLITS = ("train", "validation", "val", "test")
 # Folders such as Train and Test, or seg_train and seg_test.
 _TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
 _HELD_OUT = re.compile(r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval(uation)?)(?![a-z])")
 
 
-def dataset_spec(root: Path, skip_lists: Path | None) -> DatasetSpec:
+def dataset_spec(root: Path, skip_lists: Path | None, fraction: float | None = None) -> DatasetSpec:
     """Returns the dataset of an image directory; images are converted to RGB.
 
     Args:
         root: the directory.
         skip_lists: leave out files that cannot be decoded, and cache the lists of them here; None keeps all files.
+        fraction: of each class of `train` that becomes the split `test`, if none is stored; None for no such split.
 
     Raises:
-        UserError: as `find`; or there are no files.
+        UserError: as `find`; or there are no files, or none can be held out.
     """
     class_names, files, notes = find(root)
     if not files:
@@ -49,6 +52,10 @@ def dataset_spec(root: Path, skip_lists: Path | None) -> DatasetSpec:
         }
         kept = "\n".join(name for found in files.values() for name, _ in found).encode(errors="surrogateescape")
         key += f"-whole-{hashlib.sha256(kept).hexdigest()[:12]}"
+    if fraction is not None and "train" in files and "test" not in files:
+        shown = listing.printable(str(root))
+        divided, notes["test"] = held_out.make_splits(shown, files["train"], class_names, fraction)
+        files, key = files | divided, f"{key}-held-out-{fraction:g}"
 
     def split_records(split: str) -> lazy_images.Records:
         return records(root, files[split])
@@ -58,7 +65,19 @@ def dataset_spec(root: Path, skip_lists: Path | None) -> DatasetSpec:
 
     sizes = {split: len(found) for split, found in files.items()}
     shape, classes = (None, None, 3), {LABEL: class_names}
-    return DatasetSpec("folder", sizes, classes, shape, key, decode, split_records, notes=notes)
+    some = [root / name for found in files.values() for name, _ in found[:SAMPLE]]
+    size = functools.partial(images.median_size, some)
+    return DatasetSpec("folder", sizes, classes, shape, key, decode, split_records, median_size=size, notes=notes)
+
+
+def stored_splits(root: Path) -> tuple[str, ...]:
+    """Returns the splits that a directory has; 'train' alone if it is that of the classes.
+
+    Raises:
+        UserError: it cannot be read, or has splits without train.
+    """
+    _check_readable(root)
+    return tuple(_splits(root, {entry.name for entry in listing.entries(root, LeftOut(root))[0]}))
 
 
 def find(root: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]], dict[str, str]]:

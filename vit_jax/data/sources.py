@@ -22,8 +22,8 @@ from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.errors import UserError
 
 ImageSize = int | np.integer | tuple[int, int] | None
-# The user's own files: function(data_dir, skip_lists).
-LOCAL: dict[str, Callable[[Path, Path | None], DatasetSpec]] = {
+# The user's own files: function(data_dir, skip_lists, held_out).
+LOCAL: dict[str, Callable[[Path, Path | None, float | None], DatasetSpec]] = {
     "folder": folder.dataset_spec,
     "arrays": arrays.dataset_spec,
 }
@@ -124,6 +124,7 @@ def load(
     image_size: ImageSize = None,
     decoded: bool | np.bool_ = True,
     skip_broken: bool | np.bool_ = False,
+    held_out: float | None = None,
     labels: Sequence[str] = (LABEL,),
 ) -> Source:
     """Returns the source of a split expression; on first use, decodes the set (and downloads and prepares CIFAR).
@@ -138,6 +139,7 @@ def load(
             centre. None keeps their size and requires that all have the same.
         decoded: cache the decoded images on disk; False decodes images each time they are read.
         skip_broken: for `folder`, leave out files that cannot be decoded, and print their number.
+        held_out: for `folder` without a stored split `test`, the fraction of each class of `train` that becomes it.
         labels: the kinds of label to load, the primary one first: `label`, or another of the set, such as CIFAR-100's
             `coarse_label`.
 
@@ -159,7 +161,7 @@ def load(
         _check_labels(name, archive.label_keys, labels)
         prepare.prepare(archive, data_dir=data_dir)
     root = cache.default_dir() if cache_dir is None else paths.expand(cache_dir, "config.data.cache_dir")
-    spec = _dataset_spec(name, data_dir, root if skip_broken else None)
+    spec = _dataset_spec(name, data_dir, root if skip_broken else None, held_out)
     _check_labels(name, spec.class_names, labels)
     pieces = split_expressions.parse(split, spec.sizes, spec.notes)
     size = _target_size(spec, image_size)
@@ -264,6 +266,7 @@ def check(
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     image_size: ImageSize = None,
+    held_out: float | None = None,
     labels: Sequence[str] = (LABEL,),
 ) -> tuple[int, int, int]:
     """Checks within two seconds, without decoding, that `load` can load these splits; returns the shape of an image.
@@ -283,7 +286,7 @@ def check(
         _check_labels(name, archive.label_keys, labels)
         archives.check_reachable(archive)
         return (*_size(archives.SHAPE, image_size), archives.SHAPE[2])
-    spec = _dataset_spec(name, data_dir, None)
+    spec = _dataset_spec(name, data_dir, None, held_out)
     _check_labels(name, spec.class_names, labels)
     size = _target_size(spec, image_size)
     for split in splits:
@@ -293,7 +296,7 @@ def check(
 
 def label_kinds(name: str, data_dir: str | os.PathLike | None = None) -> tuple[str, ...]:
     """Returns the kinds of label of a prepared set, `label` first."""
-    return tuple(_dataset_spec(name, _data_dir(name, data_dir), None).class_names)
+    return tuple(_dataset_spec(name, _data_dir(name, data_dir)).class_names)
 
 
 def _data_dir(name: str, data_dir: str | bytes | os.PathLike | None) -> Path:
@@ -314,19 +317,26 @@ def _missing_archive(name: str, data_dir: Path) -> archives.Archive | None:
     return archive if archive and tfds.builder_of(name, data_dir) is None else None
 
 
-def _dataset_spec(name: str, data_dir: Path, skip_lists: Path | None) -> DatasetSpec:
+def _dataset_spec(
+    name: str, data_dir: Path, skip_lists: Path | None = None, held_out: float | None = None
+) -> DatasetSpec:
     """Returns the spec of a set; `skip_lists` is the directory of lists of broken files, None to keep these files."""
     if name in BUILT_IN:
         return BUILT_IN[name]()
     if name in LOCAL:
-        return LOCAL[name](data_dir, skip_lists)
+        return LOCAL[name](data_dir, skip_lists, held_out)
     return tfds.dataset_spec(name, data_dir, BUILT_IN)
 
 
 def _target_size(spec: DatasetSpec, image_size: ImageSize) -> tuple[int, int]:
     if image_size is None and None in spec.shape:
+        median = spec.median_size() if spec.median_size else None
+        proposed, about = 224, "its images differ in size"
+        if median is not None:
+            proposed, about = max(16, min(224, min(median) // 16 * 16)), f"the median size of its images is {median[0]}x{median[1]}"
         raise UserError(
-            f"dataset {spec.name!r}: its images differ in size\n  set config.data.image_size, for example to 224"
+            f"dataset {spec.name!r}: config.data.image_size is None, and {about}\n"
+            f"  set it, for example --config.data.image_size={proposed}"
         )
     return _size(spec.shape, image_size)
 
