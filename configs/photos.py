@@ -1,7 +1,7 @@
 """A classifier of your own photos: a folder that contains one folder of images per class.
 
-    python -m vit_jax.main --config=configs/photos.py --config.data.dir=PHOTOS
-    python -m vit_jax.main --config=configs/photos.py --config.data.dir=PHOTOS --config.checkpoint.init_from=RUN_OR_FILE
+python -m vit_jax.main --config=configs/photos.py --config.data.dir=PHOTOS
+python -m vit_jax.main --config=configs/photos.py --config.data.dir=PHOTOS --config.checkpoint.init_from=RUN_OR_FILE
 """
 
 from ml_collections import ConfigDict

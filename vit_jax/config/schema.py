@@ -174,6 +174,13 @@ TRAIN = {
         "Weights of the losses of several heads, for example 'label=1,coarse_label=0.5'. None: 1 each.",
         read_by=CLASSIFY,
     ),
+    "class_weights": _changeable(
+        "none",
+        str,
+        "Weights of the classes in the training loss. balanced: inversely proportional to their numbers of examples.",
+        choices=("none", "balanced"),
+        read_by=CLASSIFY,
+    ),
     "objective": Option(
         "classify",
         str,

@@ -84,7 +84,11 @@ class Source:
         """Returns the labels, or for several kinds of label a dictionary of them by name, starting with `label`."""
         if not self.others:
             return self.labels
-        return {self.label: self.labels, **{name: others.labels for name, others in self.others.items()}}
+        return self.labels_by_kind()
+
+    def labels_by_kind(self) -> dict[str, Int32[np.ndarray, " examples"]]:
+        """Returns the labels of each kind, by its name; `label` first."""
+        return {self.label: self.labels, **{name: one.labels for name, one in self.others.items()}}
 
     def classes(self) -> int | dict[str, int]:
         """Returns the number of classes, or for several kinds of label a dictionary of these numbers by name."""
@@ -333,7 +337,8 @@ def _target_size(spec: DatasetSpec, image_size: ImageSize) -> tuple[int, int]:
         median = spec.median_size() if spec.median_size else None
         proposed, about = 224, "its images differ in size"
         if median is not None:
-            proposed, about = max(16, min(224, min(median) // 16 * 16)), f"the median size of its images is {median[0]}x{median[1]}"
+            proposed = max(16, min(224, min(median) // 16 * 16))
+            about = f"the median size of its images is {median[0]}x{median[1]}"
         raise UserError(
             f"dataset {spec.name!r}: config.data.image_size is None, and {about}\n"
             f"  set it, for example --config.data.image_size={proposed}"

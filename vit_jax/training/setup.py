@@ -208,8 +208,11 @@ class Experiment:
         self, parameters: Any, role: str, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float | int]:
         """Returns the metrics of a whole split, every example counted once; raises `exact.Interrupted` on a stop."""
-        split = (self.pipelines[role], self.evaluation_batch_size, role)
-        return exact.evaluate(self.scorer, parameters, *split, self.objective, should_stop)
+        return self.objective.summarize(role, self.score(parameters, role, should_stop))
+
+    def score(self, parameters: Any, role: str, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """Returns the sums of `Objective.eval_sums` over a whole split; raises `exact.Interrupted` on a stop."""
+        return exact.score(self.scorer, parameters, self.pipelines[role], self.evaluation_batch_size, should_stop)
 
 
 class Pipelines(dict[str, pipeline.Pipeline]):
@@ -364,6 +367,8 @@ def assemble(
     image_shape, objective = train.image_shape, objectives.make(config)
     if training and objective.needs_labels:
         _check_classes(train, config.train.loss)
+    if training and config.train.class_weights == "balanced":
+        objective = objective.balanced(train.labels_by_kind(), train.class_names_by_label())
     model = build_model.build(config.model, train.classes() if objective.needs_labels else None, dtype=None)
     mean, std = ((), ()) if on_features else normalization.of_source(config.data.normalization, train)
     with attention_choice.recorded_shapes() as calls:
