@@ -7,7 +7,6 @@ import pytest
 from helpers import tiny_config
 
 from vit_jax import objectives
-from vit_jax.evaluation import exact
 from vit_jax.objectives import losses
 
 LABELS = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 3], np.int32)  # no example of class 2
@@ -69,30 +68,6 @@ def test_several_heads_have_weights_of_their_own():
         slow(logits[n], targets[n], losses.balanced_weights(labels[n], logits[n].shape[1]), "softmax") for n in "ab"
     ]
     assert float(total) == pytest.approx(parts[0] + 0.5 * parts[1], rel=1e-5)
-
-
-def test_counts_of_each_class_are_those_of_the_examples():
-    logits = np.random.default_rng(2).normal(size=(10, 4)).astype(np.float32)
-    logits[8] = np.nan
-    real = np.arange(10) != 3
-    sums = losses.eval_sums(jnp.asarray(logits), jnp.asarray(LABELS), jnp.asarray(real), "softmax", True)
-    right = [i for i in range(10) if real[i] and np.isfinite(logits[i]).all() and logits[i].argmax() == LABELS[i]]
-    for c in range(4):
-        assert int(sums["class_examples"][c]) == sum(1 for i in range(10) if real[i] and LABELS[i] == c)
-        assert int(sums["class_correct"][c]) == sum(1 for i in right if LABELS[i] == c)
-    assert int(sums["correct"]) == len(right) > 0
-    assert "class_examples" not in losses.eval_sums(jnp.asarray(logits), jnp.asarray(LABELS), jnp.asarray(real))
-
-
-def test_balanced_accuracy_is_the_mean_of_the_recalls_of_the_classes_with_examples():
-    balanced_accuracy_score = pytest.importorskip("sklearn.metrics").balanced_accuracy_score
-    config = tiny_config(data={"name": "folder", "dir": "unused"})
-    predicted = np.array([0, 0, 0, 0, 1, 3, 1, 0, 1, 0])
-    sums = losses.eval_sums(
-        jnp.asarray(np.eye(4, dtype=np.float32)[predicted]), jnp.asarray(LABELS), jnp.ones(10, bool), "softmax", True
-    )
-    metrics = objectives.make(config).summarize("test", jax.tree.map(exact._on_host, sums))
-    assert metrics["test/balanced_accuracy"] == pytest.approx(balanced_accuracy_score(LABELS, predicted))
 
 
 def test_without_class_weights_the_compiled_loss_is_unchanged():

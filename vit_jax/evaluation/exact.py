@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Bool, Int
 
 from vit_jax import sharding
 from vit_jax.data import pipeline
@@ -73,33 +73,15 @@ def evaluate(
     Raises:
         Interrupted: `should_stop()` returned True.
     """
-    return objective.summarize(split, score(scorer, parameters, batches, batch_size, should_stop))
-
-
-def score(
-    scorer: Callable,
-    parameters: Any,
-    batches: pipeline.Pipeline,
-    batch_size: int,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Returns the sums of `objective.eval_sums` over a whole split, as Python numbers and int64 arrays.
-
-    Arguments and errors are those of `evaluate`.
-    """
     indices, is_real = dispatch_tables(batches, batch_size)
     example_ids = np.where(is_real, indices, -1)
     totals = None
     for feed, ids in zip(batches.feeds((table, len(table)) for table in indices), example_ids, strict=True):
         if should_stop():
             raise Interrupted
-        sums = jax.tree.map(_on_host, scorer(parameters, feed, ids))
+        sums = jax.tree.map(lambda leaf: leaf.item(), scorer(parameters, feed, ids))
         totals = sums if totals is None else jax.tree.map(operator.add, totals, sums)
-    return totals
-
-
-def _on_host(leaf: jax.Array) -> int | float | Int64[np.ndarray, " classes"]:
-    return np.asarray(leaf, np.int64) if leaf.ndim else leaf.item()
+    return objective.summarize(split, totals)
 
 
 def dispatch_tables(

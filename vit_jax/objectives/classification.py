@@ -24,21 +24,17 @@ class Classification(Objective):
         loss: one of `losses.LOSSES`.
         smoothing: label smoothing.
         class_weights: head -> weight of each class in the training loss; None for equal weights.
-        per_class: whether evaluation also counts the examples of each class, of a single head.
     """
 
     weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: {LABEL: 1.0})
     loss: str = "softmax"
     smoothing: float = 0.0
     class_weights: Mapping[str, Float[np.ndarray, " _"]] | None = None
-    per_class: bool = False
     primary_metric = PrimaryMetric("accuracy", higher_is_better=True)
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Classification":
-        per_class = config.data.name == "folder" and len(config.data.labels) == 1
-        weights, train = losses.loss_weights(config), config.train
-        return cls(weights, train.loss, train.label_smoothing, per_class=per_class)
+        return cls(losses.loss_weights(config), config.train.loss, config.train.label_smoothing)
 
     def balanced(
         self, labels: Mapping[str, Int[np.ndarray, " examples"]], class_names: Mapping[str, Sequence[str]]
@@ -66,18 +62,15 @@ class Classification(Objective):
         real = example_ids >= 0
         if isinstance(logits, Mapping):
             return {name: losses.eval_sums(logits[name], labels[name], real, self.loss) for name in labels}
-        return losses.eval_sums(logits, labels, real, self.loss, self.per_class)
+        return losses.eval_sums(logits, labels, real, self.loss)
 
     def summarize(self, split: str, sums: Mapping[str, Any]) -> dict[str, float | int]:
-        """Returns '<split>/accuracy', '/top5', '/loss' and '/examples'; with `per_class` also '/balanced_accuracy'.
+        """Returns '<split>/accuracy', '/top5', '/loss' and '/examples'.
 
         With several heads these are the first one's, and '<split>/<head>/accuracy', ... are those of each head.
         """
         if len(self.weights) == 1:
-            metrics = {**_means(split, sums), f"{split}/examples": sums["examples"]}
-            if self.per_class:
-                metrics[f"{split}/balanced_accuracy"] = balanced_accuracy(sums)
-            return metrics
+            return {**_means(split, sums), f"{split}/examples": sums["examples"]}
         first = sums[next(iter(self.weights))]
         metrics = {**_means(split, first), f"{split}/examples": first["examples"]}
         for name in self.weights:
@@ -98,12 +91,6 @@ class Classification(Objective):
         return f"{split} accuracy {100 * accuracy:.2f} % ({round(accuracy * count):,} of {count:,})"
 
 
-def balanced_accuracy(sums: Mapping[str, Any]) -> float:
-    """Returns the mean of the recalls of the classes that have examples, from sums with counts of each class."""
-    present = sums["class_examples"] > 0
-    return float(np.mean(sums["class_correct"][present] / sums["class_examples"][present]))
-
-
-def _means(prefix: str, sums: Mapping[str, Any]) -> dict[str, float]:
+def _means(prefix: str, sums: Mapping[str, float | int]) -> dict[str, float]:
     names = {"accuracy": "correct", "top5": "top5", "loss": "loss"}
     return {f"{prefix}/{metric}": sums[name] / sums["examples"] for metric, name in names.items()}

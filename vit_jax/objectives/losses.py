@@ -124,12 +124,10 @@ def eval_sums(
     labels: Int[Array, " batch"],
     real: Bool[Array, " batch"],
     loss: str = "softmax",
-    per_class: bool = False,
 ) -> dict[str, jax.Array]:
     """Returns sums over the real examples of a batch: examples, correct, top5 (int32) and loss (float32).
 
-    With `per_class` also the arrays [classes] class_examples and class_correct (int32). An example with a non-finite
-    logit is never correct.
+    An example with a non-finite logit is never correct.
     """
     finite = jnp.isfinite(logits).all(axis=-1)
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
@@ -137,19 +135,11 @@ def eval_sums(
     before = jnp.arange(logits.shape[-1]) < labels[:, None]
     rank = ((logits > own) | ((logits == own) & before)).sum(axis=-1)
     counted = real & finite
-    by_class = {}
-    if per_class:
-        zeros = jnp.zeros(logits.shape[-1], jnp.int32)
-        by_class = {
-            "class_examples": zeros.at[labels].add(real),
-            "class_correct": zeros.at[labels].add(counted & (rank == 0)),
-        }
     return {
         "examples": real.sum(),
         "correct": (counted & (rank == 0)).sum(),
         "top5": (counted & (rank < TOP)).sum(),
         "loss": jnp.where(real, LOSSES[loss](logits, jax.nn.one_hot(labels, logits.shape[-1])), 0.0).sum(),
-        **by_class,
     }
 
 

@@ -8,14 +8,9 @@ from clu import parameter_overview
 
 import vit_jax
 from vit_jax.data import listing, normalization
-from vit_jax.data.sources import Source
 from vit_jax.objectives.base import Objective
-from vit_jax.objectives.classification import balanced_accuracy
 from vit_jax.training import progress
 from vit_jax.training.setup import Experiment
-
-MAX_CLASSES = 20  # that are listed after the last evaluation; of more, the LOWEST
-LOWEST = 10
 
 
 def finished(workdir: Path, result: str) -> str:
@@ -63,26 +58,6 @@ def _classes(experiment: Experiment) -> str:
         return f"{source.classes()} {'class' if source.classes() == 1 else 'classes'}"
     first, *rest = source.classes().items()
     return ", ".join([f"{first[1]} classes of {first[0]}", *(f"{count} of {name}" for name, count in rest)])
-
-
-def classes(source: Source, sums: dict[str, Any]) -> str | None:
-    """Returns a line with the recall of each class, or of the lowest ones; None if the sums have no counts of them.
-
-    Args:
-        source: of the split that was evaluated.
-        sums: of `Experiment.score`.
-    """
-    if "class_examples" not in sums:
-        return None
-    counts = zip(source.class_names, sums["class_correct"].tolist(), sums["class_examples"].tolist(), strict=True)
-    rows = [(listing.printable(name), correct, count, correct / count) for name, correct, count in counts if count]
-    title = f"  recall of {len(rows)} classes, balanced accuracy {100 * balanced_accuracy(sums):.2f} % (their mean)"
-    if len(rows) > MAX_CLASSES:
-        rows = sorted(rows, key=lambda row: row[3])[:LOWEST]
-        title += f"; the lowest {LOWEST}"
-    width = max(len(row[0]) for row in rows)
-    lines = (f"    {name:<{width}}  {100 * recall:6.2f} %  {right} of {count}" for name, right, count, recall in rows)
-    return "\n".join([f"{title}:", *lines])
 
 
 def start(experiment: Experiment, step: int, workdir: Path) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.sharding import multihost
-from vit_jax.training import describe
 from vit_jax.training.log import Log, NonFiniteBurst
 from vit_jax.training.progress import Progress
 from vit_jax.training.recovery import Recovery
@@ -61,14 +60,10 @@ class Run:
         Raises:
             Interrupted: a stop was requested.
         """
-        experiment = self.experiment
-        sums = experiment.score(self.state.for_evaluation(), role, self.stop_requested)
-        self.results = experiment.objective.summarize(role, sums)
+        self.results = self.experiment.evaluate(self.state.for_evaluation(), role, self.stop_requested)
         self.evaluated |= self.results
-        line = experiment.objective.describe(role, self.results)
-        self.progress.say(f"step {self.step}/{experiment.num_steps}  {role}: {line}")
-        if self.step == experiment.num_steps and (table := describe.classes(experiment.sources[role], sums)):
-            self.progress.say(table)
+        line = self.experiment.objective.describe(role, self.results)
+        self.progress.say(f"step {self.step}/{self.experiment.num_steps}  {role}: {line}")
         return self.results
 
     def metadata(self) -> dict[str, Any]:

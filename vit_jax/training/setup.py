@@ -208,11 +208,8 @@ class Experiment:
         self, parameters: Any, role: str, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float | int]:
         """Returns the metrics of a whole split, every example counted once; raises `exact.Interrupted` on a stop."""
-        return self.objective.summarize(role, self.score(parameters, role, should_stop))
-
-    def score(self, parameters: Any, role: str, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        """Returns the sums of `Objective.eval_sums` over a whole split; raises `exact.Interrupted` on a stop."""
-        return exact.score(self.scorer, parameters, self.pipelines[role], self.evaluation_batch_size, should_stop)
+        split = (self.pipelines[role], self.evaluation_batch_size, role)
+        return exact.evaluate(self.scorer, parameters, *split, self.objective, should_stop)
 
 
 class Pipelines(dict[str, pipeline.Pipeline]):
