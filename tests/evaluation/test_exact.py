@@ -74,7 +74,7 @@ def test_probabilities_of_views_are_averaged(trained):
     accuracy, top5, loss = expected_metrics(np.log(np.mean(probabilities, axis=0)), source.labels)
     mesh = sharding.make_mesh(1)
     scorer = exact.make_scorer(model, augment, mesh, CLASSIFY)
-    metrics = exact.evaluate(scorer, parameters, pipeline.make(source, mesh), 83, "test", CLASSIFY)
+    metrics, _ = exact.evaluate(scorer, parameters, pipeline.make(source, mesh), 83, "test", CLASSIFY)
     assert (metrics["test/accuracy"], metrics["test/top5"]) == (accuracy, top5)
     assert metrics["test/loss"] == pytest.approx(loss, rel=1e-5)
 
@@ -89,7 +89,7 @@ def test_metrics_do_not_depend_on_batch_size_devices_or_residency(trained, batch
     scorer = exact.make_scorer(model, augment, mesh, CLASSIFY)
     parameters = jax.device_put(parameters, sharding.replicated(mesh))
     batches = pipeline.make(source, mesh, resident)
-    metrics = exact.evaluate(scorer, parameters, batches, batch_size, "test", CLASSIFY)
+    metrics, _ = exact.evaluate(scorer, parameters, batches, batch_size, "test", CLASSIFY)
     assert metrics["test/examples"] == 83
     assert metrics["test/accuracy"] == accuracy
     assert metrics["test/top5"] == top5

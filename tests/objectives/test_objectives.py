@@ -78,7 +78,7 @@ def test_the_whole_split_is_scored_whatever_the_batch_size_or_devices(toy, make_
         scorer = exact.make_scorer(run.module, run.augment, mesh, run.objective)
         here = jax.device_put(parameters, sharding.replicated(mesh))
         batches = pipeline.make(run.source, mesh, resident)
-        metrics = exact.evaluate(scorer, here, batches, batch_size, "test", objective=run.objective)
+        metrics, _ = exact.evaluate(scorer, here, batches, batch_size, "test", objective=run.objective)
         assert metrics["test/examples"] == 100
         assert metrics["test/loss"] == pytest.approx(wanted, rel=1e-5)
         assert not any("accuracy" in key for key in metrics if key != "test/colour_accuracy")
@@ -178,7 +178,7 @@ def test_a_run_is_trained_and_evaluated_by_the_same_loss(toy, make_config):
     _, metrics = run.run(start, 1)
     assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-6)
     scorer = exact.make_scorer(run.module, run.augment, run.mesh, run.objective)
-    made = exact.evaluate(scorer, parameters, run.feeds, 32, "test", objective=run.objective)
+    made, _ = exact.evaluate(scorer, parameters, run.feeds, 32, "test", objective=run.objective)
     assert made["test/loss"] == pytest.approx(wanted, rel=1e-6)
 
 

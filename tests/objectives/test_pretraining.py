@@ -87,6 +87,9 @@ def test_the_best_checkpoint_is_that_of_the_least_loss(whole):
 
 @pytest.mark.slow
 def test_the_command_evaluates_it_as_training_did(whole):
+    out = whole.parent / "evaluation"
+    with pytest.raises(UserError, match="trained without labels, so it predicts no classes"):
+        evaluating.evaluate(evaluating.parse([f"--workdir={whole}", f"--out={out}"]))
     flags = evaluating.parse([f"--workdir={whole}", "--batch_size=9"])
     metrics = evaluating.evaluate(flags)
     assert set(metrics) == {"step", "test/loss", "test/examples"}

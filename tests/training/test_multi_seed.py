@@ -145,9 +145,14 @@ def test_each_run_equals_the_run_of_its_seed_alone(alone, one_after_another):
 
 
 @pytest.mark.slow
-def test_the_directory_of_all_seeds_is_not_a_run(one_after_another, capsys):
-    assert evaluate.main([f"--workdir={one_after_another[0]}"]) == 2
-    assert "use one of those in it: seed-0, seed-3" in capsys.readouterr().err
+def test_evaluate_gives_the_mean_and_spread_of_all_seeds(one_after_another, capsys):
+    workdir, summary = one_after_another
+    assert evaluate.main([f"--workdir={workdir}"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    names = [name for name in summary if name.startswith("test/") and not name.endswith("/examples")]
+    assert {name: found[name] for name in names} == {name: summary[name] for name in names}
+    assert found["seeds"] == [3, 0] and "over 2 seeds" in printed.err
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ class Source:
         label: name of the kind of label in `labels`.
         others: further kinds of label of the same examples, by name.
         pieces: the ranges of stored splits that the examples come from, in order.
+        records: records(split) returns the encoded examples of a stored split; None if there are none.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Source:
     label: str = LABEL
     others: Mapping[str, LabelSet] = dataclasses.field(default_factory=dict)
     pieces: tuple[split_expressions.Piece, ...] = ()
+    records: Callable[[str], lazy_images.Records] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,6 +106,13 @@ class Source:
         """Returns an id for each example that does not depend on the split expression, such as 'train:17'."""
         pieces = self.pieces or (split_expressions.Piece(self.split, 0, len(self)),)
         return [f"{piece.split}:{index}" for piece in pieces for index in range(piece.start, piece.stop)]
+
+    def paths(self) -> list[str] | None:
+        """Returns the path of each example's file; None if the examples are not files of their own."""
+        if self.name != "folder" or self.records is None:
+            return None
+        ranges = [(self.records(piece.split), range(piece.start, piece.stop)) for piece in self.pieces]
+        return [records.describe(index) for records, indices in ranges for index in indices]
 
     def read(
         self, indices: Integer[np.ndarray, " batch"] | Sequence[int]
@@ -181,7 +190,8 @@ def load(
     main_labels = {part: arrays.labels for part, arrays in stored.items()}
     images = _join([stored[piece.split].images[piece.start : piece.stop] for piece in pieces])
     first, others = _label_sets(spec, labels, pieces, main_labels, folders, split)
-    return Source(name, split, images, first.labels, first.class_names, mean, std, labels[0], others, pieces)
+    named = first.class_names, mean, std, labels[0], others
+    return Source(name, split, images, first.labels, *named, pieces, spec.records)
 
 
 def _statistics_split(spec: DatasetSpec, pieces: tuple[split_expressions.Piece, ...]) -> str:
@@ -252,7 +262,8 @@ def _load_lazily(
     main_labels = {part: result.labels for part, result in scanned.items()}
     first, others = _label_sets(spec, kinds, pieces, main_labels, folders, split)
     statistics, images = (scanned[reference].mean, scanned[reference].std), lazy_images.LazyImages(parts, shape)
-    return Source(name, split, images, first.labels, first.class_names, *statistics, kinds[0], others, pieces)
+    named = first.class_names, *statistics, kinds[0], others
+    return Source(name, split, images, first.labels, *named, pieces, spec.records)
 
 
 def _check_labels(name: str, known: Collection[str], labels: Sequence[str]) -> None:

@@ -14,6 +14,8 @@ from jaxtyping import Bool, Int
 from vit_jax import sharding
 from vit_jax.data import pipeline
 from vit_jax.data.augment import Augment
+from vit_jax.data.sources import Source
+from vit_jax.evaluation.per_class import Predictions
 from vit_jax.objectives.base import Objective
 from vit_jax.runtime import hardware
 
@@ -27,24 +29,25 @@ class Interrupted(Exception):
 
 def make_scorer(
     module: nn.Module, augment: Augment, mesh: Mesh, objective: Objective
-) -> Callable[[Any, pipeline.Feed, jax.Array], dict[str, Any]]:
-    """Returns the compiled function (parameters, feed, example_ids [batches, batch]) -> sums over all its batches.
+) -> Callable[[Any, pipeline.Feed, jax.Array], tuple[dict[str, Any], dict[str, Any]]]:
+    """Returns the compiled function (parameters, feed, example_ids [batches, batch]) -> (sums, predictions).
 
-    The sums are those of `objective.eval_sums`. `example_ids` are indices into the split; -1 marks padding, which is
-    not counted.
+    These are the results of `objective.eval_batch`: the sums over all batches, and the predictions of each example, as
+    arrays [batches, batch]. `example_ids` are indices into the split; -1 marks padding, which is not counted.
     """
 
-    def run(parameters: Any, feed: pipeline.Feed, example_ids: jax.Array) -> dict[str, Any]:
-        def score_batch(position: jax.Array) -> dict[str, Any]:
+    def run(parameters: Any, feed: pipeline.Feed, example_ids: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+        def score_batch(position: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
             inputs, labels = pipeline.get_batch(feed, position, sharding.data_sharding(mesh))
-            return objective.eval_sums(module, parameters, augment.views(inputs), labels, example_ids[position])
+            return objective.eval_batch(module, parameters, augment.views(inputs), labels, example_ids[position])
 
-        def add_batch(position: jax.Array, sums: dict[str, Any]) -> dict[str, Any]:
-            return jax.tree.map(jnp.add, sums, score_batch(position))
+        def add_batch(sums: dict[str, Any], position: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+            of_batch, predictions = score_batch(position)
+            return jax.tree.map(jnp.add, sums, of_batch), predictions
 
-        shapes = jax.eval_shape(score_batch, jnp.int32(0))
+        shapes, _ = jax.eval_shape(score_batch, jnp.int32(0))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.fori_loop(0, example_ids.shape[0], add_batch, zeros)
+        return jax.lax.scan(add_batch, zeros, jnp.arange(example_ids.shape[0]))
 
     options = hardware.compiler_options(mesh.devices.flat[0].platform)
     return jax.jit(run, out_shardings=sharding.replicated(mesh), compiler_options=options)
@@ -58,8 +61,10 @@ def evaluate(
     split: str,
     objective: Objective,
     should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float | int]:
-    """Returns the metrics of a whole split as `objective.summarize` names them: '<split>/loss', '<split>/examples', ...
+) -> tuple[dict[str, float | int], dict[str, Predictions]]:
+    """Returns the metrics of a whole split, and the predictions for every example by head ({} without labels).
+
+    The metrics are named as by `objective.summarize`: '<split>/loss', '<split>/examples', ...
 
     Args:
         scorer: from `make_scorer`, with the same objective.
@@ -75,13 +80,29 @@ def evaluate(
     """
     indices, is_real = dispatch_tables(batches, batch_size)
     example_ids = np.where(is_real, indices, -1)
-    totals = None
+    totals, parts = None, []
     for feed, ids in zip(batches.feeds((table, len(table)) for table in indices), example_ids, strict=True):
         if should_stop():
             raise Interrupted
-        sums = jax.tree.map(lambda leaf: leaf.item(), scorer(parameters, feed, ids))
+        sums, predictions = scorer(parameters, feed, ids)
+        sums = jax.tree.map(lambda leaf: leaf.item(), sums)
         totals = sums if totals is None else jax.tree.map(operator.add, totals, sums)
-    return objective.summarize(split, totals)
+        parts.append(jax.device_get(predictions))
+    return objective.summarize(split, totals), _predictions(parts, is_real, batches.source)
+
+
+def _predictions(
+    parts: list[dict[str, Any]], is_real: Bool[np.ndarray, "dispatches batches batch"], source: Source
+) -> dict[str, Predictions]:
+    """Returns the predictions of all dispatches by head, without padding, in the order of the examples."""
+    labels = source.targets() if source.others else {source.label: source.labels}
+    names, found = source.class_names_by_label(), {}
+    for head in parts[0]:
+        arrays = {
+            name: np.stack([part[head][name] for part in parts])[is_real] for name in ("predicted", "probability")
+        }
+        found[head] = Predictions(labels[head], class_names=names[head], **arrays)
+    return found
 
 
 def dispatch_tables(

@@ -128,13 +128,28 @@ class Objective(abc.ABC):
         `example_ids` are indices into the split, which seed whatever is random; -1 marks padding, which is not counted.
         """
 
+    def eval_batch(
+        self,
+        module: nn.Module,
+        parameters: Any,
+        views: Sequence[Float[Array, "batch ..."]],
+        labels: Any,
+        example_ids: Int[Array, " batch"],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns `eval_sums`, and the predictions for each example of the batch by head; by default none.
+
+        The predictions of a head are 'predicted' (int32 [batch], -1 if the logits are not finite) and 'probability'
+        (float32 [batch]).
+        """
+        return self.eval_sums(module, parameters, views, labels, example_ids), {}
+
     @abc.abstractmethod
     def summarize(self, split: str, sums: Mapping[str, Any]) -> dict[str, float | int]:
         """Returns the metrics of a whole split from the sums over it: '<split>/loss', ... and '<split>/examples'."""
 
     @abc.abstractmethod
-    def describe(self, split: str, metrics: Mapping[str, float]) -> str:
-        """Returns the metrics of a split in one line for the terminal."""
+    def describe(self, split: str, metrics: Mapping[str, float], module: nn.Module) -> str:
+        """Returns the metrics of a split in one line for the terminal; `module` is that of `make_module`."""
 
     @abc.abstractmethod
     def summary_line(self, summary: Mapping[str, float]) -> str:

@@ -58,11 +58,16 @@ class Classification(Objective):
         return losses.loss_and_metrics(logits, targets, self.weights, self.loss, self.class_weights)
 
     def eval_sums(self, module, parameters, views, labels, example_ids):
+        return self.eval_batch(module, parameters, views, labels, example_ids)[0]
+
+    def eval_batch(self, module, parameters, views, labels, example_ids):
         logits = losses.average_views([module.apply({"params": parameters}, view) for view in views], self.loss)
         real = example_ids >= 0
         if isinstance(logits, Mapping):
-            return {name: losses.eval_sums(logits[name], labels[name], real, self.loss) for name in labels}
-        return losses.eval_sums(logits, labels, real, self.loss)
+            sums = {name: losses.eval_sums(logits[name], labels[name], real, self.loss) for name in labels}
+            return sums, {name: losses.predictions(logits[name], self.loss) for name in labels}
+        (head,) = self.weights
+        return losses.eval_sums(logits, labels, real, self.loss), {head: losses.predictions(logits, self.loss)}
 
     def summarize(self, split: str, sums: Mapping[str, Any]) -> dict[str, float | int]:
         """Returns '<split>/accuracy', '/top5', '/loss' and '/examples'.
@@ -77,12 +82,16 @@ class Classification(Objective):
             metrics |= _means(f"{split}/{name}", sums[name])
         return metrics
 
-    def describe(self, split: str, metrics: Mapping[str, float]) -> str:
+    def describe(self, split: str, metrics: Mapping[str, float], module: nn.Module) -> str:
+        """Returns 'accuracy 97.50 %, top-5 99.17 %, loss 0.0912 on 360 examples'; no top-5 of five classes or fewer."""
         accuracy, top5, loss, count = (metrics[f"{split}/{name}"] for name in ("accuracy", "top5", "loss", "examples"))
-        named = {name: metrics[f"{split}/{name}/accuracy"] for name in list(self.weights)[1:]}
-        others = "".join(f", {name}: accuracy {100 * value:.2f} %" for name, value in named.items())
-        first = f"accuracy {100 * accuracy:.2f} %, top-5 {100 * top5:.2f} %, loss {loss:.4f}"
-        return f"{first}{others} on {count:,} examples"
+        first, *others = self.weights
+        classes = module.classes[first] if isinstance(module.classes, Mapping) else module.classes
+        parts = [f"accuracy {100 * accuracy:.2f} %", f"loss {loss:.4f}"]
+        if classes > losses.TOP:
+            parts.insert(1, f"top-5 {100 * top5:.2f} %")
+        parts += [f"{name}: accuracy {100 * metrics[f'{split}/{name}/accuracy']:.2f} %" for name in others]
+        return f"{', '.join(parts)} on {count:,} examples"
 
     def summary_line(self, summary: Mapping[str, float]) -> str:
         """Returns 'test accuracy 97.50 % (351 of 360)'."""

@@ -143,6 +143,20 @@ def eval_sums(
     }
 
 
+def predictions(
+    logits: Float[Array, "batch classes"], loss: str
+) -> dict[str, Int[Array, " batch"] | Float[Array, " batch"]]:
+    """Returns 'predicted', the most probable class of each example (-1 with a non-finite logit), and its 'probability'.
+
+    Ties go to the lower index, as in `eval_sums`.
+    """
+    finite = jnp.isfinite(logits).all(axis=-1)
+    logits = logits.astype(jnp.float32)
+    probabilities = jax.nn.softmax(logits) if loss == "softmax" else jax.nn.sigmoid(logits)
+    predicted = jnp.where(finite, logits.argmax(axis=-1), -1).astype(jnp.int32)
+    return {"predicted": predicted, "probability": probabilities.max(axis=-1)}
+
+
 def average_views(views: Sequence[Logits], loss: str) -> Logits:
     """Returns the logits of a single view unchanged; of several views, the logits of the mean probabilities."""
     if len(views) == 1:

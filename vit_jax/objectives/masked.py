@@ -81,7 +81,7 @@ class Masked(Objective):
         count = sums["examples"]
         return {**{f"{split}/{name}": sums[name] / count for name in self.metrics[:-1]}, f"{split}/examples": count}
 
-    def describe(self, split: str, metrics: Mapping[str, float]) -> str:
+    def describe(self, split: str, metrics: Mapping[str, float], module: nn.Module) -> str:
         named = (f"{name.replace('_', ' ')} {metrics[f'{split}/{name}']:.4f}" for name in self.metrics[:-1])
         return f"{', '.join(named)} on {metrics[f'{split}/examples']:,} examples"
 

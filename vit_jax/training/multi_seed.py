@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,18 +162,25 @@ def summarize(seeds: Sequence[int], summaries: Sequence[dict[str, Any]]) -> dict
     Each metric is the mean over the seeds; `<metric>/std` is the sample standard deviation (None for one seed), and
     `<metric>/each` lists the values in the order of `seeds`. `seconds` is the sum.
     """
-    first, result = summaries[0], {"seeds": list(seeds)}
-    for name in (name for name in first if "/" in name):
-        values = [summary[name] for summary in summaries]
+    first = summaries[0]
+    metrics = {name: [summary[name] for summary in summaries] for name in first if "/" in name}
+    seconds = sum(summary["seconds"] for summary in summaries)
+    others = {"steps": first["steps"], "seconds": seconds, "parameters": first["parameters"]}
+    return {"seeds": list(seeds), **mean_and_std(metrics), **others}
+
+
+def mean_and_std(metrics: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Returns `<metric>`, `<metric>/std` and `<metric>/each` as `summarize` does; '.../examples' alone, as it is."""
+    result: dict[str, Any] = {}
+    for name, values in metrics.items():
         if name.endswith("/examples"):
-            result[name] = first[name]
+            result[name] = values[0]
             continue
         result[name] = mean = math.fsum(values) / len(values)
         squares = math.fsum((value - mean) ** 2 for value in values)
         result[f"{name}/std"] = math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else None
-        result[f"{name}/each"] = values
-    seconds = sum(summary["seconds"] for summary in summaries)
-    return {**result, "steps": first["steps"], "seconds": seconds, "parameters": first["parameters"]}
+        result[f"{name}/each"] = list(values)
+    return result
 
 
 def describe_all(summary: dict[str, Any], primary: PrimaryMetric) -> str:

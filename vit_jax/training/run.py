@@ -60,9 +60,9 @@ class Run:
         Raises:
             Interrupted: a stop was requested.
         """
-        self.results = self.experiment.evaluate(self.state.for_evaluation(), role, self.stop_requested)
+        self.results, _ = self.experiment.evaluate(self.state.for_evaluation(), role, self.stop_requested)
         self.evaluated |= self.results
-        line = self.experiment.objective.describe(role, self.results)
+        line = self.experiment.objective.describe(role, self.results, self.experiment.module)
         self.progress.say(f"step {self.step}/{self.experiment.num_steps}  {role}: {line}")
         return self.results
 

@@ -22,6 +22,7 @@ from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.evaluation import exact
+from vit_jax.evaluation.per_class import Predictions
 from vit_jax.models.patches import patchify
 from vit_jax.models.vit import VisionTransformer, token_grid
 from vit_jax.objectives.base import Objective
@@ -206,8 +207,12 @@ class Experiment:
 
     def evaluate(
         self, parameters: Any, role: str, should_stop: Callable[[], bool] = lambda: False
-    ) -> dict[str, float | int]:
-        """Returns the metrics of a whole split, every example counted once; raises `exact.Interrupted` on a stop."""
+    ) -> tuple[dict[str, float | int], dict[str, Predictions]]:
+        """Returns the metrics of a whole split, every example counted once, and the predictions by head.
+
+        Raises:
+            Interrupted: a stop was requested.
+        """
         split = (self.pipelines[role], self.evaluation_batch_size, role)
         return exact.evaluate(self.scorer, parameters, *split, self.objective, should_stop)
 
