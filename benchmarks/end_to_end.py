@@ -83,8 +83,7 @@ class Command:
 
     def config(self) -> ConfigDict:
         config = options.load(self.arguments[0].removeprefix("--config="))
-        for override in self.arguments[1:]:
-            options.override(config, override.removeprefix("--config."))
+        options.override_all(config, [override.removeprefix("--config.") for override in self.arguments[1:]])
         return config
 
     def run(self, workdir: Path, *overrides: str) -> list[tuple[float, dict[str, Any]]]:

@@ -3,10 +3,10 @@
     python -m vit_jax.main --config=configs/photos.py --config.data.dir=PHOTOS
     python -m vit_jax.main --config=configs/photos.py --config.data.dir=PHOTOS --config.checkpoint.init_from=NAME_OR_RUN
 
-For 50 to 5,000 photos. Without PHOTOS/test, 20 % of each class are held out to test on (docs/data.md). Files that are no
-images are skipped and reported. With `checkpoint.init_from` (a run, or any weights that docs/weights.md lists) the model
-is that one with a new head, fine-tuned at its image size; this is much better than training from scratch, and the only
-way that works for few photos. Otherwise, a small model is trained from scratch on images of 64 pixels.
+For 50 to 5,000 photos. Without PHOTOS/test, 20 % of each class are held out to test on (docs/data.md); files that are
+no images are skipped and reported. With `checkpoint.init_from` (a run, or weights that docs/weights.md lists), that model
+is fine-tuned at its image size with a new head. This is much better than training from scratch, and the only way that
+works for few photos. Without it, a small model is trained from scratch on images of 64 pixels.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,6 @@ from vit_jax import paths
 from vit_jax.data import folder, images
 from vit_jax.errors import UserError
 
-BATCH = 32
 SIDE = 64  # pixels, from scratch; half of it for smaller pictures
 # At least this many steps, and this many epochs.
 SCRATCH = (600, 30)
@@ -30,7 +29,7 @@ def get_config() -> ConfigDict:
     config.augment.update(resized_crop=True, min_crop_area=0.35, flip=True)
     config.augment.update(brightness=0.3, contrast=0.3, saturation=0.3)
     config.optimizer.update(name="adamw", weight_decay=0.05, gradient_clip=1.0)
-    config.train.update(batch_size=BATCH, label_smoothing=0.1, evaluation_batch_size=64)
+    config.train.update(batch_size=32, label_smoothing=0.1, evaluation_batch_size=64)
     return config
 
 
@@ -53,10 +52,11 @@ def adapt(config: ConfigDict) -> None:
     else:
         fine_tune(config)
         steps, epochs = FINE_TUNED
-    config.train.steps = max(steps, epochs * len(train) // BATCH)
-    config.train.evaluate_every = config.checkpoint.every = config.train.steps // 4
-    config.log.every = max(1, config.train.steps // 12)
-    config.optimizer.warmup_steps = config.train.steps // 10
+    if config.train.epochs is None:
+        config.train.steps = config.train.steps or max(steps, epochs * len(train) // config.train.batch_size)
+        config.train.evaluate_every = config.checkpoint.every = max(1, config.train.steps // 4)
+        config.log.every = max(1, config.train.steps // 12)
+        config.optimizer.warmup_steps = config.train.steps // 10
 
 
 def from_scratch(config: ConfigDict, size: tuple[int, int] | None) -> None:

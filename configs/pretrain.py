@@ -35,7 +35,7 @@ def get_config(recipe: str = "imagenet") -> ConfigDict:
 
 def paper(config: ConfigDict) -> None:
     """The common options of table 3, for B/16: a tanh layer before the head, which fine-tuning drops."""
-    config.model.update(variant="B/16", pre_logits=768, dropout=0.1)
+    config.model.update(variant="B/16", pre_logits="width", dropout=0.1)
     config.data.image_size = 224
     # The crop of the published code: at least 5 % of the area, resized to the image size.
     config.augment.update(resized_crop=True, min_crop_area=0.05, flip=True)
@@ -71,7 +71,7 @@ def folder(config: ConfigDict) -> None:
     The directory holds train/CLASS/*.jpg and test/CLASS/*.jpg.
     """
     paper(config)
-    config.model.update(variant="S/16", pre_logits=384)
+    config.model.variant = "S/16"
     config.data.update(name="folder", train="train[:98%]", validation="train[98%:]")
     config.optimizer.update(learning_rate=7.5e-4, schedule="cosine", weight_decay=0.3, warmup_steps=2500)
     config.train.update(batch_size=1024, epochs=300, evaluate_every=1000)
@@ -80,7 +80,7 @@ def folder(config: ConfigDict) -> None:
 
 def cifar100(config: ConfigDict) -> None:
     """The ImageNet row at 32 pixels: a batch of 512, so an eighth of the learning rate, and ten epochs of warmup."""
-    config.model.update(variant="Ti/4", pre_logits=192, dropout=0.1)
+    config.model.update(variant="Ti/4", pre_logits="width", dropout=0.1)
     config.data.update(name="cifar100", train="train[:98%]", validation="train[98%:]")
     config.augment.update(crop_padding=4, crop_border="reflect", flip=True)
     config.optimizer.update(learning_rate=3.75e-4, warmup_steps=1000, weight_decay=0.3, gradient_clip=1.0)

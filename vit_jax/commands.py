@@ -119,6 +119,7 @@ def make_config(spec: str, overrides: list[str], workdir: Path | None = None) ->
     """
     # These import JAX, which --help must not wait for.
     from vit_jax.config.check import check_config
+    from vit_jax.models import variants
     from vit_jax.sharding import devices
     from vit_jax.training import folder_config, init_from, run_directory
 
@@ -127,16 +128,19 @@ def make_config(spec: str, overrides: list[str], workdir: Path | None = None) ->
     config = options.load(spec)
     devices.override_settings()
     read_in_file = options.read_options(config)
-    typed = {options.override(config, assignment) for assignment in overrides}
+    typed, notes = options.override_all(config, overrides)
     options.adapt(spec, config)
     read_in_file |= options.read_options(config)
-    for assignment in overrides:  # the command line wins
-        options.override(config, assignment)
+    options.override_all(config, overrides)  # the command line wins
     init_from.complete_config(config, workdir)
     folder_config.complete_config(config, workdir)
     # What the file sets and the command line makes pointless, such as mix_probability with mixup=0, is no mistake.
     options.reset_unread(config, read_in_file - typed)
     check_config(config)
+    # As a number in config.json, also of earlier versions.
+    config.model.pre_logits = variants.fields_of_options(config.model.to_dict()).get("pre_logits")
+    for note in notes:
+        terminal.say(note)
     return config
 
 

@@ -40,10 +40,17 @@ def one_line(error: BaseException | str, max_length: int = 200) -> str:
     return text if len(text) <= max_length else f"{text[: max_length - 3]}..."
 
 
-def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
-    """Returns the known names that a misspelled name may mean, the most similar first; [] if none is similar."""
+def nearest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Returns the known names that a misspelled name may mean, the most similar first; [] if none is similar.
+
+    Args:
+        name: the misspelled name.
+        known: the names that exist.
+        count: how many to return at most.
+        cutoff: minimum similarity, from 0 to 1, as of `difflib.get_close_matches`.
+    """
     spelled = {one.lower().replace("-", "_"): one for one in known}
-    found = difflib.get_close_matches(name[:100].lower().replace("-", "_"), spelled, n=count, cutoff=0.6)
+    found = difflib.get_close_matches(name[:100].lower().replace("-", "_"), spelled, n=count, cutoff=cutoff)
     return [spelled[one] for one in found]
 
 

@@ -5,7 +5,7 @@ import sys
 
 from vit_jax import commands, config, paths, terminal
 from vit_jax.config import document
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, nearest
 
 DESCRIPTION = """\
 Trains a Vision Transformer. The same command resumes a run that was stopped.
@@ -62,11 +62,15 @@ def _unknown(argument: str) -> UserError:
     """Returns the error for an unknown argument, with what to type in its place."""
     name, equals, value = argument.lstrip("-").partition("=")
     near = config.nearest_options(name) if argument.startswith("-") or equals else []
-    if name in ("config", "workdir"):
-        meant = f"--{name}={value}"
+    flag = nearest(name, ("config", "workdir", "help"), cutoff=0.75)
+    if flag:
+        meant = f"--{flag[0]}{equals}{value}"
     elif name.endswith(".py") and not equals:
         meant = f"--config={name}"
+    elif note := config.note(name):
+        return UserError(f"unknown argument: {argument}\n  {note}")
     elif near:
+        value = value if config.takes_same_values(name, near[0]) else ""
         meant = f"--config.{near[0]}={value or 'VALUE'}"
     else:
         return UserError(f"unknown argument: {argument}\n  options are --config.SECTION.OPTION=VALUE; see --help")
@@ -83,8 +87,8 @@ def show_help(spec: str | None, overrides: list[str]) -> None:
         terminal.output(make_parser().format_help(), end="")
         return
     loaded = config.load(spec)
-    for assignment in overrides:
-        config.override(loaded, assignment)
+    read_in_file = config.read_options(loaded)
+    config.reset_unread(loaded, read_in_file - config.override_all(loaded, overrides).typed)
     terminal.output(document.describe(loaded, spec))
 
 

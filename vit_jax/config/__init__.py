@@ -16,14 +16,12 @@ from vit_jax.config.load import (
     from_dict,
     load,
     names,
-    nearest_options,
-    override,
-    read_options,
-    reset_unread,
 )
 from vit_jax.config.module import split
 from vit_jax.config.option import Option
+from vit_jax.config.overrides import override, override_all, read_options, reset_unread
 from vit_jax.config.schema import INIT_FROM, OPTIONS
+from vit_jax.config.synonyms import nearest_options, note, takes_same_values
 
 __all__ = [
     "INIT_FROM",
@@ -37,8 +35,11 @@ __all__ = [
     "load",
     "names",
     "nearest_options",
+    "note",
     "override",
+    "override_all",
     "read_options",
     "reset_unread",
     "split",
+    "takes_same_values",
 ]

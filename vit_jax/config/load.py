@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from vit_jax.arguments import plain, shown
-from vit_jax.config import module
+from vit_jax.config import module, synonyms
 from vit_jax.config.option import FIXED, RESUME, ListKind, Option
 from vit_jax.config.schema import OPTIONS, REMOVED
 from vit_jax.errors import UserError, nearest
@@ -15,15 +15,36 @@ from vit_jax.errors import UserError, nearest
 ALIASES = {alias: key for keys in OPTIONS.values() for key, one in keys.items() for alias in one.aliases}
 
 
+class UnknownOption(KeyError):
+    """An option or a section that does not exist is set or read in Python, with the message of a UserError."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(str(error).replace("\n  ", "; "))
+
+    __str__ = Exception.__str__  # KeyError's puts the message in quotes
+
+
+class Config(ConfigDict):
+    """A config: sections of options."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._check(key)
+        super().__setitem__(key, value)
+
+    def __getitem__(self, key: str) -> Any:
+        self._check(key)
+        return super().__getitem__(key)
+
+    def _check(self, key: str) -> None:
+        if self.is_locked and key.partition(".")[0] not in self and not key.startswith("_"):
+            raise UnknownOption(_no_section(key))
+
+
 class Section(ConfigDict):
     """A section of a config, in which renamed options can also be set and read by their former names."""
 
     def __setitem__(self, key: str, value: Any) -> None:
-        key = ALIASES.get(key, key)
-        if self.is_locked and key not in self:
-            removed = [remedy for name, remedy in REMOVED.items() if name.endswith(f".{key}")]
-            near = [f"nearest: {one}" for one in nearest(key, self.keys())] or [f"allowed: {', '.join(self.keys())}"]
-            raise KeyError(f"option {key} {f'has been removed: {removed[0]}' if removed else f'({near[0]})'}")
+        key = self._known(key)
         try:
             super().__setitem__(key, value if isinstance(value, config_dict.FieldReference) else plain(value))
         except TypeError:
@@ -33,7 +54,16 @@ class Section(ConfigDict):
             raise TypeError(f"option {key} is {shown(value)}; allowed: {known[0]}") from None
 
     def __getitem__(self, key: str) -> Any:
-        return super().__getitem__(ALIASES.get(key, key))
+        return super().__getitem__(self._known(key))
+
+    def _known(self, key: str) -> str:
+        """Returns a key by its present name."""
+        key = ALIASES.get(key, key)
+        if self.is_locked and key not in self and not key.startswith("_"):
+            section = next((name for name, keys in OPTIONS.items() if keys.keys() == {*self}), "")
+            name = f"{section}.{key}"
+            raise UnknownOption(removed(name) if name in REMOVED else _no_option(name))
+        return key
 
 
 class ListReference(config_dict.FieldReference):
@@ -62,7 +92,7 @@ def _field(one: Option) -> Any:
 def default() -> ConfigDict:
     """Returns a config with every option at its default, locked: assigning a misspelled option raises an error."""
     sections = {name: Section({key: _field(one) for key, one in keys.items()}) for name, keys in OPTIONS.items()}
-    return ConfigDict(sections).lock()
+    return Config(sections).lock()
 
 
 def names() -> list[str]:
@@ -148,64 +178,39 @@ def adapt(spec: str, config: ConfigDict) -> None:
     check_values(config)
 
 
-def override(config: ConfigDict, assignment: str) -> str:
-    """Applies one 'section.key=value' of the command line to `config`; returns the name of the option.
-
-    Raises:
-        UserError: no such option, or a value that is not allowed.
-    """
-    name, equals, text = assignment.partition("=")
-    section, _, key = name.partition(".")
-    name = f"{section}.{ALIASES.get(key, key)}"
-    if name in REMOVED:
-        raise UserError(f"config.{name} has been removed\n  omit it: {REMOVED[name]}")
-    one = find_option(name, text if equals else None)
-    if not equals:
-        raise UserError(f"config.{name} has no value\n  allowed: {one.allowed()}")
-    value = one.parse(name, text)
-    one.check(name, value)
-    config[section][ALIASES.get(key, key)] = value
-    return name
-
-
-def read_options(config: ConfigDict) -> set[str]:
-    """Returns the options, as 'section.key', that have an effect under the others."""
-    return {name for name in names() if option(name).unread_reason(name, config) is None}
-
-
-def reset_unread(config: ConfigDict, among: Collection[str]) -> None:
-    """Resets those of the options `among` to their defaults that have no effect under the others."""
-    for name in set(among) - read_options(config):
-        section, _, key = name.partition(".")
-        config[section][key] = option(name).default
-
-
 def find_option(name: str, value: Any) -> Option:
     """Returns the option 'section.key'.
 
     Raises:
         UserError: there is none; the one that may be meant is named, or else those of the section.
     """
-    if (found := option(name)) is not None:
-        return found
+    if (found := option(name)) is None:
+        raise _no_option(name, value)
+    return found
+
+
+def removed(name: str) -> UserError:
+    """Returns the error for an option of `REMOVED`."""
+    return UserError(f"config.{name} has been removed\n  omit it: {REMOVED[name]}")
+
+
+def _no_option(name: str, value: Any = None) -> UserError:
     known = OPTIONS.get(name.partition(".")[0], {})
-    if near := nearest_options(name):
+    way_out = f"allowed: {', '.join(known)}" if known else f"allowed: options of {', '.join(OPTIONS)}"
+    if near := synonyms.nearest_options(name):
         way_out = f"nearest: config.{near[0]}: {option(near[0]).doc}"
-    else:
-        way_out = f"allowed: {', '.join(known)}" if known else f"allowed: options of {', '.join(OPTIONS)}"
+    if note := synonyms.note(name):
+        way_out = note
     text = "" if value is None else f" (given: {shown(value)})"
-    raise UserError(f"config.{shown(name.rstrip('.'))[1:-1]} does not exist{text}\n  {way_out}")
+    return UserError(f"config.{shown(name.rstrip('.'))[1:-1]} does not exist{text}\n  {way_out}")
 
 
-def nearest_options(name: str) -> list[str]:
-    """Returns the options, as 'section.key', that a name which is none may mean; the most similar first."""
-    section, _, key = name.partition(".")
-    key, known = key or section, OPTIONS.get(section, {})
-    # A name in the wrong section, or without one, is as frequent a mistake as a misspelled one.
-    near = [one for one in names() if one.split(".")[1] == key]
-    near += [f"{section}.{one}" for one in nearest(key, known)]
-    similar = nearest(key, [one.split(".")[1] for one in names()])
-    return near + [one for one in names() if one.split(".")[1] in similar]
+def _no_section(name: str) -> UserError:
+    near = [one for one in nearest(name, OPTIONS) if one != name] or synonyms.nearest_options(name)
+    way_out = f"nearest: config.{near[0]}" if near else f"allowed: {', '.join(OPTIONS)}"
+    if note := synonyms.note(name):
+        way_out = note
+    return UserError(f"config.{name} is not a section\n  {way_out}")
 
 
 def check_values(config: ConfigDict) -> None:
@@ -216,9 +221,7 @@ def check_values(config: ConfigDict) -> None:
     """
     for section, keys in config.items():
         if section not in OPTIONS or not isinstance(keys, ConfigDict):
-            near = [one for one in nearest(section, OPTIONS) if one != section]
-            way_out = f"nearest: config.{near[0]}" if near else f"allowed: {', '.join(OPTIONS)}"
-            raise UserError(f"config.{section} is not a section\n  {way_out}")
+            raise _no_section(section)
     values = upgrade(_plain(config))
     for section, keys in values.items():
         for key, value in keys.items():

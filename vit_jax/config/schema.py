@@ -67,9 +67,10 @@ MODEL = {
     "pre_logits": Option(
         None,
         int,
-        "Width of a Dense + tanh layer before the logits. None: none.",
+        "Width of a Dense + tanh layer before the logits; width: that of the tokens. None: none.",
         min=1,
         max=MAX_WIDTH,
+        words=("width",),
         read_by=CLASSIFY,
     ),
     "head_bias": Option(
@@ -123,7 +124,7 @@ OPTIMIZER = {
     "schedule": _changeable(
         "cosine", str, "Learning-rate schedule after warmup.", choices=("cosine", "linear", "constant")
     ),
-    "warmup_steps": _changeable(0, int, "Number of steps of linear learning-rate warmup from 0.", min=0),
+    "warmup_steps": _changeable(0, int, "Steps of linear learning-rate warmup. Shorter runs: a tenth of them.", min=0),
     "final_learning_rate": _changeable(
         0.0, float, "Learning rate at the last step.", min=0, read_by=When("optimizer.schedule", "cosine", "linear")
     ),

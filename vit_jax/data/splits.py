@@ -2,7 +2,10 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int
 
 from vit_jax import arguments
 from vit_jax.errors import UserError
@@ -69,6 +72,16 @@ def names(expression: str) -> set[str]:
     """Returns the names of the stored splits in an expression; of a malformed one, those of its well-formed parts."""
     matches = (_PART.match(part) for part in re.split(r"\s*\+\s*", expression))
     return {match["split"] for match in matches if match}
+
+
+def overlap(one: Sequence[Piece], other: Sequence[Piece]) -> int:
+    """Returns the number of different examples that both select."""
+    shared = {piece.split for piece in one} & {piece.split for piece in other}
+    return sum(len(np.intersect1d(_indices(one, split), _indices(other, split))) for split in shared)
+
+
+def _indices(pieces: Sequence[Piece], split: str) -> Int[np.ndarray, " examples"]:
+    return np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces if piece.split == split])
 
 
 def _parse_part(part: str, expression: str, sizes: Mapping[str, int], notes: Mapping[str, str]) -> list[Piece]:

@@ -68,9 +68,9 @@ def fields_of_options(options: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: as in `fields`.
     """
     options = {key: value for key, value in options.items() if value is not None and key != "dtype"}
-    sized = fields(options.pop("variant"))
     # By default there is a class token only if the pooling reads it.
-    return {"class_token": options["pooling"] == "token", **sized, **options}
+    made = {"class_token": options["pooling"] == "token", **fields(options.pop("variant")), **options}
+    return {**made, "pre_logits": made["width"]} if made.get("pre_logits") == "width" else made
 
 
 def options_of(model: "VisionTransformer") -> dict[str, Any]:

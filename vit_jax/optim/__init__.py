@@ -2,7 +2,7 @@
 
 from vit_jax.optim.clipping import clip_by_global_norm, global_norm
 from vit_jax.optim.registry import OPTIMIZERS, decay_mask, legacy_update_count, make
-from vit_jax.optim.schedules import SCHEDULES, learning_rate, schedule
+from vit_jax.optim.schedules import SCHEDULES, learning_rate, schedule, warmup_warning
 
 __all__ = [
     "OPTIMIZERS",
@@ -14,4 +14,5 @@ __all__ = [
     "legacy_update_count",
     "make",
     "schedule",
+    "warmup_warning",
 ]

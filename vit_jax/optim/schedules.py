@@ -32,17 +32,37 @@ def constant(peak: float, final: float, steps: int) -> optax.Schedule:
 SCHEDULES: dict[str, Decay] = {"cosine": cosine, "linear": linear, "constant": constant}
 
 
-def schedule(section: ConfigDict, steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the number of updates made before.
-
-    Linear warm-up from 0 to the peak, then the decay over the remaining steps, as in the code published with arXiv
-    2010.11929.
+def warmup_steps(section: ConfigDict, steps: int) -> int:
+    """Returns the number of warm-up steps of a run: a tenth of its steps if it has no more than `warmup_steps`.
 
     Args:
         section: `config.optimizer`.
         steps: updates of the whole run.
     """
-    peak, warmup = section.learning_rate, min(section.warmup_steps, steps)
+    return section.warmup_steps if section.warmup_steps < steps else steps // 10
+
+
+def warmup_warning(section: ConfigDict, steps: int) -> str | None:
+    """Returns a line about a warm-up that is shortened, or takes more than half of the run; arguments as above."""
+    warmup, run = section.warmup_steps, f"the run has {steps:,} steps"
+    if (used := warmup_steps(section, steps)) < warmup:
+        return f"warning: optimizer.warmup_steps is {warmup:,}, but {run}: warm-up of {used:,} steps"
+    if 2 * warmup > steps:
+        return f"warning: optimizer.warmup_steps is {warmup:,}, and {run}: most of it is warm-up"
+    return None
+
+
+def schedule(section: ConfigDict, steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of updates made before.
+
+    Linear warm-up from 0 to the peak, then the decay over the remaining steps, as in the code published with arXiv
+    2010.11929. In a run that is not longer than the warm-up, the warm-up is shortened (`warmup_steps`).
+
+    Args:
+        section: `config.optimizer`.
+        steps: updates of the whole run.
+    """
+    peak, warmup = section.learning_rate, warmup_steps(section, steps)
     decay = SCHEDULES[section.schedule](peak, section.final_learning_rate, max(steps - warmup, 1))
     if not warmup:
         return decay

@@ -1,5 +1,6 @@
 """What a run prints about itself."""
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,15 @@ import jax
 from clu import parameter_overview
 
 import vit_jax
-from vit_jax.data import listing, normalization
+from vit_jax import optim
+from vit_jax.data import listing, normalization, splits
+from vit_jax.evaluation.per_class import Predictions
 from vit_jax.objectives.base import Objective
 from vit_jax.training import progress
 from vit_jax.training.setup import Experiment
+
+MAX_CLASSES = 20  # that are listed after the last evaluation; of more, the LOWEST
+LOWEST = 10
 
 
 def finished(workdir: Path, result: str) -> str:
@@ -32,9 +38,9 @@ def experiment(experiment: Experiment) -> str:
     lines = [
         parameter_overview.get_parameter_overview(shapes, include_stats=False),
         f"data: {experiment.config.data.name}, {sizes}, {height}x{width}x{channels}, {_classes(experiment)}",
-        f"model: patch {model.patch_size}, width {model.width}, depth {model.depth}, heads {model.heads}, MLP "
-        f"{model.mlp_width}; {experiment.num_parameters:,} parameters, {experiment.forward_flops / 1e9:.3g} GFLOP per "
-        f"image (forward); compute dtype {model.dtype.name}"
+        f"model: {experiment.config.model.variant}, patch {model.patch_size}, width {model.width}, "
+        f"depth {model.depth}, heads {model.heads}, MLP {model.mlp_width}; {experiment.num_parameters:,} parameters, "
+        f"{experiment.forward_flops / 1e9:.3g} GFLOP per image (forward); compute dtype {model.dtype.name}"
         + (f", {model.matmul_dtype.name} matmuls" if model.matmul_dtype else "")
         + f"; attention: {experiment.attention.describe()}",
     ]
@@ -44,11 +50,24 @@ def experiment(experiment: Experiment) -> str:
     if experiment.objective.needs_labels and source.classes() == 1:
         only = listing.printable(source.class_names[0])
         lines.append(f"warning: {only!r} is the only class: every prediction is right")
+    lines += _warnings(experiment)
     if experiment.mask is not None:
         flags = zip(jax.tree.leaves(experiment.mask), jax.tree.leaves(shapes), strict=True)
         count = sum(leaf.size for keep, leaf in flags if keep)
         lines.append(f"trained: {count:,} of {experiment.num_parameters:,} parameters; the others are frozen")
     return "\n".join(lines)
+
+
+def _warnings(experiment: Experiment) -> list[str]:
+    """Returns what options that contradict each other make of the run: a short warm-up, splits that overlap."""
+    warmup = optim.warmup_warning(experiment.config.optimizer, experiment.num_steps)
+    lines = [warmup] if warmup else []
+    train = experiment.sources["train"]
+    for role, source in experiment.sources.items():
+        if role != "train" and (count := splits.overlap(train.pieces, source.pieces)):
+            both = f"data.train is {train.split!r}, data.{role} is {source.split!r}"
+            lines.append(f"warning: {count:,} of the {len(source):,} {role} examples are also trained on: {both}")
+    return lines
 
 
 def _classes(experiment: Experiment) -> str:
@@ -58,6 +77,24 @@ def _classes(experiment: Experiment) -> str:
         return f"{source.classes()} {'class' if source.classes() == 1 else 'classes'}"
     first, *rest = source.classes().items()
     return ", ".join([f"{first[1]} classes of {first[0]}", *(f"{count} of {name}" for name, count in rest)])
+
+
+def classes(predictions: Predictions) -> str:
+    """Returns the balanced accuracy and lines with the recall of each class, or of many classes the lowest ones."""
+    rows = [row for row in predictions.rows() if row.images]
+    title = (
+        f"  balanced accuracy {100 * predictions.balanced_accuracy():.2f} %, the mean recall of {len(rows):,} classes"
+    )
+    if len(rows) > MAX_CLASSES:
+        rows = sorted(rows, key=operator.attrgetter("recall"))[:LOWEST]
+        title += f"; the lowest {LOWEST}"
+    names = [listing.printable(row.name) for row in rows]
+    width = max(map(len, names))
+    lines = [
+        f"    {name:<{width}}  {100 * row.recall:6.2f} %  {row.correct:,} of {row.images:,}"
+        for name, row in zip(names, rows, strict=True)
+    ]
+    return "\n".join([f"{title}:", *lines])
 
 
 def start(experiment: Experiment, step: int, workdir: Path) -> str:
