@@ -4,8 +4,8 @@
     python -m vit_jax.main --config=configs/photos.py --config.data.dir=PHOTOS --config.checkpoint.init_from=NAME_OR_RUN
 
 For 50 to 5,000 photos. Without PHOTOS/test, 20 % of each class are held out to test on (docs/data.md); files that are
-no images are skipped and reported. With `checkpoint.init_from` (a run, or weights that docs/weights.md lists), that model
-is fine-tuned at its image size with a new head. This is much better than training from scratch, and the only way that
+no images are skipped and reported. With `checkpoint.init_from` (a run, or weights that docs/weights.md lists), that
+model is fine-tuned at its image size with a new head: much better than training from scratch, and the only way that
 works for few photos. Without it, a small model is trained from scratch on images of 64 pixels.
 """
 
