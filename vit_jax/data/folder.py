@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import filecmp
 import functools
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ from vit_jax.data.listing import LeftOut
 from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.errors import UserError, few
 
+MAX_COMPARED = 1000  # files of the same name in the folders of two classes
 SAMPLE = 200  # files per split whose sizes are looked at
 SPLITS = ("train", "validation", "val", "test")
 # Folders such as Train and Test, or seg_train and seg_test.
@@ -113,7 +115,8 @@ def find(root: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]],
     files, notes = {}, {}
     for split, path in splits.items():
         files[split] = _files(root, path, [classes[split].get(_key(name), []) for name in names], left_out[split])
-        notes[split] = _note(names, files[split], classes[split], left_out[split])
+        parts = _note(names, files[split], classes[split], left_out[split]), _in_several_classes(root, files[split])
+        notes[split] = "; ".join(filter(None, parts))
     kept = {split: found for split, found in files.items() if found}
     return tuple(names), kept, {split: note for split, note in notes.items() if note}
 
@@ -166,9 +169,11 @@ def _check_classes(splits: dict[str, Path], classes: dict[str, dict[str, list[st
     """Returns the sorted class names, which are the names of the folders in train."""
     names = sorted(folders[0] for folders in classes["train"].values())
     if not names:
+        path = splits["train"]
+        called_train = "; for a class called train: train/train" if path.name == "train" else ""
         raise UserError(
-            f"dataset 'folder': {splits['train']} has no subdirectories\n"
-            "  expected: one subdirectory per class that contains its images; for a class called train: train/train"
+            f"dataset 'folder': {path} has no subdirectories\n  expected: one subdirectory per class that contains "
+            f"its images{called_train}; labels in tables (CSV, JSON) are not read"
         )
     for split, found in classes.items():
         unknown = sorted({*found} - {*classes["train"]})
@@ -243,6 +248,28 @@ def _note(
             parts.append(f"{len(shown):,} {'class' if len(shown) == 1 else 'classes'} {reason}: ")
             parts[-1] += few(map(listing.printable, shown))
     return "; ".join(filter(None, parts)) or None
+
+
+def _in_several_classes(root: Path, files: list[tuple[str, int]]) -> str | None:
+    """Returns a note about files of the same name and content in folders of several classes: which have two labels."""
+    same_name: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+    for name, label in files:
+        same_name[os.path.basename(name)].append((name, label))
+    candidates = (
+        (one, other)
+        for several in same_name.values()
+        for (one, label), (other, other_label) in itertools.pairwise(sorted(several))
+        if label != other_label
+    )
+    found = []
+    for one, other in itertools.islice(candidates, MAX_COMPARED):
+        with contextlib.suppress(OSError):  # which is reported when the file is read
+            if filecmp.cmp(root / one, root / other, shallow=False):
+                found.append(f"{listing.printable(one)} and {listing.printable(other)}")
+    if not found:
+        return None
+    count = "1 image is" if len(found) == 1 else f"{len(found):,} images are"
+    return f"{count} in the folders of two classes, but an image has one label: {few(found, 1)}"
 
 
 def fingerprint(root: Path, files: list[tuple[str, int]]) -> str:
