@@ -1,4 +1,4 @@
-"""The split `test` of a folder without one: stratified, a function of the file names, and the same for every command."""
+"""The split `test` of a folder without one: stratified, a function of the file names, the same for every command."""
 
 import collections
 import hashlib
@@ -36,7 +36,8 @@ def load(root, split, **more):
 
 
 def images(source):
-    return {image.tobytes(): int(label) for image, label in zip(source.read(np.arange(len(source))), source.labels)}
+    pixels = source.read(np.arange(len(source)))
+    return {image.tobytes(): label for image, label in zip(pixels, source.labels.tolist(), strict=True)}
 
 
 def files(*counts):
