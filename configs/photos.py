@@ -65,7 +65,7 @@ def from_scratch(config: ConfigDict, size: tuple[int, int] | None) -> None:
     variant = "Ti/8" if config.data.image_size == SIDE else "Ti/4"  # 64 patches
     config.model.update(variant=variant, width=128, depth=4, heads=2, mlp_width=256, pooling="mean")
     config.model.position = "sincos_2d"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.update(learning_rate=2e-3, average_decay=0.98)
 
 
 def fine_tune(config: ConfigDict) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +49,11 @@ def dataset_spec(root: Path, skip_lists: Path | None, fraction: float | None = N
             "  add images to them, or set another config.data.dir"
         )
     key = f"folder-{fingerprint(root, [file for split in files.values() for file in split])}"
+    skipped: dict[str, str] = {}
     if skip_lists is not None:
-        files = {
-            split: skip_broken(root, found, skip_lists / key / f"{split}-broken.json") for split, found in files.items()
-        }
+        for split, found in files.items():
+            report = functools.partial(skipped.__setitem__, split)
+            files[split] = skip_broken(root, found, skip_lists / key / f"{split}-broken.json", report)
         kept = "\n".join(name for found in files.values() for name, _ in found).encode(errors="surrogateescape")
         key += f"-whole-{hashlib.sha256(kept).hexdigest()[:12]}"
     if fraction is not None and "train" in files and "test" not in files:
@@ -69,7 +71,8 @@ def dataset_spec(root: Path, skip_lists: Path | None, fraction: float | None = N
     shape, classes = (None, None, 3), {LABEL: class_names}
     some = [root / name for found in files.values() for name, _ in found[:SAMPLE]]
     size = functools.partial(images.median_size, some)
-    return DatasetSpec("folder", sizes, classes, shape, key, decode, split_records, median_size=size, notes=notes)
+    described = {"median_size": size, "notes": notes, "skipped": skipped}
+    return DatasetSpec("folder", sizes, classes, shape, key, decode, split_records, **described)
 
 
 def stored_splits(root: Path) -> tuple[str, ...]:
@@ -306,13 +309,16 @@ def records(root: Path, files: list[tuple[str, int]]) -> lazy_images.Records:
     return lazy_images.Records(len(files), read, lambda index: str(root / files[index][0]))
 
 
-def skip_broken(root: Path, files: list[tuple[str, int]], kept: Path | None) -> list[tuple[str, int]]:
-    """Returns the files that can be decoded; prints the number of the others, and three of them with the reason.
+def skip_broken(
+    root: Path, files: list[tuple[str, int]], kept: Path | None, say: Callable[[str], None] = terminal.warn
+) -> list[tuple[str, int]]:
+    """Returns the files that can be decoded; says the number of the others, and three of them with the reason.
 
     Args:
         root: directory that the files are relative to.
         files: all files, with their class indices.
         kept: file that caches the broken files and the reasons; None for no cache.
+        say: called with these lines, if any file is skipped.
 
     Raises:
         UserError: none can be decoded, or the machine cannot read a file now.
@@ -333,7 +339,7 @@ def skip_broken(root: Path, files: list[tuple[str, int]], kept: Path | None) -> 
             )
         more = [f"  and {len(named) - 3:,} more"] if len(named) > 3 else []
         summary = f"skipping {len(broken):,} of {len(files):,} files that cannot be decoded:"
-        terminal.warn("\n".join([summary, *named[:3], *more]))
+        say("\n".join([summary, *named[:3], *more]))
     return [file for file in files if file[0] not in broken]
 
 

@@ -179,6 +179,8 @@ def load(
     pieces = split_expressions.parse(split, spec.sizes, spec.notes)
     size = _target_size(spec, image_size)
     for part in dict.fromkeys(piece.split for piece in pieces):
+        if part in spec.skipped:
+            terminal.warn(spec.skipped[part])
         if part in spec.notes:
             terminal.warn(f"{name} {part}: {spec.notes[part]}")
     if not decoded and spec.records is not None:
