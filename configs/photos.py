@@ -23,18 +23,33 @@ FINE_TUNED = (200, 10)
 
 
 def get_config() -> ConfigDict:
-    """The options that depend neither on the photos nor on the initial weights; `adapt` sets the others."""
+    """A model of 0.54 M parameters from scratch, for a small folder; `adapt` sets what depends on the command line."""
     config = options.default()
-    config.data.update(name="folder", skip_broken=True)
+    config.model.update(variant="Ti/8", width=128, depth=4, heads=2, mlp_width=256, pooling="mean")
+    config.model.position = "sincos_2d"
+    config.data.update(name="folder", skip_broken=True, image_size=SIDE)
     config.augment.update(resized_crop=True, min_crop_area=0.35, flip=True)
     config.augment.update(brightness=0.3, contrast=0.3, saturation=0.3)
-    config.optimizer.update(name="adamw", weight_decay=0.05, gradient_clip=1.0)
+    config.optimizer.update(learning_rate=2e-3, weight_decay=0.05, gradient_clip=1.0, average_decay=0.98)
     config.train.update(batch_size=32, label_smoothing=0.1, evaluation_batch_size=64)
+    train_for(config, SCRATCH[0])
     return config
 
 
-def adapt(config: ConfigDict) -> None:
-    """Sets the options for fine-tuning if `checkpoint.init_from` is set, and otherwise those for training from scratch.
+def train_for(config: ConfigDict, steps: int) -> None:
+    """Sets the number of steps, with a tenth of warm-up and four evaluations."""
+    config.train.update(steps=steps, evaluate_every=max(1, steps // 4))
+    config.optimizer.warmup_steps = steps // 10
+    config.checkpoint.every = config.train.evaluate_every
+    config.log.every = max(1, steps // 12)
+
+
+def adapt(config: ConfigDict, typed: set[str]) -> None:
+    """Adapts the length and the image size to the photos, and everything to `checkpoint.init_from` if that is set.
+
+    Args:
+        config: with the options of the command line.
+        typed: the names of these options; they are set again afterwards.
 
     Raises:
         UserError: `data.dir` is not set, or is not a folder of class folders.
@@ -46,30 +61,27 @@ def adapt(config: ConfigDict) -> None:
         )
     root = paths.expand(config.data.dir, "config.data.dir")
     train = [root / name for name, _ in folder.find(root)[1].get("train", [])]
-    if config.checkpoint.init_from is None:
-        from_scratch(config, images.median_size(train[: folder.SAMPLE]))
-        steps, epochs = SCRATCH
-    else:
-        fine_tune(config)
+    size = images.median_size(train[: folder.SAMPLE])
+    steps, epochs = SCRATCH
+    if config.checkpoint.init_from is not None:
         steps, epochs = FINE_TUNED
-    if config.train.epochs is None:
-        config.train.steps = config.train.steps or max(steps, epochs * len(train) // config.train.batch_size)
-        config.train.evaluate_every = config.checkpoint.every = max(1, config.train.steps // 4)
-        config.log.every = max(1, config.train.steps // 12)
-        config.optimizer.warmup_steps = config.train.steps // 10
-
-
-def from_scratch(config: ConfigDict, size: tuple[int, int] | None) -> None:
-    """A model of 0.54 M parameters, on images of at most the median `size` (height, width) of the pictures."""
-    config.data.image_size = SIDE if size is None or min(size) >= SIDE else SIDE // 2
-    variant = "Ti/8" if config.data.image_size == SIDE else "Ti/4"  # 64 patches
-    config.model.update(variant=variant, width=128, depth=4, heads=2, mlp_width=256, pooling="mean")
-    config.model.position = "sincos_2d"
-    config.optimizer.update(learning_rate=2e-3, average_decay=0.98)
+        fine_tune(config)
+    elif size is not None and min(size) < SIDE:
+        config.data.image_size = SIDE // 2
+        config.model.variant = "Ti/4"  # 64 patches, as before
+    if "train.epochs" not in typed:
+        typed_steps = config.train.steps if "train.steps" in typed else None
+        train_for(config, typed_steps or max(steps, epochs * len(train) // config.train.batch_size))
 
 
 def fine_tune(config: ConfigDict) -> None:
-    """The model of `checkpoint.init_from` with a new head, at its image size."""
+    """The model of `checkpoint.init_from` with a new head, at its image size, which is filled in later."""
+    default = options.default()
+    for key in ("width", "depth", "heads", "mlp_width", "pooling", "position"):
+        config.model[key] = default.model[key]
+    config.data.image_size = None
     config.model.variant = config.data.normalization = options.INIT_FROM
     config.checkpoint.init_head = "new"
-    config.optimizer.learning_rate = 2e-4
+    # Test accuracy on ten classes of Tiny ImageNet with 40 images each, from a CIFAR-10 model of 3.7 M parameters: 54 %
+    # with 1e-3, 58 % with 2e-4, 44 % if only the head is trained, and 37 % from scratch (100 test images, one seed).
+    config.optimizer.update(learning_rate=2e-4, average_decay=0.0)

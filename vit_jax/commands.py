@@ -129,7 +129,7 @@ def make_config(spec: str, overrides: list[str], workdir: Path | None = None) ->
     devices.override_settings()
     read_in_file = options.read_options(config)
     typed, notes = options.override_all(config, overrides)
-    options.adapt(spec, config)
+    options.adapt(spec, config, typed)
     read_in_file |= options.read_options(config)
     options.override_all(config, overrides)  # the command line wins
     init_from.complete_config(config, workdir)

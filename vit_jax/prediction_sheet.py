@@ -17,7 +17,7 @@ GAP = 8
 COLUMNS = 6
 MAX_IMAGES = 60
 TOP = 3  # classes per image and head
-BAR = "#9ecae1"  # behind a class, as long as it is probable
+BAR = "#9ecae1"  # color of the bar of a class, whose length is its probability
 
 
 def write(predictions: Sequence[Prediction], path: Path, option: str) -> str:

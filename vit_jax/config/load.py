@@ -166,15 +166,16 @@ def load(spec: str) -> ConfigDict:
     return config if is_ours else from_dict(config.to_dict())
 
 
-def adapt(spec: str, config: ConfigDict) -> None:
-    """Applies `adapt(config)` of the Python file of 'FILE' or 'FILE:ARG', if it has that function.
+def adapt(spec: str, config: ConfigDict, typed: Collection[str]) -> None:
+    """Applies `adapt(config, typed)` of the Python file of 'FILE' or 'FILE:ARG', if it has that function.
 
-    It sets what depends on options that the command line may set, such as `checkpoint.init_from` or `data.dir`.
+    It sets what depends on options that the command line may set, such as `checkpoint.init_from` or `data.dir`; `typed`
+    are the names of those that it has set.
 
     Raises:
         UserError: an error in it, an option that does not exist, or a value that is not allowed.
     """
-    module.call_adapt(spec, config)
+    module.call_adapt(spec, config, set(typed))
     check_values(config)
 
 

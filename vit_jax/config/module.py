@@ -51,8 +51,8 @@ def call(spec: str) -> Any:
             return get_config(argument) if argument else get_config()
 
 
-def call_adapt(spec: str, config: Any) -> None:
-    """Calls `adapt(config)` of a config file, if it has that function; the file is run anew.
+def call_adapt(spec: str, config: Any, typed: set[str]) -> None:
+    """Calls `adapt(config, typed)` of a config file, if it has that function; the file is run anew.
 
     Raises:
         UserError: as `call`.
@@ -61,7 +61,7 @@ def call_adapt(spec: str, config: Any) -> None:
     with _siblings(file), _errors(spec, file, f"adapt of {file} failed"):
         adapt = getattr(_import(file), "adapt", None)
         if adapt is not None:
-            adapt(config)
+            adapt(config, typed)
 
 
 def split(spec: str) -> tuple[str, str]:
