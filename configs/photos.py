@@ -19,7 +19,7 @@ from vit_jax.errors import UserError
 SIDE = 64  # pixels, from scratch; half of it for smaller pictures
 # At least this many steps, and this many epochs.
 SCRATCH = (600, 30)
-FINE_TUNED = (200, 10)
+FINE_TUNED = (100, 10)
 
 
 def get_config() -> ConfigDict:
