@@ -34,6 +34,7 @@ SIZES = {
     "S": {"variant": "S/4"},
 }
 LENGTHS = {"short": 100, "long": 1000, "cpu": None}
+ARGUMENTS = f"a size ({', '.join(SIZES)}), a length ({', '.join(LENGTHS)}), or both, for example S,long"
 EPOCHS = 300
 TEN_EPOCHS = 975  # steps of 512 examples
 
@@ -43,10 +44,7 @@ def get_config(argument: str = "full") -> ConfigDict:
     words = [word.strip() for word in argument.split(",")]
     sizes, lengths = ([word for word in words if word in known] for known in (SIZES, LENGTHS))
     if len(sizes) > 1 or len(lengths) > 1 or len(sizes) + len(lengths) < len(words):
-        raise UserError(
-            f"configs/cifar10.py:{argument}: unknown argument\n"
-            f"  allowed: a size ({', '.join(SIZES)}), a length ({', '.join(LENGTHS)}), or both, for example S,long"
-        )
+        raise UserError(f"configs/cifar10.py:{argument}: unknown argument\n  allowed: {ARGUMENTS}")
     config = options.default()
     config.data.name = "cifar10"
     if lengths == ["cpu"]:

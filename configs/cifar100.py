@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 from vit_jax import config as options
 from vit_jax.errors import UserError
 
+ARGUMENTS = "as for configs/cifar10.py"
+
 
 def get_config(argument: str = "full") -> ConfigDict:
     """The config of configs/cifar10.py, for the 100 fine classes of CIFAR-100."""

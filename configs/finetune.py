@@ -39,10 +39,7 @@ def get_config(argument: str = "") -> ConfigDict:
     """The config for a dataset and variants: `cifar10`, `cifar10,short`, `oxford_flowers102,adamw`, ..."""
     name, *words = [word.strip() for word in argument.split(",")]
     if name not in DATASETS or len(set(words)) < len(words) or not set(words) <= set(VARIANTS):
-        raise UserError(
-            f"configs/finetune.py:{argument}: unknown argument\n"
-            f"  allowed: a dataset ({', '.join(DATASETS)}),\n  and after it, separated by commas: {', '.join(VARIANTS)}"
-        )
+        raise UserError(f"configs/finetune.py:{argument}: unknown argument\n  allowed: {ARGUMENTS}")
     config = options.default()
     table_4(config, name)
     for word in VARIANTS:
@@ -100,3 +97,4 @@ def adamw(config: ConfigDict) -> None:
 
 
 VARIANTS = {"short": short, "cpu": cpu, "probe": probe, "adamw": adamw}
+ARGUMENTS = f"a dataset ({', '.join(DATASETS)}),\n  and after it, separated by commas: {', '.join(VARIANTS)}"

@@ -27,7 +27,7 @@ from vit_jax.errors import UserError
 def get_config(recipe: str = "imagenet") -> ConfigDict:
     """The config of a recipe, by name."""
     if recipe not in RECIPES:
-        raise UserError(f"configs/pretrain.py:{recipe}: unknown argument\n  allowed: {', '.join(RECIPES)}")
+        raise UserError(f"configs/pretrain.py:{recipe}: unknown argument\n  allowed: {ARGUMENTS}")
     config = options.default()
     RECIPES[recipe](config)
     return config
@@ -159,3 +159,4 @@ RECIPES = {
     "masked-patches": masked_patches,
     "masked-patches-cpu": masked_patches_cpu,
 }
+ARGUMENTS = f"a recipe: {', '.join(RECIPES)}"

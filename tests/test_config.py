@@ -44,8 +44,7 @@ ARGUMENTS = {
 
 def checked(*overrides, config="configs/digits.py"):
     made = options.load(config)
-    for assignment in overrides:
-        options.override(made, assignment)
+    options.override_all(made, overrides)
     check_config(made)
     return made
 
@@ -114,7 +113,9 @@ BAD = {
     "train.batch_size=None": ["config.train.batch_size", "None", "integer"],
     "train.accumulation=7": ["config.train.batch_size", "64", "7"],
     "train.epochs=None": ["steps", "epochs"],
-    "train.steps=10": ["train.epochs is 200", "exactly one of the two"],
+    "train.steps=10 train.epochs=1": ["steps is 10 and config.train.epochs is 1.0", "exactly one of the two"],
+    "optimizer.lr=1": ["config.optimizer.lr does not exist (given: '1')", "nearest: config.optimizer.learning_rate"],
+    "log.wandb=True": ["config.log.wandb does not exist", "metrics.jsonl", "config.log.tensorboard"],
     "train.seeds=0": ["config.train.seeds", "'0'", "0,3,7"],
     "train.seeds=three": ["config.train.seeds", "'three'", "0,3,7"],
     "train.seeds=1,2,1": ["config.train.seeds", "'1,2,1'", "different seeds"],
@@ -502,8 +503,18 @@ def test_the_page_has_every_option_and_its_meaning():
 def test_help_is_short(capsys):
     assert main.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) < 30
+    assert len(text.splitlines()) < 45 and max(map(len, text.splitlines())) <= 105
     assert "--workdir" in text and "docs/options.md" in text and "--config=configs/cifar10.py --help" in text
+
+
+def test_help_lists_the_configs_and_their_arguments(capsys):
+    assert main.main(["--help"]) == 0
+    parts = capsys.readouterr().out.split("\n  configs/")[1:]
+    assert [part.partition(".py")[0] for part in parts] == sorted(CONFIGS)
+    for part in parts:
+        name = part.partition(".py")[0]
+        words = {word for argument in ARGUMENTS[name] if argument for word in argument.split(",")}
+        assert "as for configs/cifar10.py" in part or all(word in part for word in words), part
 
 
 def test_help_on_a_config_shows_its_options(capsys):
@@ -565,8 +576,7 @@ def documented_commands():
 def test_documented_commands_have_valid_configs(command):
     arguments = shlex.split(command.replace("$", ""))
     config = options.load(next(a.removeprefix("--config=") for a in arguments if a.startswith("--config=")))
-    for override in (a.removeprefix("--config.") for a in arguments if a.startswith("--config.")):
-        options.override(config, override)
+    options.override_all(config, [a.removeprefix("--config.") for a in arguments if a.startswith("--config.")])
     if config.checkpoint.init_from and config.model.variant == options.INIT_FROM:  # there is no such file here
         config.model.variant, config.data.normalization = "B/16", "half"
     check_config(config)

@@ -62,19 +62,17 @@ def _unknown(argument: str) -> UserError:
     """Returns the error for an unknown argument, with what to type in its place."""
     name, equals, value = argument.lstrip("-").partition("=")
     near = config.nearest_options(name) if argument.startswith("-") or equals else []
-    flag = nearest(name, ("config", "workdir", "help"), cutoff=0.75)
-    if flag:
-        meant = f"--{flag[0]}{equals}{value}"
+    way_out = "options are --config.SECTION.OPTION=VALUE; see --help"
+    if flag := nearest(name, ("config", "workdir", "help"), cutoff=0.75):
+        way_out = f"nearest: --{flag[0]}{equals}{value}"
     elif name.endswith(".py") and not equals:
-        meant = f"--config={name}"
+        way_out = f"nearest: --config={name}"
     elif note := config.note(name):
-        return UserError(f"unknown argument: {argument}\n  {note}")
+        way_out = note
     elif near:
         value = value if config.takes_same_values(name, near[0]) else ""
-        meant = f"--config.{near[0]}={value or 'VALUE'}"
-    else:
-        return UserError(f"unknown argument: {argument}\n  options are --config.SECTION.OPTION=VALUE; see --help")
-    return UserError(f"unknown argument: {argument}\n  nearest: {meant}")
+        way_out = f"nearest: --config.{near[0]}={value or 'VALUE'}"
+    return UserError(f"unknown argument: {argument}\n  {way_out}")
 
 
 def show_help(spec: str | None, overrides: list[str]) -> None:
@@ -84,7 +82,8 @@ def show_help(spec: str | None, overrides: list[str]) -> None:
         UserError: the config cannot be loaded, or an override is wrong.
     """
     if spec is None:
-        terminal.output(make_parser().format_help(), end="")
+        terminal.output(make_parser().format_help())
+        terminal.output(f"configs, for --config=FILE or --config=FILE:ARG:\n{document.shipped_configs()}")
         return
     loaded = config.load(spec)
     read_in_file = config.read_options(loaded)

@@ -126,7 +126,7 @@ def _check_augment(config: ConfigDict) -> None:
     if section.crop_padding and section.resized_crop:
         raise UserError(
             f"config.augment.resized_crop is True and crop_padding is {section.crop_padding}\n"
-            "  allowed: one of the two crops"
+            "  allowed: one of the two crops; set crop_padding=0 or resized_crop=False"
         )
     for name in ("crop_area", "erasing_area"):
         minimum, maximum = section[f"min_{name}"], section[f"max_{name}"]

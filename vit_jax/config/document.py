@@ -11,7 +11,7 @@ import textwrap
 from ml_collections import ConfigDict
 
 from vit_jax import terminal
-from vit_jax.config.module import ROOT
+from vit_jax.config.module import ROOT, shipped_arguments
 from vit_jax.config.option import Option
 from vit_jax.config.schema import OPTIONS, REMOVED
 
@@ -78,6 +78,17 @@ def _escaped(text: str) -> str:
 def _shown(option: Option, value: object) -> str:
     """Returns a value as it is written on the command line; numbers with at most six digits."""
     return f"{value:.6g}" if isinstance(value, float) else option.text(value)
+
+
+def shipped_configs() -> str:
+    """Returns the paths of the shipped configs, each with its title and arguments; at most 100 columns wide."""
+    lines = []
+    for path, (title, arguments) in shipped_arguments().items():
+        lines.append(f"  {path}")
+        for text in filter(None, (title, arguments and f"ARG: {arguments}")):
+            indents = {"initial_indent": "    ", "subsequent_indent": "      "}
+            lines += textwrap.wrap(text, WIDTH, break_on_hyphens=False, **indents)
+    return "\n".join(lines)
 
 
 def describe(config: ConfigDict, name: str) -> str:

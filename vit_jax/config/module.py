@@ -64,6 +64,17 @@ def call_adapt(spec: str, config: Any, typed: set[str]) -> None:
             adapt(config, typed)
 
 
+def shipped_arguments() -> dict[str, tuple[str, str]]:
+    """Returns, by path, the title of every shipped config and the arguments that it takes, in words ('': none)."""
+    found = {}
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        with _siblings(file):
+            module = _import(file)
+        title, words = (module.__doc__ or "").partition("\n")[0], getattr(module, "ARGUMENTS", "")
+        found[f"configs/{file.name}"] = title, " ".join(words.split())
+    return found
+
+
 def split(spec: str) -> tuple[str, str]:
     """Returns file and argument of 'FILE' or 'FILE:ARG', either of which may contain colons.
 

@@ -165,6 +165,6 @@ def takes_same_values(name: str, option: str) -> bool:
 
 def _parts(name: str) -> tuple[str, str]:
     """Returns section and key of a name, in lower case and with underscores."""
-    given = name[:200].lower().replace("-", "_").removeprefix("config.").rstrip(".")
-    above, _, key = given.rpartition(".")
+    spelled = name[:200].lower().replace("-", "_").removeprefix("config.").rstrip(".")
+    above, _, key = spelled.rpartition(".")
     return above.rpartition(".")[2], key

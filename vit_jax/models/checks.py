@@ -206,7 +206,9 @@ def check_encoder(backbone: Any, positions_at_input: bool = False) -> None:
             "classes None and pooling 'none'"
         )
     if backbone.stem is not None:
-        raise ValueError(f"stem is {backbone.stem}: patches of its feature map overlap in the image, use no stem")
+        raise ValueError(
+            f"stem is {backbone.stem}: patches of its feature map overlap in the image; use no stem, as in B/16"
+        )
     at = where_applied(backbone.position, backbone.position_at)
     if positions_at_input and at != "input":
         allowed = ", ".join(name for name, kind in POSITIONS.items() if "input" in kind.at)
