@@ -108,8 +108,8 @@ def take_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
     return overrides, rest
 
 
-def make_config(spec: str, overrides: list[str], workdir: Path | None = None) -> ConfigDict:
-    """Returns the config of 'FILE' or 'FILE:ARG' with overrides, complete and checked.
+def make_config(spec: str | ConfigDict, overrides: list[str], workdir: Path | None = None) -> ConfigDict:
+    """Returns the config of 'FILE' or 'FILE:ARG', or a copy of a config, with overrides, complete and checked.
 
     What the config takes from its initial weights or from a folder of images is taken from the run in `workdir`
     instead, if one has begun there.

@@ -1,39 +1,40 @@
-"""Inference with a trained classifier: images of any format and size in, class names and probabilities out."""
+"""Inference with a trained model: images of any format and size in; class names, probabilities and features out."""
 
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
-import PIL.Image
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 
-from vit_jax import arguments, paths, sharding, terminal, weights
+from vit_jax import arguments, paths, sharding, weights
 from vit_jax.checkpoint import input_spec
 from vit_jax.checkpoint.input_spec import InputSpec
-from vit_jax.data import images as image_files
-from vit_jax.data import listing, normalization
+from vit_jax.data import listing, normalization, user_images
 from vit_jax.data.augment import Augment
-from vit_jax.data.listing import LeftOut
-from vit_jax.errors import UserError, one_line
+from vit_jax.data.user_images import Image, expand
+from vit_jax.errors import UserError, few
 from vit_jax.evaluation import extraction
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.vit import VisionTransformer, extra_tokens
 from vit_jax.objectives import losses
 from vit_jax.training import run_directory, setup
 
 BATCH_SIZE = 64
 TOP = 5
+MAX_SHOWN = 20  # predictions that a list of them shows
 _BATCHES_AHEAD = 2  # decoded while the device computes
 
-# A path, the contents of an image file or a file opened for reading bytes, an opened image of Pillow, or an array.
-Image = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | np.ndarray | jax.Array | PIL.Image.Image
-_BYTES = (bytes, bytearray, memoryview)
+__all__ = ["Classifier", "Guess", "Prediction", "Predictions", "Predictor", "Unreadable", "expand", "of_file", "of_run"]
+
+# Outputs of a model: one array [images, ...], or a dictionary of them by head.
+Outputs = Float32[np.ndarray, "images *outputs"] | dict[str, Float32[np.ndarray, "images *outputs"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,11 @@ class Guess:
     label: str
     probability: float
 
+    def __repr__(self) -> str:
+        return f"{listing.printable(self.label)} {100 * self.probability:.1f} %"
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """The predictions for one image.
 
@@ -68,6 +72,28 @@ class Prediction:
         """The most probable class of the first head."""
         return self.guesses[0].label
 
+    @property
+    def probability(self) -> float:
+        """The probability of `label`."""
+        return self.guesses[0].probability
+
+    def describe(self) -> str:
+        """Returns 'cat 93.1 %, dog 4.2 %'; of several heads, 'label: cat 93.1 %; color: black 88.0 %'."""
+        parts = {head: ", ".join(map(repr, guesses)) for head, guesses in self.heads.items()}
+        return "; ".join(f"{head}: {part}" if len(parts) > 1 else part for head, part in parts.items())
+
+    def __repr__(self) -> str:
+        name = f"image {self.image}" if isinstance(self.image, int) else listing.printable(self.image)
+        return f"{name}: {self.describe()}"
+
+
+class Predictions(list[Prediction]):
+    """A list of predictions, shown with one line per image."""
+
+    def __repr__(self) -> str:
+        more = [f"... and {len(self) - MAX_SHOWN:,} more"] if len(self) > MAX_SHOWN else []
+        return "\n".join([*map(repr, self[:MAX_SHOWN]), *more]) or "[]"
+
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
@@ -79,15 +105,17 @@ class Unreadable:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A model with a head, and its preprocessing.
+    """A model and its preprocessing.
 
     Attributes:
-        model: its `classes` is not None.
+        model: its `classes` is None if it has no head.
         parameters: of the model.
         augment: normalizes images, and makes the views that evaluation averages over.
         inputs: the shape of the images, and the class names of each head.
         loss: the key of `losses.LOSSES` that the model was trained with: 'softmax' (one class per image) or 'sigmoid'
             (each class independently).
+        source: where the parameters come from, in a few words.
+        no_head: why there is no head, if there is none.
     """
 
     model: VisionTransformer
@@ -95,12 +123,19 @@ class Classifier:
     augment: Augment
     inputs: InputSpec
     loss: str = "softmax"
+    source: str = ""
+    no_head: str = "the model has no head"
 
 
 class Predictor:
     """Applies a trained model to images: arrays, or files of any size and format that Pillow reads.
 
-    Numbers may be those of Python, NumPy or JAX.
+    Images are resized and normalized as in evaluation. Numbers may be those of Python, NumPy or JAX.
+
+    Attributes:
+        module: the Vision Transformer.
+        parameters: of the module, on the devices.
+        inputs: the shape of the images that it takes, their mean and std, and the class names.
     """
 
     def __init__(
@@ -121,23 +156,40 @@ class Predictor:
             UserError: there is no run, or no such checkpoint; an argument has the wrong type.
         """
         batch_size = arguments.integer("batch_size", batch_size)
-        mesh = sharding.make_mesh(None)  # first: without devices, no checkpoint can be read
+        self._mesh = sharding.make_mesh(None)  # first: without devices, no checkpoint can be read
         classifier = source if isinstance(source, Classifier) else of_run(source, step)
-        model, augment, loss = classifier.model, classifier.augment, classifier.loss
-        self.inputs = classifier.inputs
-        self._model_classes = model.classes
-        self._batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._data_sharding = sharding.data_sharding(mesh)
-        self._parameters = jax.device_put(classifier.parameters, sharding.replicated(mesh))
+        self._classifier = classifier
+        self.module, self.inputs = classifier.model, classifier.inputs
+        self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
+        self._data_sharding = sharding.data_sharding(self._mesh)
+        self.parameters = jax.device_put(classifier.parameters, sharding.replicated(self._mesh))
 
-        def apply(parameters: Any, images: jax.Array) -> Any:
-            views = [model.apply({"params": parameters}, view) for view in augment.views(images)]
-            return losses.average_views(views, loss)
+    @property
+    def classes(self) -> tuple[str, ...] | dict[str, tuple[str, ...]] | None:
+        """The class names, in the order of the logits; by head for several heads, None without a head."""
+        if self.module.classes is None:
+            return None
+        return dict(self.inputs.classes) if self._has_several_heads else next(iter(self.inputs.classes.values()))
 
-        self._to_probabilities = _TO_PROBABILITIES[loss]
-        self._apply = jax.jit(apply, out_shardings=sharding.replicated(mesh))
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model takes, in pixels."""
+        return self.inputs.image_shape[:2]
 
-    def __call__(self, images: Image | Iterable[Image], top: int | np.integer = TOP) -> list[Prediction]:
+    @property
+    def _has_several_heads(self) -> bool:
+        return isinstance(self.module.classes, Mapping)
+
+    def __repr__(self) -> str:
+        model, (height, width, channels) = self.module, self.inputs.image_shape
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.parameters))
+        named = {} if model.classes is None else self.inputs.classes
+        heads = [f"{len(names):,} classes ({listing.printable(few(names))})" for names in named.values()]
+        size = f"patch {model.patch_size}, width {model.width}, depth {model.depth}; {count:,} parameters"
+        images = f"images of {height}x{width}x{channels}"
+        return f"<{self._classifier.source}: {size}; {images}; {' and '.join(heads) or 'no head'}>"
+
+    def __call__(self, images: Image | Iterable[Image], top: int | np.integer = TOP) -> Predictions:
         """Returns the predictions for each image, in the order of the images.
 
         Args:
@@ -146,30 +198,45 @@ class Predictor:
             top: number of classes per head.
 
         Raises:
-            UserError: an image cannot be read, or an argument has the wrong type.
+            UserError: an image cannot be read, an argument has the wrong type, or the model has no head.
         """
-        several = enumerate(_as_images(images))
-        each = (expand([image]) if isinstance(image, str) else [_checked(index, image)] for index, image in several)
-        predictions = []
-        for prediction in self.stream(itertools.chain.from_iterable(each), top):
+        predictions = Predictions()
+        for prediction in self.stream(_checked(images), top):
             if isinstance(prediction, Unreadable):
-                raise UserError(
-                    f"{prediction.image} cannot be read as an image: {prediction.reason}\n"
-                    "  leave it out, or use Predictor.stream, which yields Unreadable in its place"
-                )
+                _refuse(prediction.image, prediction.reason)
             predictions.append(prediction)
         return predictions
 
-    def stream(self, images: Iterable[Image], top: int | np.integer = TOP) -> Iterator[Prediction | Unreadable]:
+    def predict(self, images: Image | Iterable[Image], top: int | np.integer = TOP) -> Predictions:
+        """Returns what calling the object returns."""
+        return self(images, top)
+
+    def logits(self, images: Image | Iterable[Image]) -> Outputs:
+        """Returns the logits [images, classes], by head for several heads; images and errors as for a call.
+
+        If evaluation averages over views of an image, they are the logits of the mean probabilities.
+        """
+        return self._arrays(self._apply, images)
+
+    def probabilities(self, images: Image | Iterable[Image]) -> Outputs:
+        """Returns the probabilities [images, classes], by head for several heads; images and errors as for a call."""
+        convert = _TO_PROBABILITIES[self._classifier.loss]
+        return jax.tree.map(lambda rows: convert(rows.astype(np.float64)).astype(np.float32), self.logits(images))
+
+    def features(self, images: Image | Iterable[Image], patches: bool = False) -> Float32[np.ndarray, "images *_"]:
+        """Returns the input of the head, [images, width], as `vit_jax.features` stores it; images as for a call.
+
+        Args:
+            images: as for a call.
+            patches: return the outputs of the patches, [images, patches, width], in row-major order, before pooling.
+        """
+        return self._arrays(self._patches if patches else self._features, images)
+
+    def stream(self, images: Image | Iterable[Image], top: int | np.integer = TOP) -> Iterator[Prediction | Unreadable]:
         """Yields the predictions for each image, computed in batches, or `Unreadable` for one that cannot be read."""
         top = arguments.integer("top", top)
-        for names, decoded in self._decode(images):
-            batch = np.zeros((self._batch_size, *self.inputs.image_shape), np.uint8)
-            for index, image in enumerate(decoded):
-                if isinstance(image, np.ndarray):
-                    batch[index] = image
-            logits = jax.device_get(self._apply(self._parameters, jax.device_put(batch, self._data_sharding)))
-            if not isinstance(self._model_classes, Mapping):
+        for names, decoded, logits in self._outputs(self._apply, images):
+            if not self._has_several_heads:
                 logits = {next(iter(self.inputs.classes)): logits}
             for index, (name, image) in enumerate(zip(names, decoded, strict=True)):
                 if isinstance(image, str):
@@ -177,16 +244,75 @@ class Predictor:
                 else:
                     yield self._prediction(name, {head: rows[index] for head, rows in logits.items()}, top)
 
+    @functools.cached_property
+    def _apply(self) -> Callable[[Any, jax.Array], Any]:
+        """The compiled function (parameters, uint8 images) -> logits."""
+        if self.module.classes is None:
+            raise UserError(
+                f"{self._classifier.source}: {self._classifier.no_head}, so it cannot classify\n"
+                "  use .features(images), or the weights of a classifier"
+            )
+        model, augment, loss = self.module, self._classifier.augment, self._classifier.loss
+
+        def apply(parameters: Any, images: jax.Array) -> Any:
+            views = [model.apply({"params": parameters}, view) for view in augment.views(images)]
+            return losses.average_views(views, loss)
+
+        return self._compile(apply)
+
+    @functools.cached_property
+    def _features(self) -> Callable[[Any, jax.Array], Any]:
+        return self._compile_headless(self.module.clone(classes=None), 0)
+
+    @functools.cached_property
+    def _patches(self) -> Callable[[Any, jax.Array], Any]:
+        return self._compile_headless(self.module.clone(classes=None, pooling="none"), extra_tokens(self.module))
+
+    def _compile_headless(self, model: VisionTransformer, first_token: int) -> Callable[[Any, jax.Array], Any]:
+        augment = self._classifier.augment
+
+        def apply(parameters: Any, images: jax.Array) -> Any:
+            return model.apply({"params": parameters}, augment.normalize(images))[:, first_token:]
+
+        return self._compile(apply)
+
+    def _compile(self, apply: Callable[[Any, jax.Array], Any]) -> Callable[[Any, jax.Array], Any]:
+        return jax.jit(apply, out_shardings=sharding.replicated(self._mesh))
+
+    def _arrays(self, apply: Callable[[Any, jax.Array], Any], images: Image | Iterable[Image]) -> Any:
+        """Returns the outputs for all images, in float32; raises UserError if one cannot be read."""
+        shape = jax.ShapeDtypeStruct((0, *self.inputs.image_shape), np.uint8)
+        empty = jax.eval_shape(apply, self.parameters, shape)
+        parts = [jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), empty)]
+        for names, decoded, outputs in self._outputs(apply, _checked(images)):
+            for name, image in zip(names, decoded, strict=True):
+                if isinstance(image, str):
+                    _refuse(name, image)
+            real = slice(len(names))
+            parts.append(jax.tree.map(lambda rows, real=real: rows[real].astype(np.float32), outputs))
+        return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+
+    def _outputs(
+        self, apply: Callable[[Any, jax.Array], Any], images: Iterable[Image]
+    ) -> Iterator[tuple[list[str | int], list[UInt8[np.ndarray, "height width channels"] | str], Any]]:
+        """Yields names, decoded images (or reasons) and outputs of each batch; the last outputs are padding."""
+        for names, decoded in self._decode(images):
+            batch = np.zeros((self._batch_size, *self.inputs.image_shape), np.uint8)
+            for index, image in enumerate(decoded):
+                if isinstance(image, np.ndarray):
+                    batch[index] = image
+            yield names, decoded, jax.device_get(apply(self.parameters, jax.device_put(batch, self._data_sharding)))
+
     def _decode(
         self, images: Iterable[Image]
     ) -> Iterator[tuple[list[str | int], list[UInt8[np.ndarray, "height width channels"] | str]]]:
         """Yields batches of names and images, decoded ahead of time; for an unreadable image, the reason."""
-        numbered, pending = enumerate(_as_images(images)), collections.deque()
+        numbered, pending = enumerate(user_images.each_image(images)), collections.deque()
         with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
             while True:
                 while len(pending) <= _BATCHES_AHEAD and (chunk := list(itertools.islice(numbered, self._batch_size))):
                     names = [os.fspath(image) if isinstance(image, str | Path) else index for index, image in chunk]
-                    jobs = [threads.submit(_read, image, self.inputs.image_shape) for _, image in chunk]
+                    jobs = [threads.submit(user_images.read, image, self.inputs.image_shape) for _, image in chunk]
                     pending.append((names, jobs))
                 if not pending:
                     return
@@ -198,146 +324,48 @@ class Predictor:
         for head, row in logits.items():
             if not np.isfinite(row).all():
                 raise UserError(f"{name}: the outputs of the model are not finite\n  use another checkpoint or file")
-            probabilities = self._to_probabilities(row.astype(np.float64))
+            probabilities = _TO_PROBABILITIES[self._classifier.loss](row.astype(np.float64))
             best = np.argsort(-probabilities, kind="stable")[:top]
             names = self.inputs.classes[head]
             heads[head] = tuple(Guess(names[index], float(probabilities[index])) for index in best)
         return Prediction(name, heads, logits)
 
 
-def _softmax(logits: Float[np.ndarray, " classes"]) -> Float[np.ndarray, " classes"]:
-    exponentials = np.exp(logits - logits.max())
-    return exponentials / exponentials.sum()
+def _checked(images: Image | Iterable[Image]) -> Iterator[Image]:
+    """Yields each image, those of directories in their place; raises UserError at an array that cannot be an image."""
+    several = enumerate(user_images.each_image(images))
+    each = (expand([one]) if isinstance(one, str) else [user_images.checked(index, one)] for index, one in several)
+    return itertools.chain.from_iterable(each)
 
 
-def _sigmoid(logits: Float[np.ndarray, " classes"]) -> Float[np.ndarray, " classes"]:
+def _refuse(image: str | int, reason: str) -> NoReturn:
+    raise UserError(
+        f"{image} cannot be read as an image: {reason}\n"
+        "  leave it out, or use Predictor.stream, which yields Unreadable in its place"
+    )
+
+
+def _softmax(logits: Float[np.ndarray, "*rows classes"]) -> Float[np.ndarray, "*rows classes"]:
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def _sigmoid(logits: Float[np.ndarray, "*rows classes"]) -> Float[np.ndarray, "*rows classes"]:
     return np.exp(-np.logaddexp(0, -logits))
 
 
 _TO_PROBABILITIES = {"softmax": _softmax, "sigmoid": _sigmoid}
 
 
-def _read(image: Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"] | str:
-    """Returns an image as the model takes it, resized as in training; or the reason why it cannot be read."""
-    try:
-        if not isinstance(image, np.ndarray):
-            return _decode_other(image, shape)
-        if image.dtype != np.uint8:
-            return f"the array has dtype {image.dtype}, not uint8"
-        if not _is_image_shape(image.shape):
-            return f"the array has shape {image.shape}, not [height, width] or [height, width, 1, 3 or 4]"
-        opened = PIL.Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
-        return image_files.convert(opened, shape)
-    except (image_files.ImageError, UserError) as error:
-        return one_line(error)
-
-
-def _decode_other(image: Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"]:
-    """Returns what `_read` does, of anything but an array."""
-    if isinstance(image, PIL.Image.Image):
-        return image_files.convert(image, shape)
-    return image_files.decode(image if isinstance(image, bytes) else Path(image), shape)
-
-
-def _as_images(images: Image | Iterable[Image]) -> Iterator[Image]:
-    """Yields one image or several: paths as text, arrays as those of NumPy; bytes and Pillow's images as they are.
-
-    Raises:
-        UserError: something else is among them.
-    """
-    if isinstance(images, np.ndarray) and images.dtype.kind in "OUST":  # of paths, or of other images
-        images = images.ravel().tolist()
-    is_array = hasattr(images, "__array__") and not isinstance(images, PIL.Image.Image)
-    single = isinstance(images, (str, *_BYTES, os.PathLike, PIL.Image.Image)) or hasattr(images, "read")
-    if single or (is_array and np.ndim(images) < 4):
-        yield _as_image("images", images)
-        return
-    if not isinstance(images, Iterable):
-        raise _not_an_image("images", images)
-    for index, image in enumerate(np.asarray(images) if is_array else images):
-        yield _as_image(f"images[{index}]", image)
-
-
-def _as_image(name: str, image: Any) -> Image:
-    if hasattr(image, "read"):
-        image = image.read()
-        if not isinstance(image, bytes):
-            raise UserError(f"{name} is a file that was opened for reading text\n  open it with the mode 'rb'")
-        return image
-    if isinstance(image, _BYTES):  # a path only if there is such a file: contents of images are none
-        image = bytes(image)
-        return os.fsdecode(image) if os.path.exists(image) else image
-    if isinstance(image, str | os.PathLike):
-        return os.fsdecode(image)
-    if isinstance(image, PIL.Image.Image):
-        return image
-    if not hasattr(image, "__array__"):
-        raise _not_an_image(name, image)
-    return np.asarray(image)
-
-
-def _checked(index: int, image: Image) -> Image:
-    """Returns the image; raises UserError if it is an array that cannot be an image."""
-    if not isinstance(image, np.ndarray):
-        return image
-    if image.dtype != np.uint8:
-        raise UserError(
-            f"images[{index}] has pixels of dtype {image.dtype}\n  allowed: uint8, from 0 to 255; "
-            "of floats from 0 to 1, pass (255 * image).round().astype('uint8')"
-        )
-    if not _is_image_shape(image.shape):
-        raise UserError(
-            f"images[{index}] has shape {list(image.shape)}\n"
-            "  allowed: [height, width], or [height, width, channels] with 1, 3 or 4 channels"
-        )
-    return image
-
-
-def _is_image_shape(shape: tuple[int, ...]) -> bool:
-    """Returns whether a shape is [height, width], or [height, width, channels] with 1, 3 or 4 channels; none is 0."""
-    return len(shape) in (2, 3) and shape[2:] in ((), (1,), (3,), (4,)) and 0 not in shape
-
-
-def _not_an_image(name: str, value: Any) -> UserError:
-    return UserError(
-        f"{name} is {arguments.shown(value)}\n  allowed: a path, bytes of an image file, an image of Pillow, or a "
-        "uint8 array\n  pass a list of pixels as np.asarray(image, np.uint8)"
-    )
-
-
-def expand(images: Iterable[Image], say: Callable[[str], Any] = terminal.warn) -> Iterator[Image]:
-    """Yields the images; in place of a directory, the images below it, sorted by path; links are followed.
-
-    Args:
-        images: paths and arrays.
-        say: called with a line about what is left out of a directory; by default, that is printed to stderr.
-    """
-    for image in images:
-        if not isinstance(image, np.ndarray) and os.path.isdir(image):
-            yield from _images_below(Path(image), say)
-        else:
-            yield image
-
-
-def _images_below(directory: Path, say: Callable[[str], Any]) -> list[Path]:
-    extensions = {name for name, format_ in PIL.Image.registered_extensions().items() if format_ in PIL.Image.OPEN}
-    found, left_out = [], LeftOut(directory)
-    for path in map(Path, listing.files_below(directory, left_out)):
-        if path.suffix.lower() in extensions:
-            found.append(path)
-        else:
-            left_out.add("without the extension of an image", path)
-    if text := left_out.describe():
-        say(f"{listing.printable(str(directory))}: {text}")
-    return sorted(found)
-
-
-def of_run(workdir: str | bytes | os.PathLike, step: int | np.integer | str | None = None) -> Classifier:
+def of_run(
+    workdir: str | bytes | os.PathLike, step: int | np.integer | str | None = None, *, needs_head: bool = True
+) -> Classifier:
     """Returns the model of a run with its preprocessing and class names: from data.json, else from its data.
 
     Args:
         workdir: the run directory.
         step: a step, or 'best'; None for the newest checkpoint.
+        needs_head: refuse a model without a head.
 
     Raises:
         UserError: there is no run or no such checkpoint, the model has no head, or data.json and the data are missing.
@@ -346,8 +374,8 @@ def of_run(workdir: str | bytes | os.PathLike, step: int | np.integer | str | No
     if step is not None:
         step = arguments.integer("step", step, minimum=0, words=("best",))
     config = run_directory.trained_config(workdir)
-    model, parameters, _ = weights.load(workdir, **({} if step is None else {"step": step}))
-    if model.classes is None:
+    model, parameters, report = weights.load(workdir, **({} if step is None else {"step": step}))
+    if model.classes is None and needs_head:
         raise UserError(
             f"{workdir}: the model has no head, so it cannot classify\n  use a run that trained a classifier"
         )
@@ -361,7 +389,8 @@ def of_run(workdir: str | bytes | os.PathLike, step: int | np.integer | str | No
     model = extraction.prepare_for_device(model, config.model.dtype, tuple(size), channels, attention=kernel)
     views = {name: config.augment[name] for name in ("test_flip", "test_shift")}
     augment = Augment(inputs.mean, inputs.std, dtype=model.dtype, **views)
-    return Classifier(model, parameters, augment, inputs, config.train.loss)
+    source = "; ".join((str(workdir), *report.notes))
+    return Classifier(model, parameters, augment, inputs, config.train.loss, source)
 
 
 def of_file(
@@ -369,6 +398,8 @@ def of_file(
     class_names: Iterable[str] | None = None,
     image_size: int | np.integer | None = None,
     normalize: str | None = None,
+    *,
+    needs_head: bool = True,
 ) -> Classifier:
     """Returns the model of a weights file with its preprocessing, for `Predictor`.
 
@@ -378,6 +409,7 @@ def of_file(
         image_size: side in pixels; None for the size that the position embeddings are for.
         normalize: 'half' for mean and std 0.5 (Google's models), or 'imagenet' for ImageNet's (DeiT, DINO, MAE); None
             for what the file says, or 'half' if it says nothing.
+        needs_head: refuse a file without a head that can be used; else, its model returns features alone.
 
     Raises:
         UserError: the file cannot be read, has no head, or does not match the other arguments.
@@ -387,11 +419,13 @@ def of_file(
         class_names = arguments.names("class_names", class_names)
     if image_size is not None:
         image_size = arguments.integer("image_size", image_size)
-    model, parameters, report = weights.load(file, **({} if image_size is None else {"image_size": image_size}))
-    if not isinstance(model.classes, int):
+    overrides = {} if image_size is None else {"image_size": image_size}
+    refusal = None if needs_head else weights.recognise(file, **overrides).head_refusal
+    model, parameters, report = weights.load(file, **overrides, **({"classes": None} if refusal else {}))
+    if not isinstance(model.classes, int) and (needs_head or model.classes is not None):
         raise UserError(f"{file}: the model has no head\n  use the weights of a classifier")
-    names = tuple(class_names or report.class_names or map(str, range(model.classes)))
-    if len(names) != model.classes:
+    names = tuple(class_names or report.class_names or map(str, range(model.classes or 0)))
+    if len(names) != (model.classes or 0) and (model.classes is not None or class_names):
         raise UserError(
             f"{file} has {model.classes} classes, but {len(names)} class names are given\n  allowed: one per class"
         )
@@ -409,4 +443,5 @@ def of_file(
     shape = (*report.image_size, report.channels)
     model = extraction.prepare_for_device(model, "auto", report.image_size, report.channels)
     augment = Augment(*statistics, dtype=model.dtype)
-    return Classifier(model, parameters, augment, InputSpec(str(file), shape, *statistics, {"label": names}))
+    inputs = InputSpec(str(file), shape, *statistics, {"label": names})
+    return Classifier(model, parameters, augment, inputs, source=str(file), no_head=refusal or Classifier.no_head)

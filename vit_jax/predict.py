@@ -92,7 +92,7 @@ def predict(flags: argparse.Namespace) -> int:
             continue
         rows += _rows(prediction, has_several_heads)
         drawn.append(prediction)
-        terminal.output((_json if flags.json else _line)(prediction, has_several_heads))
+        terminal.output(_json(prediction, has_several_heads) if flags.json else _line(prediction))
         if terminal.lost() and not flags.csv and not flags.picture:
             break
     if flags.csv:
@@ -167,12 +167,8 @@ def _json(prediction: "Prediction", has_several_heads: bool) -> str:
     return atomic.to_json({"path": prediction.image, "predictions": predictions})
 
 
-def _line(prediction: "Prediction", has_several_heads: bool) -> str:
-    parts = []
-    for head, guesses in prediction.heads.items():
-        classes = ", ".join(f"{guess.label} {100 * guess.probability:.1f} %" for guess in guesses)
-        parts.append(f"{head}: {classes}" if has_several_heads else classes)
-    return f"{prediction.image}  {'; '.join(parts)}"
+def _line(prediction: "Prediction") -> str:
+    return f"{prediction.image}  {prediction.describe()}"
 
 
 def main(arguments: list[str]) -> int:

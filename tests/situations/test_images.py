@@ -26,8 +26,8 @@ from helpers_images import (
 )
 from PIL import Image
 
-from vit_jax import inference, predict
-from vit_jax.data import folder, images, sources
+from vit_jax import predict
+from vit_jax.data import folder, images, sources, user_images
 from vit_jax.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
@@ -76,7 +76,7 @@ def test_opened_images_without_a_rule_are_refused(mode, words):
 @pytest.mark.parametrize("name", ["float-tiff", "signed-32-bit-tiff", "signed-16-bit-tiff", "unsigned-32-bit-tiff"])
 def test_the_conversion_that_is_advised_works(name, tmp_path):
     (tmp_path / "image.tif").write_bytes(REFUSED[name][0])
-    advice = inference._read(tmp_path / "image.tif", SHAPE).partition("scale all images alike: ")[2]
+    advice = user_images.read(tmp_path / "image.tif", SHAPE).partition("scale all images alike: ")[2]
     with Image.open(tmp_path / "image.tif") as image:
         x = np.asarray(image)
     black, white = (0, 1) if x.dtype.kind == "f" else (-1024, 65535 - 1024)
@@ -160,7 +160,7 @@ def test_what_is_no_file_is_refused_or_skipped_and_never_opened(name, tree, monk
     assert str(caught.value).startswith(f"{path} cannot be read as an image: ")
     assert folder.skip_broken(tree, files, tree / "list.json") == files[:1] and words in capsys.readouterr().err
     assert not (tree / "list.json").exists()  # it may be readable next time
-    assert words in inference._read(path, SHAPE)
+    assert words in user_images.read(path, SHAPE)
 
 
 @pytest.mark.parametrize("name", mostly_slow(REFUSED, 3))
@@ -178,14 +178,14 @@ def test_what_is_no_image_is_refused_or_skipped_by_name(name, tree, capsys):
         source = load(tree, decoded=decoded, skip_broken=True)
         error = capsys.readouterr().err
         assert len(source) == 3 and "skipping 1 of 4 files" in error and "cat/odd.png: " in error and words in error
-    reason = inference._read(path, SHAPE)
+    reason = user_images.read(path, SHAPE)
     assert isinstance(reason, str) and words in reason and "\n" not in reason
 
 
 def test_a_directory_with_the_name_of_an_image_is_a_directory(tree):
     (tree / "train/cat/odd.png").mkdir()
     (tree / "train/cat/odd.png/inner.png").write_bytes(saved(RGB, "PNG"))
-    assert len(load(tree)) == 4 and inference._read(tree / "train/cat/odd.png", SHAPE) == "it is a directory"
+    assert len(load(tree)) == 4 and user_images.read(tree / "train/cat/odd.png", SHAPE) == "it is a directory"
 
 
 def test_only_unreadable_files_are_an_error(tree):
@@ -208,7 +208,7 @@ def test_errors_of_the_machine_are_not_the_image_s(number, tree, monkeypatch):
         with pytest.raises(UserError, match=os.strerror(number)) as caught:
             load(tree, skip_broken=skip_broken)
         assert str(tree) in str(caught.value)
-    assert "cannot be read now" in inference._read(tree / "train/cat/a.png", SHAPE)
+    assert "cannot be read now" in user_images.read(tree / "train/cat/a.png", SHAPE)
     monkeypatch.undo()
     assert len(load(tree, skip_broken=True)) == 3
 
@@ -233,7 +233,7 @@ def test_whatever_a_decoder_raises_is_the_image_s_fault(error, tree, monkeypatch
         load(tree)
     assert len(str(caught.value).splitlines()) <= 3
     assert len(load(tree, skip_broken=True)) == 2 and "cat/a.png: " in capsys.readouterr().err
-    assert isinstance(inference._read(bad, SHAPE), str)
+    assert isinstance(user_images.read(bad, SHAPE), str)
 
 
 def test_a_failure_that_may_pass_is_not_remembered(tree, monkeypatch):
@@ -348,9 +348,9 @@ def test_random_files_are_read_or_refused_by_all_alike(tmp_path, capsys, limits)
     kept = folder.dataset_spec(tmp_path / "set", tmp_path / "lists").records("train")
     assert {kept.describe(index) for index in range(kept.count)} == readable
     assert f"skipping {count - len(readable):,} of {count:,} files" in capsys.readouterr().err
-    assert {path for path in readable if isinstance(inference._read(path, SHAPE), np.ndarray)} == readable
+    assert {path for path in readable if isinstance(user_images.read(path, SHAPE), np.ndarray)} == readable
     others = {records.describe(index) for index in range(count)} - readable
-    assert all(isinstance(inference._read(path, SHAPE), str) for path in others)
+    assert all(isinstance(user_images.read(path, SHAPE), str) for path in others)
     assert 0.1 < len(readable) / count < 0.9
 
 

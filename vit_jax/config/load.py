@@ -1,5 +1,6 @@
 """Configs from files, from the command line and from config.json; differences between configs."""
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -145,14 +146,16 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
     return config
 
 
-def load(spec: str) -> ConfigDict:
+def load(spec: str | ConfigDict) -> ConfigDict:
     """Returns the config of 'FILE' or 'FILE:ARG': what `get_config()` or `get_config(ARG)` of that Python file returns.
+
+    A config in place of `spec` is checked and copied.
 
     Raises:
         UserError: no such file, an error in it, an argument that it does not accept, an option that does not exist or
             is missing, or a value that is not allowed.
     """
-    config = module.call(spec)
+    config = module.call(spec) if isinstance(spec, str) else copy.deepcopy(spec)
     if isinstance(config, config_dict.FrozenConfigDict):
         config = config.as_configdict()
     if not isinstance(config, ConfigDict):

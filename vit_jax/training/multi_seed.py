@@ -36,7 +36,7 @@ def workdir_of(workdir: Path, seed: int) -> Path:
     return workdir / f"seed-{seed}"
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
+def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) -> dict[str, Any] | None:
     """Trains every seed that is not finished; returns the content of summary.json (`summarize`).
 
     None if it was stopped; the run is saved. A seed that fails does not keep the others from being trained.
@@ -44,6 +44,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Args:
         config: a checked config with `train.seeds`.
         workdir: the run directory of all seeds.
+        stop: as of `train.train`.
 
     Raises:
         UserError: as `train.train`; if seeds have failed, the error of the first one, after the others are finished.
@@ -58,7 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     run_directory.claim(workdir, _recorded_seeds(workdir, config))
     terminal.say(describe.versions(mesh))
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(config.train.max_minutes))
+        stop = stack.enter_context(stop or StopRequest(config.train.max_minutes))
         stop.on_exit, stop.exit_on_signal = release_all, True
         stack.enter_context(Lock(workdir, stop.exit_without_saving))
         changes = _changes(workdir, config)  # again: another process may have finished the run in between

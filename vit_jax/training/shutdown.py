@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from vit_jax import terminal
-from vit_jax.errors import no_thread
+from vit_jax.errors import UserError, no_thread
 
 # The last two announce the end of a job on some clusters.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -114,6 +114,50 @@ class StopRequest:
             self.on_exit()
         finally:
             os._exit(status)
+
+
+class Interruption(StopRequest):
+    """As `StopRequest`, for a program or notebook that calls `vit_jax.train`: its process is never ended.
+
+    Ctrl-C alone is received, in the main thread. The first one saves the run if there is something to save; a second
+    one, or one without anything to save, raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self, max_minutes: float | None = None):
+        super().__init__(max_minutes)
+        self._lost: str | None = None
+        self.interrupted = False
+
+    @property
+    def reason(self) -> str | None:
+        """As `StopRequest.reason`.
+
+        Raises:
+            UserError: another process has taken the run directory over.
+        """
+        if self._lost is not None:
+            raise UserError(f"{self._lost}\n  use another workdir, or wait for that process")
+        return super().reason
+
+    def __enter__(self) -> "Interruption":
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._old_handler = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(self, "_old_handler"):
+            signal.signal(signal.SIGINT, self._old_handler)
+
+    def _interrupt(self, *_: object) -> None:
+        if self.exit_on_signal or self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted, self._reason = True, self._reason or signal.SIGINT.name
+        terminal.warn(f"{signal.SIGINT.name}: saving, then stopping; repeat to stop at once, without saving")
+
+    def exit_without_saving(self, text: str) -> None:
+        """Makes `reason` raise an error with this text: another process owns the run directory."""
+        self._lost = text
 
 
 def _do_nothing(*_: object) -> None:

@@ -37,7 +37,7 @@ WRITTEN = (
 )
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
+def train(config: ConfigDict, workdir: Path, stop: StopRequest | None = None) -> dict[str, Any] | None:
     """Trains a config, or resumes the run of the run directory; returns the content of summary.json.
 
     None if it was stopped (SIGTERM, SIGINT, `train.max_minutes`); the run is saved.
@@ -45,6 +45,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     Args:
         config: a checked config.
         workdir: the run directory.
+        stop: ends the run early; None for a command, which signals and `train.max_minutes` stop.
 
     Raises:
         UserError: before anything is compiled or overwritten, if data, devices or the run directory do not fit; later,
@@ -64,7 +65,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     multihost.on_rank_0(lambda: run_directory.claim(workdir, config))
     say(describe.versions(mesh))
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(config.train.max_minutes))
+        stop = stack.enter_context(stop or StopRequest(config.train.max_minutes))
         stop.on_exit, stop.exit_on_signal = release_all, True
         multihost.on_rank_0(lambda: stack.enter_context(Lock(workdir, stop.exit_without_saving)) and None)
         proof.prove(workdir)
