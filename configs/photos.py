@@ -18,7 +18,7 @@ from vit_jax.errors import UserError
 
 SIDE = 64  # pixels, from scratch; half of it for smaller pictures
 # At least this many steps, and this many epochs.
-SCRATCH = (600, 30)
+SCRATCH = (300, 48)
 FINE_TUNED = (100, 10)
 
 

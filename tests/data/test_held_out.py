@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -215,7 +216,7 @@ def photos(root, *overrides):
 def test_photos_needs_only_a_directory(root):
     config = photos(root)
     assert config.data.held_out == 0.2 and config.data.skip_broken and config.data.image_size == 32
-    assert (config.train.steps, config.train.epochs) == (600, None)
+    assert (config.train.steps, config.train.epochs) == (300, None)
     setup.check(config)
     with pytest.raises(UserError, match=r"--config\.data\.dir=PHOTOS"):
         commands.make_config("configs/photos.py", [])
@@ -227,3 +228,15 @@ def test_the_command_line_wins_over_what_photos_adapts(root):
     assert chosen == (8, 16, 0.5, 1)
     assert config.train.evaluate_every == 2
     assert photos(root, "train.epochs=3").train.steps is None
+
+
+def test_photos_is_fine_tuned_at_the_image_size_of_the_model(root, make_run):
+    """Whatever the recipe sets for training from scratch: the model is that of the run, with a new head."""
+    run = make_run()
+    config = photos(root, f"checkpoint.init_from={run}")
+    begun = options.from_dict(json.loads((run / "config.json").read_text()))
+    for key in ("width", "depth", "heads", "mlp_width", "pooling", "position"):
+        assert config.model[key] == begun.model[key]
+    assert config.data.image_size == json.loads((run / "data.json").read_text())["image_shape"][0]
+    assert config.checkpoint.init_head == "new" and config.train.steps == 100
+    assert photos(root, f"checkpoint.init_from={run}", "data.image_size=24").data.image_size == 24
