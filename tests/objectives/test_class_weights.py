@@ -8,6 +8,7 @@ from helpers import tiny_config
 
 from vit_jax import objectives
 from vit_jax.objectives import losses
+from vit_jax.training import setup
 
 LABELS = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 3], np.int32)  # no example of class 2
 
@@ -83,3 +84,18 @@ def test_without_class_weights_the_compiled_loss_is_unchanged():
 
     expected = jax.jit(before).lower(jnp.zeros((3, 4)), jnp.zeros((3, 4))).as_text().replace("jit_before", "jit_loss")
     assert text(None) == expected != text({"label": np.ones(4, np.float32)})
+
+
+def test_an_experiment_weights_the_classes_of_its_training_split():
+    config = tiny_config(data={"train": "train[:200]", "labels": ("label", "parity")})
+    built = {}
+    for choice in ("none", "balanced"):
+        config.train.class_weights = choice
+        built[choice] = setup.assemble(config, setup.check(config), setup.load_sources(config))
+    assert built["none"].objective.class_weights is None
+    source = built["balanced"].sources["train"]
+    for name, labels in (("label", source.labels), ("parity", source.labels % 2)):
+        counts = np.array([(labels == c).sum() for c in range(labels.max() + 1)])
+        np.testing.assert_allclose(
+            built["balanced"].objective.class_weights[name], 200 / (len(counts) * counts), rtol=1e-6
+        )
