@@ -38,6 +38,7 @@ ARGUMENTS = {
         *(None, "imagenet", "imagenet21k", "folder", "cifar100", "cifar100-cpu"),
         *("mae", "mae-cpu", "masked-patches", "masked-patches-cpu"),
     ],
+    "photos": [None],
 }
 
 
@@ -327,7 +328,7 @@ CHANGEABLE = {
     "augment": " ".join(options.OPTIONS["augment"]),
     "optimizer": "learning_rate schedule warmup_steps final_learning_rate weight_decay beta1 beta2 epsilon momentum "
     "layer_decay gradient_clip",
-    "train": "steps epochs accumulation loss_weights label_smoothing evaluate_every",
+    "train": "steps epochs accumulation loss_weights class_weights label_smoothing evaluate_every",
 }
 
 

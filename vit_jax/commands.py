@@ -111,7 +111,8 @@ def take_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
 def make_config(spec: str | ConfigDict, overrides: list[str], workdir: Path | None = None) -> ConfigDict:
     """Returns the config of 'FILE' or 'FILE:ARG', or a copy of a config, with overrides, complete and checked.
 
-    What the config takes from its initial weights is taken from the run in `workdir` instead, if one has begun there.
+    What the config takes from its initial weights or from a folder of images is taken from the run in `workdir`
+    instead, if one has begun there.
 
     Raises:
         UserError: the file or an option is wrong.
@@ -120,7 +121,7 @@ def make_config(spec: str | ConfigDict, overrides: list[str], workdir: Path | No
     from vit_jax.config.check import check_config
     from vit_jax.models import variants
     from vit_jax.sharding import devices
-    from vit_jax.training import init_from, run_directory
+    from vit_jax.training import folder_config, init_from, run_directory
 
     if workdir is not None:
         run_directory.check_path(workdir)
@@ -128,7 +129,11 @@ def make_config(spec: str | ConfigDict, overrides: list[str], workdir: Path | No
     devices.override_settings()
     read_in_file = options.read_options(config)
     typed, notes = options.override_all(config, overrides)
+    options.adapt(spec, config, typed)
+    read_in_file |= options.read_options(config)
+    options.override_all(config, overrides)  # the command line wins
     init_from.complete_config(config, workdir)
+    folder_config.complete_config(config, workdir)
     # What the file sets and the command line makes pointless, such as mix_probability with mixup=0, is no mistake.
     options.reset_unread(config, read_in_file - typed)
     check_config(config)

@@ -18,6 +18,7 @@ Classifies images with a trained model and prints the most probable classes of e
 
   python -m vit_jax.predict --workdir=runs/photos holiday.jpg
   python -m vit_jax.predict --workdir=runs/photos --best --top=1 --csv=predictions.csv album/
+  python -m vit_jax.predict --workdir=runs/photos --picture=predictions.png album/
   python -m vit_jax.predict --workdir=runs/photos --json album/ | jq .predictions[0]
   python -m vit_jax.predict --init=augreg-b16-224 --classes=imagenet.txt holiday.jpg
 
@@ -60,6 +61,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--top", type=int, default=5, help="number of classes per image (default: %(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="also write path, rank, class and probability to this CSV file")
+    parser.add_argument("--picture", metavar="PNG", help="also draw the images with their most probable classes")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image")
     parser.add_argument("--batch_size", type=int, default=64, help="images per batch (default: %(default)s)")
     return parser.parse_args(arguments)
@@ -72,14 +74,14 @@ def predict(flags: argparse.Namespace) -> int:
         UserError: there is no such run or checkpoint, there are no images, or the CSV file cannot be written.
     """
     _check(flags)
-    from vit_jax import inference
+    from vit_jax import inference, prediction_sheet
 
     notes: list[str] = []
     images = list(inference.expand((paths.expand(path, "IMAGE_OR_DIRECTORY") for path in flags.images), notes.append))
     if not images:
         left_out = f"{few(notes)}\n  " if notes else ""
         raise UserError(f"no images found below {few(flags.images)}\n  {left_out}allowed: image files or directories")
-    predictor, num_unreadable, rows = _open(flags), 0, []
+    predictor, num_unreadable, rows, drawn = _open(flags), 0, [], []
     for note in notes:
         terminal.warn(note)
     has_several_heads = len(predictor.inputs.classes) > 1
@@ -91,11 +93,16 @@ def predict(flags: argparse.Namespace) -> int:
                 terminal.warn(message)
                 continue
             rows += _rows(prediction, has_several_heads)
+            drawn.append(prediction)
             terminal.output(_json(prediction, has_several_heads) if flags.json else _line(prediction))
-            if terminal.lost() and not flags.csv:
+            if terminal.lost() and not flags.csv and not flags.picture:
                 break
     if flags.csv:
         _write_csv(flags.csv, ["path", *(["head"] if has_several_heads else []), "rank", "class", "probability"], rows)
+    if flags.picture and drawn:
+        terminal.warn(
+            prediction_sheet.write(drawn, paths.expand(flags.picture, "--picture"), f"--picture={flags.picture}")
+        )
     if num_unreadable:
         terminal.warn(f"{num_unreadable:,} of {len(images):,} images could not be read")
     return 0 if not num_unreadable else 1 if num_unreadable < len(images) else 2
@@ -112,9 +119,10 @@ def _check(flags: argparse.Namespace) -> None:
             raise UserError(f"--{name} cannot be combined with {source}\n  omit it, or use {other}")
     if flags.init:
         paths.check_source(flags.init, "--init")
-    target = paths.expand(flags.csv, "--csv") if flags.csv else None
-    if target is not None and (target.is_dir() or not target.parent.is_dir()):
-        raise UserError(f"--csv={flags.csv} cannot be written\n  use a file name in an existing directory")
+    for name, value in (("--csv", flags.csv), ("--picture", flags.picture)):
+        target = paths.expand(value, name) if value else None
+        if target is not None and (target.is_dir() or not target.parent.is_dir()):
+            raise UserError(f"{name}={value} cannot be written\n  use a file name in an existing directory")
 
 
 def _open(flags: argparse.Namespace) -> "Predictor":

@@ -17,6 +17,7 @@ PASSED_ON = {
     ("config/check.py", "_check_model"): "of models.checks",
     ("config/module.py", "_errors"): "of the config file, with its line",
     ("data/splits.py", "parse"): "of its own function `_error`",
+    ("data/splits.py", "_parse_part"): "of its own function `_error`",
     ("sharding/multihost.py", "on_rank_0"): "of the action, on another rank",
     ("summary.py", "summarise"): "of models.checks",
     ("training/init_from.py", "_model_options"): "of models.variants",

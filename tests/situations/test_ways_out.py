@@ -376,7 +376,9 @@ def test_a_folder_is_read_once_the_messages_are_followed(photos, tmp_path):
     known = {"data_dir": photos, "cache_dir": tmp_path}
     assert re.search(r"config.data.dir is not set\n  set it to", message(sources.load, "folder", "train"))
     assert "set config.data.dir to" in message(sources.load, "folder", "train", data_dir=tmp_path / "nothing")
-    size = int(re.search(r"for example to (\d+)", message(sources.load, "folder", "train", **known))[1])
+    size = int(
+        re.search(r"for example --config\.data\.image_size=(\d+)", message(sources.load, "folder", "train", **known))[1]
+    )
     split = re.search(r"allowed: (\w+) \(", message(sources.load, "folder", "tset", image_size=size, **known))[1]
     labels = re.search(r"allowed: (\w+)", message(sources.load, "folder", "train", labels=["x"], **known))[1]
     assert len(sources.load("folder", split, image_size=size, labels=[labels], **known)) == 12

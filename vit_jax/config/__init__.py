@@ -9,6 +9,7 @@ return c
 """
 
 from vit_jax.config.load import (
+    adapt,
     complete,
     default,
     differences,
@@ -26,6 +27,7 @@ __all__ = [
     "INIT_FROM",
     "OPTIONS",
     "Option",
+    "adapt",
     "complete",
     "default",
     "differences",

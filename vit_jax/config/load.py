@@ -169,6 +169,20 @@ def load(spec: str | ConfigDict) -> ConfigDict:
     return config if is_ours else from_dict(config.to_dict())
 
 
+def adapt(spec: str | ConfigDict, config: ConfigDict, typed: Collection[str]) -> None:
+    """Applies `adapt(config, typed)` of the Python file of 'FILE' or 'FILE:ARG', if it has that function, to a config.
+
+    It sets what depends on options that the command line may set, such as `checkpoint.init_from` or `data.dir`; `typed`
+    are the names of those that it has set. A config in place of `spec` has no such function.
+
+    Raises:
+        UserError: an error in it, an option that does not exist, or a value that is not allowed.
+    """
+    if isinstance(spec, str):
+        module.call_adapt(spec, config, set(typed))
+        check_values(config)
+
+
 def find_option(name: str, value: Any) -> Option:
     """Returns the option 'section.key'.
 

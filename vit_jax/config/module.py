@@ -51,6 +51,19 @@ def call(spec: str) -> Any:
             return get_config(argument) if argument else get_config()
 
 
+def call_adapt(spec: str, config: Any, typed: set[str]) -> None:
+    """Calls `adapt(config, typed)` of a config file, if it has that function; the file is run anew.
+
+    Raises:
+        UserError: as `call`.
+    """
+    file = _open(spec, split(spec)[0])
+    with _siblings(file), _errors(spec, file, f"adapt of {file} failed"):
+        adapt = getattr(_import(file), "adapt", None)
+        if adapt is not None:
+            adapt(config, typed)
+
+
 def shipped_arguments() -> dict[str, tuple[str, str]]:
     """Returns, by path, the title of every shipped config and the arguments that it takes, in words ('': none)."""
     found = {}

@@ -1,26 +1,16 @@
 """Every option of a config, once: default, type, range, documentation, resume policy, and who reads it."""
 
-import functools
+from vit_jax.config.option import MAX_SEED, NAMES, SEEDS, STEPS, WEIGHTS, Option, When
+from vit_jax.config.schema_data import AUGMENT, CLASSIFY, DATA, MAX_SIDE
+from vit_jax.config.schema_data import changeable as _changeable
+from vit_jax.config.schema_data import free as _free
 
-from vit_jax.config.option import CHANGEABLE, FREE, MAX_SEED, NAMES, SEEDS, STEPS, WEIGHTS, AnyOf, Option, When
-
-MAX_DEPTH, MAX_WIDTH, MAX_SIDE = 1000, 2**20, 2**14
+MAX_DEPTH, MAX_WIDTH = 1000, 2**20
 INIT_FROM = "init_from"  # value of options that are taken from the parameters of checkpoint.init_from
 
-CLASSIFY = When("train.objective", "classify")
 MASKED = When("train.objective", "masked_patches", "masked_autoencoder")
 MASKED_AUTOENCODER = When("train.objective", "masked_autoencoder")
 ADAM = When("optimizer.name", "adamw", "adam")
-RAND_AUGMENT = When("augment.policy", "rand_augment")
-GEOMETRIC_POLICY = When("augment.policy", "rand_augment", "trivial_augment", "auto_augment")
-RESIZED_CROP = When("augment.resized_crop", True)
-ERASING = When("augment.erasing", above=0)
-MIXING = AnyOf(When("augment.mixup", above=0), When("augment.cutmix", above=0))
-NOT_EMBEDDED = When("data.name", other_than=("digits",))
-
-# Options that may differ when a run resumes: reported and recorded, or silently.
-_changeable = functools.partial(Option, resume=CHANGEABLE)
-_free = functools.partial(Option, resume=FREE)
 
 MODEL = {
     "variant": Option(
@@ -128,179 +118,6 @@ MODEL = {
     ),
 }
 
-DATA = {
-    "name": Option("digits", str, "Dataset: digits (built in), folder, arrays, or a TFDS name such as cifar10."),
-    "labels": Option(
-        ("label",),
-        NAMES,
-        "Kinds of label to train on, one head each; for example 'label,coarse_label'.",
-        read_by=CLASSIFY,
-    ),
-    "features": Option(
-        None,
-        str,
-        "Directory of stored features (python -m vit_jax.features) to train heads on. None: train on images.",
-        read_by=CLASSIFY,
-    ),
-    "train": Option("train", str, "Training split in TFDS syntax, for example 'train' or 'train[:98%]'."),
-    "validation": _changeable(None, str, "Validation split, for example 'train[98%:]'. None: no validation."),
-    "test": _changeable(
-        "test", str, "Test split. None: no test evaluation; the validation metrics are reported.", optional=True
-    ),
-    "image_size": Option(None, int, "Image height and width in pixels. None: as stored.", min=1, max=MAX_SIDE),
-    "dir": _free(
-        None,
-        str,
-        "Data directory of folder, arrays or TFDS. None: TFDS_DATA_DIR or ~/tensorflow_datasets.",
-        read_by=NOT_EMBEDDED,
-    ),
-    "skip_broken": Option(
-        False,
-        bool,
-        "Skip image files that cannot be decoded, and report how many.",
-        read_by=When("data.name", "folder"),
-    ),
-    "cache_dir": _free(None, str, "Directory where decoded datasets are cached. None: ~/.cache/vit_jax/data."),
-    "decoded": _free(
-        True, bool, "Cache decoded images on disk. False: decode them every time they are read.", read_by=NOT_EMBEDDED
-    ),
-    "workers": _free(4, int, "Threads that read data not resident on the device. 0: no read-ahead.", min=0, max=1024),
-    "ahead": _free(2, int, "Number of jitted calls whose data is read ahead.", min=1, max=1024),
-    "worker_timeout": _free(120.0, float, "Time limit for reading one image, in seconds.", min=0.001),
-    "normalization": Option(
-        "set",
-        str,
-        "Pixel mean and std: of the training split (set), 0.5 (half), of ImageNet, or of the model in init_from.",
-        choices=("set", "half", "imagenet", "init_from"),
-    ),
-    "patches": Option(False, bool, "Feed normalized, flattened patches to the model instead of images."),
-    "resident": _free(
-        "auto", str, "Keep the whole dataset in device memory. auto: if it fits.", choices=("auto", "always", "never")
-    ),
-}
-
-AUGMENT = {
-    "crop_padding": _changeable(0, int, "Random crop after padding by this many pixels. 0: off.", min=0, max=MAX_SIDE),
-    "crop_border": _changeable(
-        "black",
-        str,
-        "Content of the padding: black, or the reflected image.",
-        choices=("black", "reflect"),
-        read_by=When("augment.crop_padding", above=0),
-    ),
-    "resized_crop": _changeable(False, bool, "Random crop of random area and aspect ratio, resized to the image size."),
-    "min_crop_area": _changeable(
-        0.08,
-        float,
-        "Minimum crop area as a fraction of the image.",
-        min=0.01,
-        max=1,
-        read_by=RESIZED_CROP,
-        aliases=("crop_area_least",),
-    ),
-    "max_crop_area": _changeable(
-        1.0,
-        float,
-        "Maximum crop area as a fraction of the image.",
-        min=0.01,
-        max=1,
-        read_by=RESIZED_CROP,
-        aliases=("crop_area_most",),
-    ),
-    "crop_ratio": _changeable(
-        4 / 3, float, "Maximum aspect ratio of the crop, either way.", min=1, read_by=RESIZED_CROP
-    ),
-    "flip": _changeable(False, bool, "Random horizontal flip with probability 0.5."),
-    "rotation": _changeable(0.0, float, "Maximum random rotation, in degrees either way.", min=0, max=180),
-    "scaling": _changeable(0.0, float, "Maximum random zoom in or out, as a fraction of the size.", min=0, below=1),
-    "policy": _changeable(
-        "none",
-        str,
-        "Augmentation policy; see docs/data.md.",
-        choices=("none", "rand_augment", "trivial_augment", "auto_augment", "three_augment"),
-    ),
-    "policy_operations": _changeable(
-        2, int, "RandAugment: number of operations per image (N).", min=1, max=100, read_by=RAND_AUGMENT
-    ),
-    "policy_magnitude": _changeable(9.0, float, "RandAugment: magnitude (M).", min=0, max=10, read_by=RAND_AUGMENT),
-    "policy_std": _changeable(
-        0.5, float, "RandAugment: standard deviation of the magnitude.", min=0, read_by=RAND_AUGMENT
-    ),
-    "policy_probability": _changeable(
-        0.5, float, "RandAugment: probability of applying each operation.", min=0, max=1, read_by=RAND_AUGMENT
-    ),
-    "fill": _changeable(
-        "mean",
-        str,
-        "Fill color for pixels from outside the image.",
-        choices=("mean", "black", "grey"),
-        read_by=AnyOf(GEOMETRIC_POLICY, RESIZED_CROP),
-    ),
-    "brightness": _changeable(0.0, float, "Color jitter: brightness factor from 1 - x to 1 + x.", min=0),
-    "contrast": _changeable(0.0, float, "Color jitter: contrast factor from 1 - x to 1 + x.", min=0),
-    "saturation": _changeable(0.0, float, "Color jitter: saturation factor from 1 - x to 1 + x.", min=0),
-    "hue": _changeable(
-        0.0, float, "Color jitter: maximum hue shift either way, as a fraction of the circle.", min=0, max=0.5
-    ),
-    "erasing": _changeable(0.0, float, "Random erasing: probability per image.", min=0, max=1),
-    "erasing_mode": _changeable(
-        "constant",
-        str,
-        "Fill of the erased rectangle: the mean (constant), or normal noise.",
-        choices=("constant", "noise"),
-        read_by=ERASING,
-    ),
-    "min_erasing_area": _changeable(
-        0.02,
-        float,
-        "Minimum erased area as a fraction of the image.",
-        min=0,
-        below=1,
-        read_by=ERASING,
-        aliases=("erasing_area_least",),
-    ),
-    "max_erasing_area": _changeable(
-        1 / 3,
-        float,
-        "Maximum erased area as a fraction of the image.",
-        min=0,
-        below=1,
-        read_by=ERASING,
-        aliases=("erasing_area_most",),
-    ),
-    "erasing_ratio": _changeable(
-        10 / 3, float, "Maximum aspect ratio of the erased rectangle, either way.", min=1, read_by=ERASING
-    ),
-    "mixup": _changeable(0.0, float, "Mixup alpha: mixing weights are drawn from Beta(alpha, alpha). 0: off.", min=0),
-    "cutmix": _changeable(0.0, float, "CutMix alpha: area shares are drawn from Beta(alpha, alpha). 0: off.", min=0),
-    "mix_probability": _changeable(
-        1.0, float, "Probability of applying mixup or CutMix.", min=0, max=1, read_by=MIXING
-    ),
-    "mix_switch": _changeable(
-        0.5,
-        float,
-        "Probability of CutMix instead of mixup when both are on.",
-        min=0,
-        max=1,
-        read_by=(When("augment.mixup", above=0), When("augment.cutmix", above=0)),
-    ),
-    "mix_per": _changeable(
-        "example", str, "Mixing weights per example or per batch.", choices=("example", "batch"), read_by=MIXING
-    ),
-    "repeats": _changeable(
-        1,
-        int,
-        "Repeated augmentation: copies of each example per batch. A pass over the data takes this many epochs.",
-        min=1,
-    ),
-    "test_flip": _changeable(
-        False, bool, "Test-time augmentation: average over the image and its mirror image.", read_by=CLASSIFY
-    ),
-    "test_shift": _changeable(
-        0, int, "Test-time augmentation: average over four shifts by this many pixels.", min=0, read_by=CLASSIFY
-    ),
-}
-
 OPTIMIZER = {
     "name": Option("adamw", str, "Optimizer.", choices=("adamw", "adam", "sgd")),
     "learning_rate": _changeable(1e-3, float, "Peak learning rate.", min=0),
@@ -356,6 +173,13 @@ TRAIN = {
         None,
         WEIGHTS,
         "Weights of the losses of several heads, for example 'label=1,coarse_label=0.5'. None: 1 each.",
+        read_by=CLASSIFY,
+    ),
+    "class_weights": _changeable(
+        "none",
+        str,
+        "Weights of the classes in the training loss. balanced: inversely proportional to their numbers of examples.",
+        choices=("none", "balanced"),
         read_by=CLASSIFY,
     ),
     "objective": Option(

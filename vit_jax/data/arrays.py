@@ -11,17 +11,18 @@ from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.errors import UserError, few
 
 
-def dataset_spec(root: Path, skip_lists: Path | None) -> DatasetSpec:
+def dataset_spec(root: Path, skip_lists: Path | None, fraction: float | None = None) -> DatasetSpec:
     """Returns the dataset of a directory of NumPy files.
 
     Args:
         root: the directory.
         skip_lists: ignored; single images cannot be damaged in these files.
+        fraction: ignored; its splits are those of its files.
 
     Raises:
         UserError: as `find`; or splits differ in their number of channels.
     """
-    del skip_lists
+    del skip_lists, fraction
     splits = find(root)
     shapes = {images.shape[1:] for images, _ in splits.values()}
     if len({shape[2] for shape in shapes}) > 1:

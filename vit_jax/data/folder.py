@@ -2,39 +2,45 @@
 
 import collections
 import contextlib
+import filecmp
+import functools
 import hashlib
 import itertools
 import json
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import PIL
 
 from vit_jax import atomic, terminal
-from vit_jax.data import cache, images, lazy_images, listing
+from vit_jax.data import cache, held_out, images, lazy_images, listing
 from vit_jax.data.listing import LeftOut
 from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.errors import UserError, few
 from vit_jax.progress import Counter
 
+MAX_COMPARED = 1000  # files of the same name in the folders of two classes
+SAMPLE = 200  # files per split whose sizes are looked at
 SPLITS = ("train", "validation", "val", "test")
 # Folders such as Train and Test, or seg_train and seg_test.
 _TRAIN = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
 _HELD_OUT = re.compile(r"(?<![a-z])(test(ing)?|val(id(ation)?)?|dev|eval(uation)?)(?![a-z])")
 
 
-def dataset_spec(root: Path, skip_lists: Path | None) -> DatasetSpec:
+def dataset_spec(root: Path, skip_lists: Path | None, fraction: float | None = None) -> DatasetSpec:
     """Returns the dataset of an image directory; images are converted to RGB.
 
     Args:
         root: the directory.
         skip_lists: leave out files that cannot be decoded, and cache the lists of them here; None keeps all files.
+        fraction: of each class of `train` that becomes the split `test`, if none is stored; None for no such split.
 
     Raises:
-        UserError: as `find`; or there are no files.
+        UserError: as `find`; or there are no files, or none can be held out.
     """
     class_names, files, notes = find(root)
     if not files:
@@ -44,12 +50,17 @@ def dataset_spec(root: Path, skip_lists: Path | None) -> DatasetSpec:
             "  add images to them, or set another config.data.dir"
         )
     key = f"folder-{fingerprint(root, [file for split in files.values() for file in split])}"
+    skipped: dict[str, str] = {}
     if skip_lists is not None:
-        files = {
-            split: skip_broken(root, found, skip_lists / key / f"{split}-broken.json") for split, found in files.items()
-        }
+        for split, found in files.items():
+            report = functools.partial(skipped.__setitem__, split)
+            files[split] = skip_broken(root, found, skip_lists / key / f"{split}-broken.json", report)
         kept = "\n".join(name for found in files.values() for name, _ in found).encode(errors="surrogateescape")
         key += f"-whole-{hashlib.sha256(kept).hexdigest()[:12]}"
+    if fraction is not None and "train" in files and "test" not in files:
+        shown = listing.printable(str(root))
+        divided, notes["test"] = held_out.make_splits(shown, files["train"], class_names, fraction)
+        files, key = files | divided, f"{key}-held-out-{fraction:g}"
 
     def split_records(split: str) -> lazy_images.Records:
         return records(root, files[split])
@@ -59,7 +70,20 @@ def dataset_spec(root: Path, skip_lists: Path | None) -> DatasetSpec:
 
     sizes = {split: len(found) for split, found in files.items()}
     shape, classes = (None, None, 3), {LABEL: class_names}
-    return DatasetSpec("folder", sizes, classes, shape, key, decode, split_records, notes=notes)
+    some = [root / name for found in files.values() for name, _ in found[:SAMPLE]]
+    size = functools.partial(images.median_size, some)
+    described = {"median_size": size, "notes": notes, "skipped": skipped}
+    return DatasetSpec("folder", sizes, classes, shape, key, decode, split_records, **described)
+
+
+def stored_splits(root: Path) -> tuple[str, ...]:
+    """Returns the splits that a directory has; 'train' alone if it is that of the classes.
+
+    Raises:
+        UserError: it cannot be read, or has splits without train.
+    """
+    _check_readable(root)
+    return tuple(_splits(root, {entry.name for entry in listing.entries(root, LeftOut(root))[0]}))
 
 
 def find(root: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]], dict[str, str]]:
@@ -95,7 +119,8 @@ def find(root: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]],
     files, notes = {}, {}
     for split, path in splits.items():
         files[split] = _files(root, path, [classes[split].get(_key(name), []) for name in names], left_out[split])
-        notes[split] = _note(names, files[split], classes[split], left_out[split])
+        parts = _note(names, files[split], classes[split], left_out[split]), _in_several_classes(root, files[split])
+        notes[split] = "; ".join(filter(None, parts))
     kept = {split: found for split, found in files.items() if found}
     return tuple(names), kept, {split: note for split, note in notes.items() if note}
 
@@ -148,9 +173,11 @@ def _check_classes(splits: dict[str, Path], classes: dict[str, dict[str, list[st
     """Returns the sorted class names, which are the names of the folders in train."""
     names = sorted(folders[0] for folders in classes["train"].values())
     if not names:
+        path = splits["train"]
+        called_train = "; for a class called train: train/train" if path.name == "train" else ""
         raise UserError(
-            f"dataset 'folder': {splits['train']} has no subdirectories\n"
-            "  expected: one subdirectory per class that contains its images; for a class called train: train/train"
+            f"dataset 'folder': {path} has no subdirectories\n  expected: one subdirectory per class that contains "
+            f"its images{called_train}; labels in tables (CSV, JSON) are not read"
         )
     for split, found in classes.items():
         unknown = sorted({*found} - {*classes["train"]})
@@ -227,6 +254,28 @@ def _note(
     return "; ".join(filter(None, parts)) or None
 
 
+def _in_several_classes(root: Path, files: list[tuple[str, int]]) -> str | None:
+    """Returns a note about files of the same name and content in folders of several classes: which have two labels."""
+    same_name: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+    for name, label in files:
+        same_name[os.path.basename(name)].append((name, label))
+    candidates = (
+        (one, other)
+        for several in same_name.values()
+        for (one, label), (other, other_label) in itertools.pairwise(sorted(several))
+        if label != other_label
+    )
+    found = []
+    for one, other in itertools.islice(candidates, MAX_COMPARED):
+        with contextlib.suppress(OSError):  # which is reported when the file is read
+            if filecmp.cmp(root / one, root / other, shallow=False):
+                found.append(f"{listing.printable(one)} and {listing.printable(other)}")
+    if not found:
+        return None
+    count = "1 image is" if len(found) == 1 else f"{len(found):,} images are"
+    return f"{count} in the folders of two classes, but an image has one label: {few(found, 1)}"
+
+
 def fingerprint(root: Path, files: list[tuple[str, int]]) -> str:
     """Returns twelve characters that change when a file is added, removed, resized or modified.
 
@@ -261,13 +310,16 @@ def records(root: Path, files: list[tuple[str, int]]) -> lazy_images.Records:
     return lazy_images.Records(len(files), read, lambda index: str(root / files[index][0]))
 
 
-def skip_broken(root: Path, files: list[tuple[str, int]], kept: Path | None) -> list[tuple[str, int]]:
-    """Returns the files that can be decoded; prints the number of the others, and three of them with the reason.
+def skip_broken(
+    root: Path, files: list[tuple[str, int]], kept: Path | None, say: Callable[[str], None] = terminal.warn
+) -> list[tuple[str, int]]:
+    """Returns the files that can be decoded; says the number of the others, and three of them with the reason.
 
     Args:
         root: directory that the files are relative to.
         files: all files, with their class indices.
         kept: file that caches the broken files and the reasons; None for no cache.
+        say: called with these lines, if any file is skipped.
 
     Raises:
         UserError: none can be decoded, or the machine cannot read a file now.
@@ -288,7 +340,7 @@ def skip_broken(root: Path, files: list[tuple[str, int]], kept: Path | None) -> 
             )
         more = [f"  and {len(named) - 3:,} more"] if len(named) > 3 else []
         summary = f"skipping {len(broken):,} of {len(files):,} files that cannot be decoded:"
-        terminal.warn("\n".join([summary, *named[:3], *more]))
+        say("\n".join([summary, *named[:3], *more]))
     return [file for file in files if file[0] not in broken]
 
 

@@ -13,6 +13,7 @@ import os
 import stat
 import threading
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,21 @@ def load(encoded: bytes | Path, channels: int) -> Image.Image:
         raise
     except Exception as error:
         raise _explained(error, "the image" if isinstance(encoded, bytes) else encoded) from error
+
+
+def median_size(files: Iterable[Path]) -> tuple[int, int] | None:
+    """Returns the median height and the median width of image files, without decoding them; None if none can be read.
+
+    The EXIF orientation is not applied.
+    """
+    sizes = []
+    for path in files:
+        try:
+            with _open(path) as file, Image.open(file) as image:
+                sizes.append((image.height, image.width))
+        except (OSError, ValueError, ImageError, Image.DecompressionBombError):
+            continue
+    return tuple(map(int, np.median(sizes, axis=0))) if sizes else None
 
 
 def _open(encoded: bytes | Path) -> io.BufferedIOBase:

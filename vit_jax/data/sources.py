@@ -22,8 +22,8 @@ from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.errors import UserError
 
 ImageSize = int | np.integer | tuple[int, int] | None
-# The user's own files: function(data_dir, skip_lists).
-LOCAL: dict[str, Callable[[Path, Path | None], DatasetSpec]] = {
+# The user's own files: function(data_dir, skip_lists, held_out).
+LOCAL: dict[str, Callable[[Path, Path | None, float | None], DatasetSpec]] = {
     "folder": folder.dataset_spec,
     "arrays": arrays.dataset_spec,
 }
@@ -86,7 +86,11 @@ class Source:
         """Returns the labels, or for several kinds of label a dictionary of them by name, starting with `label`."""
         if not self.others:
             return self.labels
-        return {self.label: self.labels, **{name: others.labels for name, others in self.others.items()}}
+        return self.labels_by_kind()
+
+    def labels_by_kind(self) -> dict[str, Int32[np.ndarray, " examples"]]:
+        """Returns the labels of each kind, by its name; `label` first."""
+        return {self.label: self.labels, **{name: one.labels for name, one in self.others.items()}}
 
     def classes(self) -> int | dict[str, int]:
         """Returns the number of classes, or for several kinds of label a dictionary of these numbers by name."""
@@ -133,6 +137,7 @@ def load(
     image_size: ImageSize = None,
     decoded: bool | np.bool_ = True,
     skip_broken: bool | np.bool_ = False,
+    held_out: float | None = None,
     labels: Sequence[str] = (LABEL,),
 ) -> Source:
     """Returns the source of a split expression; on first use, decodes the set (and downloads and prepares CIFAR).
@@ -147,6 +152,7 @@ def load(
             centre. None keeps their size and requires that all have the same.
         decoded: cache the decoded images on disk; False decodes images each time they are read.
         skip_broken: for `folder`, leave out files that cannot be decoded, and print their number.
+        held_out: for `folder` without a stored split `test`, the fraction of each class of `train` that becomes it.
         labels: the kinds of label to load, the primary one first: `label`, or another of the set, such as CIFAR-100's
             `coarse_label`.
 
@@ -168,11 +174,13 @@ def load(
         _check_labels(name, archive.label_keys, labels)
         prepare.prepare(archive, data_dir=data_dir)
     root = cache.default_dir() if cache_dir is None else paths.expand(cache_dir, "config.data.cache_dir")
-    spec = _dataset_spec(name, data_dir, root if skip_broken else None)
+    spec = _dataset_spec(name, data_dir, root if skip_broken else None, held_out)
     _check_labels(name, spec.class_names, labels)
     pieces = split_expressions.parse(split, spec.sizes, spec.notes)
     size = _target_size(spec, image_size)
     for part in dict.fromkeys(piece.split for piece in pieces):
+        if part in spec.skipped:
+            terminal.warn(spec.skipped[part])
         if part in spec.notes:
             terminal.warn(f"{name} {part}: {spec.notes[part]}")
     if not decoded and spec.records is not None:
@@ -275,6 +283,7 @@ def check(
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     image_size: ImageSize = None,
+    held_out: float | None = None,
     labels: Sequence[str] = (LABEL,),
 ) -> tuple[int, int, int]:
     """Checks within two seconds, without decoding, that `load` can load these splits; returns the shape of an image.
@@ -294,7 +303,7 @@ def check(
         _check_labels(name, archive.label_keys, labels)
         archives.check_reachable(archive)
         return (*_size(archives.SHAPE, image_size), archives.SHAPE[2])
-    spec = _dataset_spec(name, data_dir, None)
+    spec = _dataset_spec(name, data_dir, None, held_out)
     _check_labels(name, spec.class_names, labels)
     size = _target_size(spec, image_size)
     for split in splits:
@@ -311,7 +320,7 @@ def pieces(name: str, split: str, data_dir: str | os.PathLike | None = None) -> 
 
 def label_kinds(name: str, data_dir: str | os.PathLike | None = None) -> tuple[str, ...]:
     """Returns the kinds of label of a prepared set, `label` first."""
-    return tuple(_dataset_spec(name, _data_dir(name, data_dir), None).class_names)
+    return tuple(_dataset_spec(name, _data_dir(name, data_dir)).class_names)
 
 
 def _data_dir(name: str, data_dir: str | bytes | os.PathLike | None) -> Path:
@@ -332,19 +341,27 @@ def _missing_archive(name: str, data_dir: Path) -> archives.Archive | None:
     return archive if archive and tfds.builder_of(name, data_dir) is None else None
 
 
-def _dataset_spec(name: str, data_dir: Path, skip_lists: Path | None) -> DatasetSpec:
+def _dataset_spec(
+    name: str, data_dir: Path, skip_lists: Path | None = None, held_out: float | None = None
+) -> DatasetSpec:
     """Returns the spec of a set; `skip_lists` is the directory of lists of broken files, None to keep these files."""
     if name in BUILT_IN:
         return BUILT_IN[name]()
     if name in LOCAL:
-        return LOCAL[name](data_dir, skip_lists)
+        return LOCAL[name](data_dir, skip_lists, held_out)
     return tfds.dataset_spec(name, data_dir, BUILT_IN)
 
 
 def _target_size(spec: DatasetSpec, image_size: ImageSize) -> tuple[int, int]:
     if image_size is None and None in spec.shape:
+        median = spec.median_size() if spec.median_size else None
+        proposed, about = 224, "its images differ in size"
+        if median is not None:
+            proposed = max(16, min(224, min(median) // 16 * 16))
+            about = f"the median size of its images is {median[0]}x{median[1]}"
         raise UserError(
-            f"dataset {spec.name!r}: its images differ in size\n  set config.data.image_size, for example to 224"
+            f"dataset {spec.name!r}: config.data.image_size is None, and {about}\n"
+            f"  set it, for example --config.data.image_size={proposed}"
         )
     return _size(spec.shape, image_size)
 

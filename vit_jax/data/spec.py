@@ -24,6 +24,9 @@ class DatasetSpec:
             of the array, and with the labels of the kind `label`.
         records: records(split) returns the encoded examples; None for a set that is always decoded as a whole.
         read_labels: read_labels(split, kind, labels) fills an array with labels of another kind; None if there is none.
+        median_size: median_size() returns the median height and width of some images; None if they have one size, or
+            it is not known.
+        skipped: for a stored split, lines about its files that cannot be decoded and are skipped.
         notes: for a stored split, a line about what was left out of it, or about classes without examples.
     """
 
@@ -35,4 +38,6 @@ class DatasetSpec:
     decode: Callable[[str, np.ndarray, np.ndarray], None]
     records: Callable[[str], lazy_images.Records] | None = None
     read_labels: Callable[[str, str, np.ndarray], None] | None = None
+    median_size: Callable[[], tuple[int, int] | None] | None = None
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)

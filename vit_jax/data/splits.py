@@ -20,6 +20,13 @@ class EmptySplit(UserError):
     sizes: Mapping[str, int]
 
 
+class UnknownSplit(UserError):
+    """A split expression names a split that is not stored: `split`; `sizes` are those of the stored splits."""
+
+    split: str
+    sizes: Mapping[str, int]
+
+
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """The examples from `start` to `stop` (exclusive) of one stored split."""
@@ -61,6 +68,12 @@ def parse(expression: str, sizes: Mapping[str, int], notes: Mapping[str, str] | 
     return tuple(pieces)
 
 
+def names(expression: str) -> set[str]:
+    """Returns the names of the stored splits in an expression; of a malformed one, those of its well-formed parts."""
+    matches = (_PART.match(part) for part in re.split(r"\s*\+\s*", expression))
+    return {match["split"] for match in matches if match}
+
+
 def overlap(one: Sequence[Piece], other: Sequence[Piece]) -> int:
     """Returns the number of different examples that both select."""
     shared = {piece.split for piece in one} & {piece.split for piece in other}
@@ -80,7 +93,10 @@ def _parse_part(part: str, expression: str, sizes: Mapping[str, int], notes: Map
         return [Piece(name, 0, size) for name, size in sizes.items()]
     if split not in sizes:
         note = notes.get(split) or notes.get("train")  # where what is outside all splits is named
-        raise _error(expression, f"there is no split {split!r}" + (f" ({note})" if note else ""), sizes)
+        reason = f"there is no split {split!r}" + (f" ({note})" if note else "")
+        error = UnknownSplit(str(_error(expression, reason, sizes)))
+        error.split, error.sizes = split, sizes
+        raise error
     size = sizes[split]
     if bounds is None:
         return [Piece(split, 0, size)]

@@ -1,10 +1,12 @@
 """Image classification, with one head or several."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from vit_jax.data.spec import LABEL
@@ -21,16 +23,25 @@ class Classification(Objective):
         weights: head -> weight of its loss; the metrics of the first head are reported without its name.
         loss: one of `losses.LOSSES`.
         smoothing: label smoothing.
+        class_weights: head -> weight of each class in the training loss; None for equal weights.
     """
 
     weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: {LABEL: 1.0})
     loss: str = "softmax"
     smoothing: float = 0.0
+    class_weights: Mapping[str, Float[np.ndarray, " _"]] | None = None
     primary_metric = PrimaryMetric("accuracy", higher_is_better=True)
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Classification":
         return cls(losses.loss_weights(config), config.train.loss, config.train.label_smoothing)
+
+    def balanced(
+        self, labels: Mapping[str, Int[np.ndarray, " examples"]], class_names: Mapping[str, Sequence[str]]
+    ) -> "Classification":
+        """Returns the objective with the class weights that balance these training labels, by head."""
+        weights = {name: losses.balanced_weights(labels[name], len(class_names[name])) for name in self.weights}
+        return dataclasses.replace(self, class_weights=weights)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -44,7 +55,7 @@ class Classification(Objective):
 
     def loss_and_metrics(self, module, parameters, inputs, targets, key, train, state=None):
         logits = module.apply({"params": parameters}, inputs, train=train, rngs={"dropout": key})
-        return losses.loss_and_metrics(logits, targets, self.weights, self.loss)
+        return losses.loss_and_metrics(logits, targets, self.weights, self.loss, self.class_weights)
 
     def eval_sums(self, module, parameters, views, labels, example_ids):
         return self.eval_batch(module, parameters, views, labels, example_ids)[0]

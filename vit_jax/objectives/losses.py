@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from ml_collections import ConfigDict
@@ -38,20 +39,59 @@ def sigmoid_cross_entropy(
 LOSSES: dict[str, Callable] = {"softmax": cross_entropy, "sigmoid": sigmoid_cross_entropy}
 
 
+def balanced_weights(labels: Int[np.ndarray, " examples"], classes: int) -> Float[np.ndarray, " classes"]:
+    """Returns n / (k n_c) for a class with n_c of n examples, k of the classes having any; 0 for the others.
+
+    The mean over the examples of the weights of their classes is 1.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    present = counts > 0
+    return np.where(present, len(labels) / (present.sum() * np.maximum(counts, 1)), 0).astype(np.float32)
+
+
+def weighted(
+    logits: Float[Array, "batch classes"],
+    targets: Float[Array, "batch classes"],
+    weights: Float[np.ndarray, " classes"],
+    loss: str,
+) -> Float[Array, " batch"]:
+    """Returns the loss of each example with class weights, in float32.
+
+    It is the sum over the classes of target times weight times the loss of a one-hot target of that class. So a mixed
+    example has the mixed losses of its two classes; with weights of 1 it is `LOSSES[loss]`.
+    """
+    logits, targets = logits.astype(jnp.float32), targets * weights
+    if loss == "softmax":
+        return optax.softmax_cross_entropy(logits, targets)
+    absent = jax.nn.softplus(logits).sum(axis=-1)  # the loss if every class is absent
+    return targets.sum(axis=-1) * absent - (targets * logits).sum(axis=-1)
+
+
 def accuracy(logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]) -> Float[Array, ""]:
     """Returns the fraction of examples whose largest logit is at the index of their largest target."""
     return (logits.argmax(axis=-1) == targets.argmax(axis=-1)).astype(jnp.float32).mean()
 
 
 def loss_and_metrics(
-    logits: Logits, targets: Logits, weights: Mapping[str, float], loss: str = "softmax"
+    logits: Logits,
+    targets: Logits,
+    weights: Mapping[str, float],
+    loss: str = "softmax",
+    class_weights: Mapping[str, Float[np.ndarray, " _"]] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
-    """Returns the batch's mean loss, and the metrics to log: `loss` and `accuracy`.
+    """Returns the batch's mean loss, and the metrics to log: `loss` and `accuracy`, which class weights do not change.
 
     With several heads, logits and targets are dictionaries. The loss is then the weighted sum, the accuracy that of
     the first head in `weights`, and `<head>/loss` and `<head>/accuracy` of each head are added. `loss` is one of
-    `LOSSES`.
+    `LOSSES`, `class_weights` those of each head.
     """
+    if class_weights is not None:
+        several = isinstance(logits, Mapping)
+        total = 0.0
+        for name, weight in weights.items():
+            head = (logits[name], targets[name]) if several else (logits, targets)
+            total += weight * weighted(*head, class_weights[name], loss).mean()
+        return total, loss_and_metrics(logits, targets, weights, loss)[1]
     entropy = LOSSES[loss]
     if not isinstance(logits, Mapping):
         (weight,) = weights.values()

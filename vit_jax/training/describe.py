@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ from clu import parameter_overview
 import vit_jax
 from vit_jax import optim, progress
 from vit_jax.data import listing, normalization, splits
+from vit_jax.evaluation.per_class import Predictions
 from vit_jax.objectives.base import Objective
 from vit_jax.training.setup import Experiment
+
+MAX_CLASSES = 20  # that are listed after the last evaluation; of more, the LOWEST
+LOWEST = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +112,24 @@ def _classes(experiment: Experiment) -> str:
         return f"{source.classes()} {'class' if source.classes() == 1 else 'classes'}"
     first, *rest = source.classes().items()
     return ", ".join([f"{first[1]} classes of {first[0]}", *(f"{count} of {name}" for name, count in rest)])
+
+
+def classes(predictions: Predictions) -> str:
+    """Returns the balanced accuracy and lines with the recall of each class, or of many classes the lowest ones."""
+    rows = [row for row in predictions.rows() if row.images]
+    title = (
+        f"  balanced accuracy {100 * predictions.balanced_accuracy():.2f} %, the mean recall of {len(rows):,} classes"
+    )
+    if len(rows) > MAX_CLASSES:
+        rows = sorted(rows, key=operator.attrgetter("recall"))[:LOWEST]
+        title += f"; the lowest {LOWEST}"
+    names = [listing.printable(row.name) for row in rows]
+    width = max(map(len, names))
+    lines = [
+        f"    {name:<{width}}  {100 * row.recall:6.2f} %  {row.correct:,} of {row.images:,}"
+        for name, row in zip(names, rows, strict=True)
+    ]
+    return "\n".join([f"{title}:", *lines])
 
 
 def start(experiment: Experiment, step: int, updates: int, workdir: Path, changed: list[str]) -> str:

@@ -8,11 +8,11 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as options
 from vit_jax import paths, weights
-from vit_jax.checkpoint import integrity
+from vit_jax.checkpoint import input_spec, integrity
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.vit import VisionTransformer, pixels_per_patch
 from vit_jax.progress import Counter
 from vit_jax.sharding import multihost
 from vit_jax.training import initial_weights, run_directory, stored_features
@@ -26,7 +26,8 @@ def complete_config(config: ConfigDict, workdir: Path | None = None) -> None:
     """Fills in what the config takes from `checkpoint.init_from`: `model.variant` and `data.normalization`.
 
     Options of the model that are at their defaults become those of the file. Others stay; whether they fit the file's
-    parameters is checked when these are loaded.
+    parameters is checked when these are loaded. With the file's variant, `data.image_size` of a folder is that of the
+    file's images, if it is not set.
 
     Args:
         config: not checked yet.
@@ -46,15 +47,28 @@ def complete_config(config: ConfigDict, workdir: Path | None = None) -> None:
         paths.check_source(source, "config.checkpoint.init_from")
     begun = None if workdir is None else _begun(workdir, source)
     if begun is not None:
-        normalization, found = begun["data"]["normalization"], begun["model"]
+        normalization, found, size = begun["data"]["normalization"], begun["model"], begun["data"]["image_size"]
     else:
         overrides = {"heads": config.model.heads} if config.model.heads is not None else {}
         description = weights.recognise(source, **overrides)
         normalization, found = weights.named_normalization(source, description, "config.data.normalization"), None
+        size = _image_side(description, source)
     if config.data.normalization == options.INIT_FROM:
         config.data.normalization = normalization
     if config.model.variant == options.INIT_FROM:
+        if config.data.name == "folder" and config.data.image_size is None:
+            config.data.image_size = size
         _complete_model(config, _model_options(description, source) if found is None else found)
+
+
+def _image_side(description: Description, source: str) -> int | None:
+    """The height and width of the images of a file's model, in pixels; None if they are not recorded, or differ."""
+    size, model = description.image_size(), description.model
+    if size is None and model.position_grid is not None:
+        size = (model.position_grid * pixels_per_patch(model),) * 2
+    if size is None and (recorded := input_spec.read(Path(source))) is not None:
+        size = recorded.image_shape[:2]
+    return size[0] if size is not None and size[0] == size[1] else None
 
 
 def _begun(workdir: Path, source: str) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.sharding import multihost
+from vit_jax.training import describe
 from vit_jax.training.log import Log, NonFiniteBurst
 from vit_jax.training.progress import Progress
 from vit_jax.training.recovery import Recovery
@@ -63,10 +64,13 @@ class Run:
         Raises:
             Interrupted: a stop was requested.
         """
-        self.results, _ = self.experiment.evaluate(self.state.for_evaluation(), role, self.stop_requested)
+        self.results, predictions = self.experiment.evaluate(self.state.for_evaluation(), role, self.stop_requested)
         self.evaluated |= self.results
         line = self.experiment.objective.describe(role, self.results, self.experiment.module)
         self.progress.tell(f"step {self.step}/{self.experiment.num_steps}  {role}: {line}")
+        if self.step == self.experiment.num_steps and self.experiment.config.data.name == "folder":
+            for head in predictions.values():
+                self.progress.tell(describe.classes(head))
         return self.results
 
     def metadata(self) -> dict[str, Any]:

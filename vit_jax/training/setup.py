@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import objectives, optim, sharding
 from vit_jax.data import augment as augmentation
-from vit_jax.data import normalization, pipeline, sources
+from vit_jax.data import normalization, pipeline, sources, splits
 from vit_jax.data.augment import Augment
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
@@ -253,20 +253,34 @@ def check(config: ConfigDict) -> Mesh:
         UserError: what is wrong, and what to do.
     """
     data = config.data
-    mesh = check_data(config, [data[role] for role in ROLES if data[role]])
+    try:
+        mesh = check_data(config, [data[role] for role in ROLES if data[role]])
+    except splits.UnknownSplit as error:
+        raise UserError(f"{error}{_other_splits(data, error)}") from None
     if config.train.batch_size != "auto":
         sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
     return mesh
 
 
-def check_data(config: ConfigDict, splits: list[str]) -> Mesh:
-    """As `check`, for the given splits and any batch size."""
+def _other_splits(data: ConfigDict, error: splits.UnknownSplit) -> str:
+    """Returns a line with the flags that set other splits in place of one that is not stored; '' if none do."""
+    role = next((role for role in ROLES[1:] if data[role] == error.split), None)
+    if role is None:
+        return ""
+    others = [name for name in error.sizes if name not in ("train", data.validation, data.test)]
+    if others:
+        return f"\n  use --config.data.{role}={others[0]}"
+    return f"\n  use a part of train: --config.data.train='train[:80%]' --config.data.{role}='train[80%:]'"
+
+
+def check_data(config: ConfigDict, expressions: list[str]) -> Mesh:
+    """As `check`, for the given split expressions and any batch size."""
     mesh, data = sharding.make_mesh(config.mesh.devices), config.data
     if data.features:
         stored_features.check_files(config)
         return mesh
     where = {"data_dir": data.dir, "cache_dir": data.cache_dir, "image_size": data.image_size}
-    shape = sources.check(data.name, splits, labels=data.labels, **where)
+    shape = sources.check(data.name, expressions, held_out=data.held_out, labels=data.labels, **where)
     normalization.constants(data.normalization, shape[2])
     _check_image_size(config, shape)
     augmentation.check_shape(config.augment, shape)
@@ -302,17 +316,17 @@ def _check_image_size(config: ConfigDict, shape: tuple[int, ...]) -> None:
         ) from None
 
 
-def load_sources(config: ConfigDict, splits: dict[str, str] | None = None) -> dict[str, Source]:
-    """Returns role -> source, for the splits of `config.data` or for `splits` (role -> split expression).
+def load_sources(config: ConfigDict, expressions: dict[str, str] | None = None) -> dict[str, Source]:
+    """Returns role -> source, for the splits of `config.data` or for `expressions` (role -> split expression).
 
     Raises:
         UserError: the data cannot be found or read.
     """
     data = config.data
-    splits = splits or {role: data[role] for role in ROLES if data[role]}
+    expressions = expressions or {role: data[role] for role in ROLES if data[role]}
     if data.features:
-        return stored_features.load(config, splits)
-    return {role: load(config, split, data.labels) for role, split in splits.items()}
+        return stored_features.load(config, expressions)
+    return {role: load(config, split, data.labels) for role, split in expressions.items()}
 
 
 def load(config: ConfigDict, split: str, labels: Sequence[str]) -> Source:
@@ -326,6 +340,7 @@ def load(config: ConfigDict, split: str, labels: Sequence[str]) -> Source:
         image_size=data.image_size,
         decoded=data.decoded,
         skip_broken=data.skip_broken,
+        held_out=data.held_out,
         labels=labels,
     )
 
@@ -354,6 +369,8 @@ def assemble(
     image_shape, objective = train.image_shape, objectives.make(config)
     if training and objective.needs_labels:
         _check_classes(train, config.train.loss)
+    if training and config.train.class_weights == "balanced":
+        objective = objective.balanced(train.labels_by_kind(), train.class_names_by_label())
     model = build_model.build(config.model, train.classes() if objective.needs_labels else None, dtype=None)
     mean, std = ((), ()) if on_features else normalization.of_source(config.data.normalization, train)
     with attention_choice.recorded_shapes() as calls:
