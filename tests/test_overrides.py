@@ -202,13 +202,16 @@ def test_what_the_file_sets_for_another_optimizer_or_dataset_is_named(spec, over
     assert capsys.readouterr().out == note
 
 
-def test_the_width_of_the_layer_before_the_head_is_a_number_in_a_run(tmp_path):
+def test_the_width_of_the_layer_before_the_head_is_a_number_in_a_run():
     """So that runs of earlier versions, whose configs have numbers there, can be resumed."""
     for variant, width in (("B/16", 768), ("L/16", 1024), ("Ti/16", 192)):
         assert made("configs/pretrain.py:imagenet", f"model.variant={variant}").model.pre_logits == width
     assert made("configs/pretrain.py:imagenet", "model.pre_logits=None").model.pre_logits is None
     assert made("configs/pretrain.py:imagenet", "model.pre_logits=5", "model.width=96").model.pre_logits == 5
     assert made("configs/pretrain.py:imagenet", "model.width=96").model.pre_logits == 96
+    unresolved = options.load("configs/pretrain.py:imagenet").model  # as a program in Python may pass it on
+    assert unresolved.pre_logits == "width"
+    assert build_model.build(unresolved, classes=2, dtype="float32").pre_logits == 768
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
