@@ -221,7 +221,7 @@ def test_a_wrong_option_is_refused_with_the_allowed_values(typed, tmp_path, caps
     "arguments, words",
     [
         ([], ["--config"]),
-        (["--config=configs/none.py"], ["configs/none.py", "configs/digits.py"]),
+        (["--config=configs/none.py"], ["configs/none.py", "cifar10, cifar100, digits"]),
         (["--config=configs/digits.py:big"], ["argument", "big"]),
         (["--config=configs/cifar10.py:huge"], ["huge", "full, lite, Ti, S", "short, long, cpu"]),
         (["--config=configs/cifar100.py:S,Ti"], ["configs/cifar100.py:S,Ti", "full, lite, Ti, S"]),
@@ -501,7 +501,7 @@ def test_help_is_short(capsys):
     assert main.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 30
-    assert "--workdir" in text and "docs/options.md" in text and "--config=configs/cifar10.py --help" in text
+    assert "--workdir" in text and "docs/options.md" in text and "--config=cifar10 --help" in text
 
 
 def test_help_on_a_config_shows_its_options(capsys):

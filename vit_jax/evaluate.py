@@ -11,10 +11,10 @@ from vit_jax.errors import few
 DESCRIPTION = """\
 Evaluates a trained model on every example of a split, each exactly once, and prints the metrics as one JSON line.
 
-  python -m vit_jax.evaluate --workdir=runs/digits
-  python -m vit_jax.evaluate --workdir=runs/cifar10 --split=validation --best
-  python -m vit_jax.evaluate --workdir=runs/cifar10 --split='train[:1000]'
-  python -m vit_jax.evaluate --workdir=runs/cifar10 --weights=average.safetensors
+  %(prog)s --workdir=runs/digits
+  %(prog)s --workdir=runs/cifar10 --split=validation --best
+  %(prog)s --workdir=runs/cifar10 --split='train[:1000]'
+  %(prog)s --workdir=runs/cifar10 --weights=average.safetensors
 
 If the run averages its parameters (config.optimizer.average_decay), the average is evaluated.
 """

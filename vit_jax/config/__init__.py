@@ -20,7 +20,7 @@ from vit_jax.config.load import (
     read_options,
     reset_unread,
 )
-from vit_jax.config.module import split
+from vit_jax.config.module import shipped, split
 from vit_jax.config.option import Option
 from vit_jax.config.schema import INIT_FROM, OPTIONS
 
@@ -38,5 +38,6 @@ __all__ = [
     "override",
     "read_options",
     "reset_unread",
+    "shipped",
     "split",
 ]

@@ -7,15 +7,15 @@ writes docs/options.md.
 
 import sys
 import textwrap
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vit_jax import terminal
-from vit_jax.config.module import ROOT
 from vit_jax.config.option import Option
 from vit_jax.config.schema import OPTIONS, REMOVED
 
-PATH = ROOT / "docs" / "options.md"
+PATH = Path(__file__).resolve().parents[2] / "docs" / "options.md"
 WIDTH = 100
 INDENT = 38
 SECTIONS = {
@@ -33,10 +33,10 @@ INTRODUCTION = """\
 # Options
 
 Set an option in a config file (`config.train.steps = 1000`) or on the command line (`--config.train.steps=1000`).
-`python -m vit_jax.main --config=FILE --help` shows the options of a config with the values that they have there.
+`vit-jax train --config=CONFIG --help` shows the options of a config with the values that they have there.
 
 * **Config files** are Python modules: they may import modules of their own directory, also relatively in a package.
-  `get_config()`, or `get_config(ARG)` for `--config=FILE:ARG`, returns the config.
+  `get_config()`, or `get_config(ARG)` for `--config=FILE.py:ARG`, returns the config.
 * **On resume**: whether the option may change when a run resumes. *fixed*: no. *changeable*: yes, and the change is
   printed and recorded in `changes.jsonl`. *free*: yes, silently.
 * **Only with**: the settings under which the option has an effect. With other settings, any value but the default is

@@ -152,7 +152,7 @@ def _from_hub(model: str, name: str) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise _by_hand(name, identifier, "huggingface_hub is missing (pip install 'vit_jax[hub]')") from error
+        raise _by_hand(name, identifier, "huggingface_hub is missing (pip install huggingface_hub)") from error
     try:
         directory = _snapshot(huggingface_hub, identifier, revision or None)
     except UserError:
