@@ -272,7 +272,10 @@ def start(request, tmp_path):
 def test_commands_end_in_the_same_way_however_they_are_started(start, tmp_path):
     """A mistake, an error in Python, Ctrl-C, a closed pipe, and threads that never end."""
     assert finish(start("evaluate", "--workdir=nowhere"), 2).startswith("error: nowhere holds no run\n")
-    (tmp_path / "fails.py").write_text("import vit_jax.terminal\ndel vit_jax.terminal.say, vit_jax.terminal.output\n")
+    (tmp_path / "fails.py").write_text(
+        "from vit_jax import config\nfrom vit_jax.config import document\ndel document.describe\n"
+        "def get_config():\n    return config.default()\n"
+    )
     assert "Traceback" in finish(start("train", "--config=fails.py", "--help"), 1)
     (tmp_path / "waits.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=[600]).start()\n"
