@@ -555,7 +555,7 @@ def documented_commands():
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.py"))]:
         text = re.sub(r"\\\n\s*", " ", path.read_text())
         for line in text.splitlines():
-            if re.match(r"\s+(python -m vit_jax\.main|\./run\.sh train) .*--config=configs/", line):
+            if re.match(r"\s+(python -m vit_jax\.main|(\./run\.sh|vit-jax) train) .*--config=[a-z]", line):
                 yield line.split("#")[0].strip()
 
 
