@@ -154,6 +154,7 @@ UNKNOWN = {
     "mine:a": "no such config: mine\n  nearest: --config=mine.py:a\n",
     "xyzzy": "no such config: xyzzy\n  available: cifar10, ",
     "elsewhere/cifar10.py": "no such file: elsewhere/cifar10.py\n  nearest: --config=cifar10\n",
+    "runs/first": "runs/first is a directory\n  contains: runs/first/config.json",
 }
 
 
@@ -161,6 +162,8 @@ UNKNOWN = {
 def test_a_wrong_name_is_refused_with_the_nearest(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").touch()
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "config.json").touch()
     with pytest.raises(UserError) as error:
         options.load(spec)
     assert UNKNOWN[spec] in str(error.value) and str(error.value).count("\n") <= 2
@@ -177,10 +180,12 @@ def test_a_wrong_name_is_refused_with_the_nearest(spec, tmp_path, monkeypatch):
         ("configs/finetune.py:cifar10, cpu", "runs/finetune-cifar10-cpu"),
         ("v1.2.py", "runs/v1.2"),
         ("runs/first/config.json", "runs/first"),
-        ("config.json", "."),
+        ("config.json", Path.cwd()),
+        ("../config.json", Path.cwd().parent),
     ],
 )
 def test_the_default_run_directory(spec, workdir):
+    """Of a config.json: its directory, with a name, to which `vit-jax sweep` appends."""
     assert commands.default_workdir(spec) == Path(workdir)
 
 

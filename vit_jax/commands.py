@@ -148,7 +148,8 @@ def load_config(spec: str) -> ConfigDict:
 def default_workdir(spec: str) -> Path:
     """Returns the default run directory of a config: runs/cifar10-cpu for cifar10:cpu; that of a run's config.json."""
     if Path(spec).name == run_files.CONFIG:
-        return Path(spec).parent
+        directory = Path(spec).parent
+        return directory if directory.name not in ("", "..") else Path(os.path.abspath(directory))
     path, argument = options.split(spec)
     words = re.split(r"\s*,\s*", argument.replace("/", "_")) if argument else []
     return Path("runs") / "-".join([Path(path).name.removesuffix(".py"), *words])

@@ -84,7 +84,8 @@ def _open(spec: str, path: str) -> Path:
         return file
     directory = paths.expand(path, "--config")
     if directory.is_dir():
-        inside = [str(Path(path) / file.name) for file in sorted(directory.glob("*.py"))]
+        files = [*directory.glob("config.json"), *sorted(directory.glob("*.py"))]
+        inside = [str(Path(path) / file.name) for file in files]
         hint = f"contains: {few(inside)}" if inside else "allowed: a Python file with a function get_config"
         raise UserError(f"--config={spec}: {path} is a directory\n  {hint}")
     own = [f"{path}.py"] if os.path.isfile(f"{directory}.py") else []
