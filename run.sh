@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# ./run.sh            trains the default config (handwritten digits, included) and prints its test accuracy
-# ./run.sh test ...   runs the tests (further arguments are passed to pytest)
-# ./run.sh ARGS...    runs python -m vit_jax.main ARGS...
+# ./run.sh                       trains the default config (handwritten digits, included), prints its test accuracy
+# ./run.sh --config=CONFIG ...   trains another config: vit-jax train --config=CONFIG ...
+# ./run.sh COMMAND ...           runs vit-jax COMMAND ...: predict, evaluate, finetune, ... (./run.sh help lists them)
+# ./run.sh test ...              runs the tests (further arguments are passed to pytest)
 # The first call creates .venv in this directory; PYTHON=/path/to/python chooses the interpreter.
+# After `source .venv/bin/activate`, vit-jax and `import vit_jax` work in every directory.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -36,40 +38,89 @@ make_venv() {
         rm -rf "$venv"
         fail "$python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"
     }
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -r "$root/requirements.txt" ||
+}
+
+# Makes `vit-jax` and `import vit_jax` work in the environment. Both files are relative to it, so that no character of
+# a path can break them, and a copy of this directory uses itself. The second line of the script is one for sh, which
+# starts the script again with the environment's Python; to Python it is a string.
+link_package() {
+    "$venv/bin/python" - "$root" <<'PY'
+import os, sys, sysconfig
+
+packages = sysconfig.get_path("purelib")
+with open(os.path.join(packages, "vit_jax.pth"), "w") as file:
+    print(os.path.relpath(sys.argv[1], packages), file=file)
+PY
+    cat >"$venv/bin/vit-jax" <<'SCRIPT'
+#!/bin/sh
+'''exec' "$(dirname -- "$(readlink -f -- "$0")")/python" "$0" "$@"
+' '''
+import sys
+
+from vit_jax.__main__ import main
+
+sys.exit(main())
+SCRIPT
+    chmod +x "$venv/bin/vit-jax"
+}
+
+# What an environment was set up from is stored in it, in a file with the name of the requirements.
+contents() { cat "$root/$1" "$root/pyproject.toml" "$root/run.sh"; }
+
+works() { "$venv/bin/python" -c '' 2>/dev/null; }
+
+ready() { contents "$1" 2>/dev/null | cmp -s - "$venv/$1" && works; }
+
+install() {
+    # An environment that was complete is updated; after an interruption it is made anew.
+    [ -e "$venv/requirements.txt" ] && [ ! -e "$venv/installing" ] && works || make_venv
+    : >"$venv/installing"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -r "$root/$1" || {
+        rm "$venv/installing"
         fail "installing the packages failed (see above); run the command again to retry"
-    cp "$root/requirements.txt" "$venv/requirements.txt" # written last: marks a complete set-up
+    }
+    link_package
+    contents requirements.txt >"$venv/requirements.txt"
+    contents "$1" >"$venv/$1"
+    rm "$venv/installing"
     say "environment is ready"
 }
 
-ready() {
-    cmp -s "$root/requirements.txt" "$venv/requirements.txt" && "$venv/bin/python" -c '' 2>/dev/null
-}
-
 set_up() {
-    ready && return
+    ready "$1" && return
     case "$root" in *:*) fail "$root has a colon in its name, which Python's environments cannot have; rename it" ;; esac
-    [ -w "$root" ] || fail "$root cannot be written to, and has no environment (.venv) yet; copy it to another place"
+    [ -w "$root" ] || fail "$root cannot be written to, and its environment (.venv) is not complete; copy it elsewhere"
     # Two first calls at the same time must not install into the same directory.
     if command -v flock >/dev/null; then
         exec 9>"$root/.venv.lock"
         flock 9
-        ready || make_venv
+        ready "$1" || install "$1"
         exec 9>&-
     else
-        make_venv
+        install "$1"
     fi
 }
 
-set_up
+vit_jax() { exec "$venv/bin/python" "$venv/bin/vit-jax" "$@"; }
+
+case "${1:-}" in
+-h | --help)
+    sed -n '2,/^set /s/^# //p' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+test) set_up requirements-dev.txt ;;
+*) set_up requirements.txt ;;
+esac
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 case "${1:-}" in
-"") exec "$venv/bin/python" -m vit_jax.main --config="$root/configs/digits.py" --workdir="$root/runs/digits" ;;
+"") vit_jax train --config=digits --workdir="$root/runs/digits" ;;
 test)
     shift
     cd "$root"
     # Two workers, each runs whole files: mostly they compile, on one core. tests/conftest.py sorts the files.
     exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
     ;;
-*) exec "$venv/bin/python" -m vit_jax.main "$@" ;;
+--version) vit_jax "$@" ;;
+-*) vit_jax train "$@" ;;
+*) vit_jax "$@" ;;
 esac

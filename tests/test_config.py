@@ -223,7 +223,7 @@ def test_a_wrong_option_is_refused_with_the_allowed_values(typed, tmp_path, caps
     "arguments, words",
     [
         ([], ["--config"]),
-        (["--config=configs/none.py"], ["configs/none.py", "configs/digits.py"]),
+        (["--config=configs/none.py"], ["configs/none.py", "cifar10, cifar100, digits"]),
         (["--config=configs/digits.py:big"], ["argument", "big"]),
         (["--config=configs/cifar10.py:huge"], ["huge", "full, lite, Ti, S", "short, long, cpu"]),
         (["--config=configs/cifar100.py:S,Ti"], ["configs/cifar100.py:S,Ti", "full, lite, Ti, S"]),
@@ -503,15 +503,16 @@ def test_help_is_short(capsys):
     assert main.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 45 and max(map(len, text.splitlines())) <= 105
-    assert "--workdir" in text and "docs/options.md" in text and "--config=configs/cifar10.py --help" in text
+    assert "--workdir" in text and "docs/options.md" in text and "--config=cifar10 --help" in text
 
 
 def test_help_lists_the_configs_and_their_arguments(capsys):
     assert main.main(["--help"]) == 0
-    parts = capsys.readouterr().out.split("\n  configs/")[1:]
-    assert [part.partition(".py")[0] for part in parts] == sorted(CONFIGS)
+    listed = capsys.readouterr().out.partition("\nconfigs, ")[2]
+    parts = re.split(r"\n  (?=\w)", listed)[1:]
+    assert [part.partition("\n")[0] for part in parts] == sorted(CONFIGS)
     for part in parts:
-        name = part.partition(".py")[0]
+        name = part.partition("\n")[0]
         words = {word for argument in ARGUMENTS[name] if argument for word in argument.split(",")}
         assert "as for configs/cifar10.py" in part or all(word in part for word in words), part
 
@@ -567,7 +568,7 @@ def documented_commands():
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.py"))]:
         text = re.sub(r"\\\n\s*", " ", path.read_text())
         for line in text.splitlines():
-            if re.match(r"\s+(python -m vit_jax\.main|\./run\.sh train) .*--config=configs/", line):
+            if re.match(r"\s+(python -m vit_jax\.main|(\./run\.sh|vit-jax) train) .*--config=[a-z]", line):
                 yield line.split("#")[0].strip()
 
 

@@ -10,6 +10,7 @@ import pytest
 from helpers_imports import LAYERS
 
 from vit_jax import config
+from vit_jax.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -24,7 +25,8 @@ COMMAND = re.compile(r"python -m (vit_jax(?:\.[a-z_]+)*)")  # not vit_jax.NAME
 OPTION = re.compile(r"--config\.(\w+)\.(\w+)")
 OPTION_IN_TEXT = re.compile(rf"`({'|'.join(config.OPTIONS)})\.(?!py`)(\w+)[`=]")
 NOT_OPTIONS = {"data.json", "train.npz", "model.apply"}
-RECIPE = re.compile(r"--config=(configs/[\w.]+(?::[\w,-]+)?)")
+SUBCOMMAND = re.compile(r"(?:^ {4}|`)(?:vit-jax|python -m vit_jax|\./run\.sh) ([a-z][\w-]*)", re.MULTILINE)
+RECIPE = re.compile(rf"--config=((?:configs/[\w.]+|{'|'.join(config.shipped())})(?::[\w,-]+)?)\b")
 REPOSITORY_PATH = re.compile(r"(?<![\w/.~-])((?:\.ci|benchmarks|configs|docs|results|tests|vit_jax)/[\w./-]*[\w/])")
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -69,6 +71,8 @@ def test_named_files_exist(page):
 def test_commands_exist(page):
     modules = set(COMMAND.findall(text_of(page)))
     assert sorted(module for module in modules if importlib.util.find_spec(module) is None) == []
+    subcommands = set(SUBCOMMAND.findall(text_of(page))) - {"test"}  # ./run.sh test
+    assert sorted(subcommands - COMMANDS.keys()) == []
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in ("CHANGELOG.md", "docs/options.md")])

@@ -2,7 +2,7 @@
 
     import vit_jax
 
-    result = vit_jax.train("configs/digits.py")
+    result = vit_jax.train("digits")
     model = vit_jax.load("runs/digits")
     model.predict("photo.jpg")
 
@@ -10,13 +10,15 @@ docs/python.md describes the functions. `import vit_jax` does not import JAX; th
 """
 
 import importlib
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-# While Python looks for the module of `python -m vit_jax.NAME`: Ctrl-C during the imports prints no traceback.
-# `commands.finish` handles it afterwards.
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# When a command starts, as `vit-jax` or while Python looks for the module of `python -m vit_jax.NAME`: Ctrl-C during
+# the imports prints no traceback. `commands.finish` handles it afterwards.
+_is_command = sys.argv[:1] == ["-m"] or os.path.basename("".join(sys.argv[:1])) == "vit-jax"
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:

@@ -20,16 +20,16 @@ SHOWN = 5  # arrays that `diff` shows without --all
 DESCRIPTION = """\
 Lists, verifies, compares and averages the checkpoints of a run.
 
-  python -m vit_jax.checkpoints list runs/cifar10            steps, dates, sizes, validation metrics, changed options
-  python -m vit_jax.checkpoints verify runs/cifar10          reads every array and compares it with its digest
-  python -m vit_jax.checkpoints diff runs/a runs/b           differences in the config and in the arrays
-  python -m vit_jax.checkpoints diff runs/a runs/a --steps=1000,2000 --all
-  python -m vit_jax.checkpoints average runs/cifar10 --last=2 --out=mean.safetensors  the mean of the parameters
-  python -m vit_jax.checkpoints restore-config runs/cifar10  writes config.json and changes.jsonl from the newest
+  %(prog)s list runs/cifar10            steps, dates, sizes, validation metrics, changed options
+  %(prog)s verify runs/cifar10          reads every array and compares it with its digest
+  %(prog)s diff runs/a runs/b           differences in the config and in the arrays
+  %(prog)s diff runs/a runs/a --steps=1000,2000 --all
+  %(prog)s average runs/cifar10 --last=2 --out=mean.safetensors  the mean of the parameters
+  %(prog)s restore-config runs/cifar10  writes config.json and changes.jsonl from the newest
 
 Two checkpoints are kept; to average more, train with --config.checkpoint.keep=5.
 Only `average` and `restore-config` write files. A file written by `average` can be used wherever weights are read:
---config.checkpoint.init_from, vit_jax.evaluate --weights, vit_jax.convert.
+--config.checkpoint.init_from, vit-jax evaluate --weights, vit-jax convert.
 The exit status is 1 if `verify` finds a corrupt checkpoint or `diff` finds a difference.
 """
 

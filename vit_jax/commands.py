@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as options
 from vit_jax import paths, terminal
-from vit_jax.checkpoint import orbax_logging
+from vit_jax.checkpoint import orbax_logging, run_files
 from vit_jax.errors import UserError
 from vit_jax.runtime import cpu_allocator
 
@@ -51,7 +51,7 @@ def _ends_process(run: Callable[[Callable], int]) -> Callable[[Callable], int]:
 
     @functools.wraps(run)
     def run_and_exit(action: Callable[[], int | None]) -> int:
-        if sys.modules["__main__"].__package__ != "vit_jax":  # called by another program
+        if terminal.program() is None:  # called by another program
             return run(action)
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by vit_jax/__init__.py
             signal.signal(signal.SIGINT, _interrupt)
@@ -109,7 +109,7 @@ def take_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def make_config(spec: str | ConfigDict, overrides: list[str], workdir: Path | None = None) -> ConfigDict:
-    """Returns the config of 'FILE' or 'FILE:ARG', or a copy of a config, with overrides, complete and checked.
+    """Returns the config of 'CONFIG' or 'CONFIG:ARG' (`load_config`) with overrides, complete and checked.
 
     What the config takes from its initial weights or from a folder of images is taken from the run in `workdir`
     instead, if one has begun there.
@@ -125,11 +125,12 @@ def make_config(spec: str | ConfigDict, overrides: list[str], workdir: Path | No
 
     if workdir is not None:
         run_directory.check_path(workdir)
-    config = options.load(spec)
+    config = load_config(spec)
     devices.override_settings()
     read_in_file = options.read_options(config)
     typed, notes = options.override_all(config, overrides)
-    options.adapt(spec, config, typed)
+    if not _is_run_config(spec):
+        options.adapt(spec, config, typed)
     read_in_file |= options.read_options(config)
     options.override_all(config, overrides)  # the command line wins
     init_from.complete_config(config, workdir)
@@ -144,16 +145,38 @@ def make_config(spec: str | ConfigDict, overrides: list[str], workdir: Path | No
     return config
 
 
+def load_config(spec: str | ConfigDict) -> ConfigDict:
+    """Returns the config of 'CONFIG' or 'CONFIG:ARG', of the config.json of a run, or a copy of a config; unchecked.
+
+    Raises:
+        UserError: as `config.load`, or config.json cannot be read.
+    """
+    if _is_run_config(spec):
+        return options.from_dict(run_files.read_config(paths.expand(spec, "--config").parent))
+    return options.load(spec)
+
+
+def _is_run_config(spec: str | ConfigDict) -> bool:
+    return isinstance(spec, str) and Path(spec).name == run_files.CONFIG and Path(spec).is_file()
+
+
 def default_workdir(spec: str) -> Path:
-    """Returns the default run directory of a config: runs/cifar10-cpu for configs/cifar10.py:cpu."""
+    """Returns the default run directory of a config: runs/cifar10-cpu for cifar10:cpu; that of a run's config.json."""
+    if Path(spec).name == run_files.CONFIG:
+        directory = Path(spec).parent
+        return directory if directory.name not in ("", "..") else Path(os.path.abspath(directory))
     path, argument = options.split(spec)
-    return Path("runs") / "-".join([Path(path).stem, *([argument.replace("/", "_")] if argument else [])])
+    words = re.split(r"\s*,\s*", argument.replace("/", "_")) if argument else []
+    return Path("runs") / "-".join([Path(path).name.removesuffix(".py"), *words])
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Returns an empty parser for `python -m vit_jax.<name>` that prints the description as it is written."""
+    """Returns an empty parser for the command of the module `name`; it prints the description as it is written.
+
+    In the description, %(prog)s stands for how the command was started, and %% for a percent sign.
+    """
     return terminal.Parser(
-        prog=f"python -m vit_jax.{name}",
+        prog=terminal.prog(f"vit_jax.{name}"),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

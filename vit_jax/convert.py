@@ -14,13 +14,13 @@ from vit_jax.errors import UserError
 DESCRIPTION = """\
 Converts the weights of a Vision Transformer and reports what happened to every array.
 
-  python -m vit_jax.convert --list                           the published models and their names
-  python -m vit_jax.convert --list=b16                       those with b16 in their names
-  python -m vit_jax.convert runs/cifar10 cifar10/model.safetensors
-  python -m vit_jax.convert augreg-b16-224 vit-b16/model.safetensors
-  python -m vit_jax.convert facebook/dinov2-base dinov2.npz --image_size=224
-  python -m vit_jax.convert augreg-b16-in21k wide.safetensors --image_size=160x256 --classes=10
-  python -m vit_jax.convert dino.safetensors teacher.safetensors --prefix=teacher
+  %(prog)s --list                           the published models and their names
+  %(prog)s --list=b16                       those with b16 in their names
+  %(prog)s runs/cifar10 cifar10/model.safetensors
+  %(prog)s augreg-b16-224 vit-b16/model.safetensors
+  %(prog)s facebook/dinov2-base dinov2.npz --image_size=224
+  %(prog)s augreg-b16-in21k wide.safetensors --image_size=160x256 --classes=10
+  %(prog)s dino.safetensors teacher.safetensors --prefix=teacher
 
 IN is anything that vit_jax.weights.load reads (docs/weights.md): a .npz file of Google, a .safetensors file of timm or
 Hugging Face, a directory with one, a URL, the name of a published model, or a run directory. OUT ends in .npz (Google's

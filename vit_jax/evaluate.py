@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Evaluates a trained model on every example of a split, each exactly once, and prints the metrics as one JSON line.
 
-  python -m vit_jax.evaluate --workdir=runs/digits
-  python -m vit_jax.evaluate --workdir=runs/digits --out=runs/digits/evaluation
-  python -m vit_jax.evaluate --workdir=runs/cifar10 --split=validation --best
-  python -m vit_jax.evaluate --workdir=runs/cifar10 --split='train[:1000]'
-  python -m vit_jax.evaluate --workdir=runs/cifar10 --weights=average.safetensors
+  %(prog)s --workdir=runs/digits
+  %(prog)s --workdir=runs/digits --out=runs/digits/evaluation
+  %(prog)s --workdir=runs/cifar10 --split=validation --best
+  %(prog)s --workdir=runs/cifar10 --split='train[:1000]'
+  %(prog)s --workdir=runs/cifar10 --weights=average.safetensors
 
 The classes of the lowest recall, and the balanced accuracy of unbalanced classes, are printed to standard error.
 --out=DIR writes files about every class and every image:

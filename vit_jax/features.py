@@ -10,9 +10,9 @@ from vit_jax.errors import UserError
 DESCRIPTION = """\
 Computes the features of every image of a split with a trained backbone, and stores them with labels and ids.
 
-  python -m vit_jax.features --workdir=runs/digits --split=train
-  python -m vit_jax.features --workdir=runs/digits --split=test
-  python -m vit_jax.features --workdir=runs/digits --split='train[:1000]' --out=first.npz
+  %(prog)s --workdir=runs/digits --split=train
+  %(prog)s --workdir=runs/digits --split=test
+  %(prog)s --workdir=runs/digits --split='train[:1000]' --out=first.npz
 
 Features are the input of the head. Images are not augmented. The file has these arrays:
 

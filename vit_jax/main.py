@@ -1,22 +1,25 @@
-"""The training command: python -m vit_jax.main --config=FILE[:ARG] [--workdir=DIR] [--config.SECTION.OPTION=VALUE]."""
+"""The training command: python -m vit_jax.main --config=CONFIG[:ARG] [--workdir=DIR] [--config.SECTION.OPTION=...]."""
 
 import argparse
 import sys
 
 from vit_jax import commands, config, paths, terminal
+from vit_jax.checkpoint import run_files
 from vit_jax.config import document
 from vit_jax.errors import UserError, nearest
 
 DESCRIPTION = """\
-Trains a Vision Transformer. The same command resumes a run that was stopped.
+Trains a Vision Transformer. The same command resumes a run that was stopped; so does --workdir=DIR alone.
 
-  python -m vit_jax.main --config=configs/digits.py
-  python -m vit_jax.main --config=configs/cifar10.py:cpu --workdir=runs/first
-  python -m vit_jax.main --config=configs/cifar10.py --config.model.variant=S/4 --config.train.epochs=100
+  %(prog)s --config=digits
+  %(prog)s --config=cifar10:cpu --workdir=runs/first
+  %(prog)s --config=cifar10:S --config.train.epochs=100
+  %(prog)s --workdir=runs/first
 """
 EPILOG = """\
-options of a config, with the values that they have there:
-  python -m vit_jax.main --config=configs/cifar10.py --help
+CONFIG is a shipped config (below), a Python file (mine.py, configs/mine.py), or the config.json of a run. Options of a
+config, with their values:
+  %(prog)s --config=cifar10 --help
 
 docs/options.md describes all options.
 """
@@ -25,8 +28,8 @@ docs/options.md describes all options.
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command's flags; config overrides are removed from the arguments beforehand."""
     parser = terminal.Parser(
-        prog="python -m vit_jax.main",
-        usage="%(prog)s --config=FILE[:ARG] [--workdir=DIR] [--parameters] [--config.SECTION.OPTION=VALUE ...]",
+        prog=terminal.prog("vit_jax.main"),
+        usage="%(prog)s --config=CONFIG[:ARG] [--workdir=DIR] [--parameters] [--config.SECTION.OPTION=VALUE ...]",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -34,8 +37,8 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--config", metavar="FILE[:ARG]", help="config file and its argument; see configs/")
-    parser.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/<config name>)")
+    parser.add_argument("--config", metavar="CONFIG[:ARG]", help="config and its argument (default: that of the run)")
+    parser.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/<config>-<ARG>)")
     parser.add_argument("--parameters", action="store_true", help="print the table of all parameters before training")
     parser.add_argument("-h", "--help", action="store_true", help="show this help; with --config, the config's options")
     return parser
@@ -55,8 +58,19 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if unknown:
         raise _unknown(unknown[0])
     if flags.config is None and not flags.help:
-        raise UserError("--config is missing\n  for example: python -m vit_jax.main --config=configs/digits.py")
+        flags.config = _config_of_run(flags.workdir)
     return flags, overrides
+
+
+def _config_of_run(workdir: str | None) -> str:
+    """Returns the path of the config.json of a run directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    if workdir is not None and (file := paths.expand(workdir, "--workdir") / run_files.CONFIG).is_file():
+        return str(file)
+    raise UserError("--config is missing\n  for example: python -m vit_jax.main --config=digits")
 
 
 def _unknown(argument: str) -> UserError:
@@ -66,7 +80,7 @@ def _unknown(argument: str) -> UserError:
     way_out = "options are --config.SECTION.OPTION=VALUE; see --help"
     if flag := nearest(name, ("config", "workdir", "help"), cutoff=0.75):
         way_out = f"nearest: --{flag[0]}{equals}{value}"
-    elif name.endswith(".py") and not equals:
+    elif not equals and (name.endswith(".py") or name.partition(":")[0] in config.shipped()):
         way_out = f"nearest: --config={name}"
     elif note := config.note(name):
         way_out = note
@@ -84,9 +98,9 @@ def show_help(spec: str | None, overrides: list[str]) -> None:
     """
     if spec is None:
         terminal.output(make_parser().format_help())
-        terminal.output(f"configs, for --config=FILE or --config=FILE:ARG:\n{document.shipped_configs()}")
+        terminal.output(f"configs, for --config=CONFIG or --config=CONFIG:ARG:\n{document.shipped_configs()}")
         return
-    loaded = config.load(spec)
+    loaded = commands.load_config(spec)
     read_in_file = config.read_options(loaded)
     config.reset_unread(loaded, read_in_file - config.override_all(loaded, overrides).typed)
     terminal.output(document.describe(loaded, spec))

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Classifies images with a trained model and prints the most probable classes of each image.
 
-  python -m vit_jax.predict --workdir=runs/photos holiday.jpg
-  python -m vit_jax.predict --workdir=runs/photos --best --top=1 --csv=predictions.csv album/
-  python -m vit_jax.predict --workdir=runs/photos --picture=predictions.png album/
-  python -m vit_jax.predict --workdir=runs/photos --json album/ | jq .predictions[0]
-  python -m vit_jax.predict --init=augreg-b16-224 --classes=imagenet.txt holiday.jpg
+  %(prog)s --workdir=runs/photos holiday.jpg
+  %(prog)s --workdir=runs/photos --best --top=1 --csv=predictions.csv album/
+  %(prog)s --workdir=runs/photos --picture=predictions.png album/
+  %(prog)s --workdir=runs/photos --json album/ | jq .predictions[0]
+  %(prog)s --init=augreg-b16-224 --classes=imagenet.txt holiday.jpg
 
 Images can have any size and any format that Pillow reads; they are resized as in training. A directory stands for all
 images below it, sorted by path. Images that cannot be read are reported on standard error and skipped. The exit status

@@ -16,10 +16,10 @@ DESCRIPTION = """\
 Draws the images of one training step exactly as the model receives them: augmented and mixed with the random keys of
 that step. Below each image are its classes and their target probabilities.
 
-  python -m vit_jax.preview --config=configs/cifar10.py --out=batch.png
-  python -m vit_jax.preview --config=configs/cifar10.py --out=batch.png --step=1000 --count=64
-  python -m vit_jax.preview --config=configs/cifar10.py --out=patches.png --patches --count=8
-  python -m vit_jax.preview --config=configs/cifar10.py --out=batch.png --config.augment.policy=rand_augment
+  %(prog)s --config=cifar10 --out=batch.png
+  %(prog)s --config=cifar10 --out=batch.png --step=1000 --count=64
+  %(prog)s --config=cifar10 --out=patches.png --patches --count=8
+  %(prog)s --config=cifar10 --out=batch.png --config.augment.policy=rand_augment
 """
 
 TILE = 96  # minimum width and height of a tile, pixels
@@ -31,7 +31,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the flags and the overrides as 'section.key=value'; exits with status 2 on a mistake."""
     overrides, rest = commands.take_overrides(arguments)
     parser = commands.parser("preview", DESCRIPTION)
-    parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="config file, as for training")
+    parser.add_argument("--config", metavar="CONFIG[:ARG]", required=True, help="config, as for training")
     parser.add_argument("--out", metavar="PNG", required=True, help="image file to write")
     parser.add_argument("--step", type=int, default=0, help="training step to draw (default: %(default)s)")
     parser.add_argument("--count", type=int, default=32, help="number of images to draw (default: %(default)s)")

@@ -13,8 +13,8 @@ DESCRIPTION = """\
 Draws the reconstructions of a masked autoencoder as a PNG file with three rows: images of a split, the patches that the
 encoder sees, and the reconstructions of the hidden patches together with the visible ones.
 
-  python -m vit_jax.reconstruct --workdir=runs/pretrain-mae --out=reconstructions.png
-  python -m vit_jax.reconstruct --workdir=runs/pretrain-mae --split=train --count=12
+  %(prog)s --workdir=runs/pretrain-mae --out=reconstructions.png
+  %(prog)s --workdir=runs/pretrain-mae --split=train --count=12
 
 The same patches are hidden as in evaluation. If the model predicts normalized patches (decoder.normalize_patches), its
 outputs are converted to pixels with the mean and standard deviation of the true patch, as in the demonstration of the
@@ -56,7 +56,7 @@ def reconstruct(
     if not isinstance(run.module, MaskedAutoencoder):
         raise UserError(
             f"{trained.workdir}: config.train.objective is {run.config.train.objective!r}, which reconstructs no images"
-            "\n  allowed: a run with masked_autoencoder, such as configs/pretrain.py:mae"
+            "\n  allowed: a run with masked_autoencoder, such as pretrain:mae"
         )
     source, size = run.sources[split], run.module.backbone.patch_size
     images = source.read(np.arange(count))

@@ -15,10 +15,10 @@ DESCRIPTION = """\
 Prints a model's layers and its cost: every layer's output shape for one image, its parameters and the floating-point
 operations of its forward pass (matmuls and convolutions; a multiply-add is two operations).
 
-  python -m vit_jax.summary B/16
-  python -m vit_jax.summary Ti/4 --image_size=32 --classes=10
-  python -m vit_jax.summary R50+L/32 --image_size=384x512 --batch_size=64
-  python -m vit_jax.summary B/16 --set pooling=map --set class_token=False --set registers=4
+  %(prog)s B/16
+  %(prog)s Ti/4 --image_size=32 --classes=10
+  %(prog)s R50+L/32 --image_size=384x512 --batch_size=64
+  %(prog)s B/16 --set pooling=map --set class_token=False --set registers=4
 
 VARIANT is a size (Ti, S, B, L, H), a slash and a patch size in pixels, or a hybrid: R+Ti/16, R26+S/32, R26+B/32,
 R50+B/16, R50+L/32. --set sets any other field of the model (see docs/models.md).

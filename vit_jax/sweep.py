@@ -16,11 +16,11 @@ DESCRIPTION = """\
 Finds the learning rate: trains with each one on a part of the training split, compares them on the rest, and trains
 with the best one on the whole split. The test split is used once, by that final run. The same command again resumes.
 
-  python -m vit_jax.sweep --config=configs/cifar10.py:cpu --rates=.0005,.001,.002,.004
-  python -m vit_jax.sweep --config=configs/finetune.py:oxford_iiit_pet --rates=.001,.003,.01,.03 --held_out=10 \\
+  %(prog)s --config=cifar10:cpu --rates=.0005,.001,.002,.004
+  %(prog)s --config=finetune:oxford_iiit_pet --rates=.001,.003,.01,.03 --held_out=10 \\
       --config.checkpoint.init_from=augreg-b16-in21k
 
-All options of python -m vit_jax.main can be set. If the config has a validation split, learning rates are compared on
+All options of vit-jax train can be set. If the config has a validation split, learning rates are compared on
 that, and the final run trains on both splits. The workdir holds the results (sweep.md, sweep.png and sweep.json) and a
 run directory for each learning rate and for the final run.
 """
@@ -30,7 +30,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the flags and the overrides, as 'section.key=value'; exits for --help and for mistakes."""
     overrides, rest = commands.take_overrides(arguments)
     parser = commands.parser("sweep", DESCRIPTION)
-    parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="config file, as for vit_jax.main")
+    parser.add_argument("--config", metavar="CONFIG[:ARG]", required=True, help="config, as for training")
     parser.add_argument("--rates", metavar="R,R,...", required=True, help="peak learning rates, tried in this order")
     parser.add_argument("--workdir", metavar="DIR", help="directory of the results (default: runs/<config name>-sweep)")
     parser.add_argument(

@@ -17,6 +17,7 @@ from typing import NoReturn, Protocol, runtime_checkable
 from vit_jax import machine_errors
 from vit_jax.errors import UserError
 
+SCRIPT = "vit-jax"  # the name of the installed command
 ERRORS = "vit_jax.terminal"  # the error handler of the streams
 _DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"  # word processors replace hyphens by others
 _lost: list[str] = []  # why standard output has not received all of `output`; at most one
@@ -31,6 +32,23 @@ class Stream(Protocol):
 
     def write(self, text: str, /) -> object:
         """Writes text."""
+
+
+def program() -> str | None:
+    """Returns how this process was started as a command: 'vit-jax', 'python -m vit_jax' or 'python -m vit_jax.predict'.
+
+    None if another program was started.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name.startswith("vit_jax."):
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return SCRIPT if os.path.basename("".join(sys.argv[:1])) == SCRIPT else None
+
+
+def prog(module: str) -> str:
+    """Returns how to start a command in the way this process was started: 'vit-jax predict', 'python -m MODULE'."""
+    started = program()
+    return f"{started} {sys.argv[1]}" if started in (SCRIPT, "python -m vit_jax") else f"python -m {module}"
 
 
 def say(text: str = "", end: str = "\n") -> None:

@@ -20,10 +20,10 @@ DESCRIPTION = """\
 Measures how good the frozen features of a backbone are for a dataset, in three ways: least squares from a few examples
 per class (few-shot), k nearest neighbours, and a linear probe.
 
-  python -m vit_jax.transfer --init=runs/cifar10 --data=cifar100
-  python -m vit_jax.transfer --init=augreg-b16-in21k --data=cifar10 --shots=1,5,10 --draws=10
-  python -m vit_jax.transfer --init=augreg-b16-224 --data=folder --data_dir=photos --methods=knn,probe
-  python -m vit_jax.transfer --features=runs/digits/features
+  %(prog)s --init=runs/cifar10 --data=cifar100
+  %(prog)s --init=augreg-b16-in21k --data=cifar10 --shots=1,5,10 --draws=10
+  %(prog)s --init=augreg-b16-224 --data=folder --data_dir=photos --methods=knn,probe
+  %(prog)s --features=runs/digits/features
 
 The features are computed once and stored in OUT/features. Every test example is scored, and the test split is used for
 nothing else. The results are printed as a table and written to OUT/transfer.json (docs/transfer.md).
@@ -64,9 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = commands.parser("transfer", DESCRIPTION)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--init", help="the backbone: a run directory, file, URL or name (docs/weights.md)")
-    source.add_argument(
-        "--features", metavar="DIR", help="or stored features of train and test (python -m vit_jax.features)"
-    )
+    source.add_argument("--features", metavar="DIR", help="or stored features of train and test (vit-jax features)")
     _add_backbone_flags(parser.add_argument_group("backbone"))
     _add_data_flags(parser.add_argument_group("data"))
     _add_method_flags(parser.add_argument_group("methods"))

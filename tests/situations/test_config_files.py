@@ -244,7 +244,7 @@ REFUSED = {
     "empty_directory": ({"d/a/b.py": ""}, "d", r"d is a directory"),
     "notebook": ({"c.ipynb": "{}"}, "c.ipynb", r"not a Python file"),
     "config_json": ({"c.json": "{}"}, "c.json", r"not a Python file"),
-    "no_such_file": ({}, "nowhere.py:cpu", r"no such file: nowhere\.py\s+available: configs/"),
+    "no_such_file": ({}, "nowhere.py:cpu", r"no such file: nowhere\.py\s+available: cifar10, "),
     "no_such_user": ({}, "~nosuchuser/c.py", r"no user nosuchuser"),
     "empty": ({}, "", r"--config is empty"),
     "null_character": ({}, "c\0.py", r"--config='c\\x00\.py' cannot be a path"),

@@ -17,7 +17,7 @@ from vit_jax.config.load import (
     load,
     names,
 )
-from vit_jax.config.module import split
+from vit_jax.config.module import shipped, split
 from vit_jax.config.option import Option
 from vit_jax.config.overrides import override, override_all, read_options, reset_unread
 from vit_jax.config.schema import INIT_FROM, OPTIONS
@@ -40,6 +40,7 @@ __all__ = [
     "override_all",
     "read_options",
     "reset_unread",
+    "shipped",
     "split",
     "takes_same_values",
 ]

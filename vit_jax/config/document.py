@@ -7,15 +7,16 @@ writes docs/options.md.
 
 import sys
 import textwrap
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from vit_jax import terminal
-from vit_jax.config.module import ROOT, shipped_arguments
+from vit_jax.config.module import shipped_arguments
 from vit_jax.config.option import Option
 from vit_jax.config.schema import OPTIONS, REMOVED
 
-PATH = ROOT / "docs" / "options.md"
+PATH = Path(__file__).resolve().parents[2] / "docs" / "options.md"
 WIDTH = 100
 INDENT = 38
 SECTIONS = {
@@ -33,10 +34,10 @@ INTRODUCTION = """\
 # Options
 
 Set an option in a config file (`config.train.steps = 1000`) or on the command line (`--config.train.steps=1000`).
-`python -m vit_jax.main --config=FILE --help` shows the options of a config with the values that they have there.
+`vit-jax train --config=CONFIG --help` shows the options of a config with the values that they have there.
 
 * **Config files** are Python modules: they may import modules of their own directory, also relatively in a package.
-  `get_config()`, or `get_config(ARG)` for `--config=FILE:ARG`, returns the config.
+  `get_config()`, or `get_config(ARG)` for `--config=FILE.py:ARG`, returns the config.
 * **On resume**: whether the option may change when a run resumes. *fixed*: no. *changeable*: yes, while steps are left
   to train with it; the change is printed and recorded in `changes.jsonl`. *free*: yes, silently.
 * **Only with**: the settings under which the option has an effect. With other settings, any value but the default is
@@ -81,10 +82,10 @@ def _shown(option: Option, value: object) -> str:
 
 
 def shipped_configs() -> str:
-    """Returns the paths of the shipped configs, each with its title and arguments; at most 100 columns wide."""
+    """Returns the names of the shipped configs, each with its title and arguments; at most 100 columns wide."""
     lines = []
-    for path, (title, arguments) in shipped_arguments().items():
-        lines.append(f"  {path}")
+    for name, (title, arguments) in shipped_arguments().items():
+        lines.append(f"  {name}")
         for text in filter(None, (title, arguments and f"ARG: {arguments}")):
             indents = {"initial_indent": "    ", "subsequent_indent": "      "}
             lines += textwrap.wrap(text, WIDTH, break_on_hyphens=False, **indents)

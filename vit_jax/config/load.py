@@ -147,9 +147,11 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> ConfigDict:
 
 
 def load(spec: str | ConfigDict) -> ConfigDict:
-    """Returns the config of 'FILE' or 'FILE:ARG': what `get_config()` or `get_config(ARG)` of that Python file returns.
+    """Returns the config of 'CONFIG' or 'CONFIG:ARG': what `get_config()` or `get_config(ARG)` of that file returns.
 
-    A config in place of `spec` is checked and copied.
+    Args:
+        spec: the name of a shipped config, such as 'cifar10:cpu', or the path of a Python file; or a config, which is
+            checked and copied.
 
     Raises:
         UserError: no such file, an error in it, an argument that it does not accept, an option that does not exist or

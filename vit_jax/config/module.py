@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax import paths
-from vit_jax.errors import UserError, few, one_line
+from vit_jax.errors import UserError, few, nearest, one_line
 
-ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+# The shipped config files: in an installed package they are part of it; in a clone they are beside it.
+SHIPPED = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 # Installed packages keep their meaning beside a config file that has the name of one of them; these wherever they are.
 DEPENDENCIES = ("vit_jax", "jax", "jaxlib", "flax", "optax", "numpy", "ml_collections")
 OTHER_SUFFIXES = (".ipynb", ".json", ".yaml", ".yml", ".toml", ".pyc")
@@ -27,9 +29,9 @@ _loaded: dict[str, types.ModuleType] = {}  # modules imported for the last confi
 
 
 def call(spec: str) -> Any:
-    """Returns what `get_config()` or `get_config(ARG)` of a config file returns, 'FILE' or 'FILE:ARG'.
+    """Returns what `get_config()` or `get_config(ARG)` of a config returns, 'CONFIG' or 'CONFIG:ARG'.
 
-    FILE is relative to the current directory or to the project's, so that configs/... works from anywhere.
+    CONFIG is the name of a shipped config or the path of a file; `_find` says which one is meant.
     The file is run anew at each call, as modules beside it that it imports. These are found before modules of the same
     name in the current directory, but not before those of the standard library and of installed packages.
 
@@ -65,26 +67,31 @@ def call_adapt(spec: str, config: Any, typed: set[str]) -> None:
 
 
 def shipped_arguments() -> dict[str, tuple[str, str]]:
-    """Returns, by path, the title of every shipped config and the arguments that it takes, in words ('': none)."""
+    """Returns, by name, the title of every shipped config and the arguments that it takes, in words ('': none)."""
     found = {}
-    for file in sorted((ROOT / "configs").glob("*.py")):
+    for file in sorted(SHIPPED.glob("*.py")):
         with _siblings(file):
             module = _import(file)
         title, words = (module.__doc__ or "").partition("\n")[0], getattr(module, "ARGUMENTS", "")
-        found[f"configs/{file.name}"] = title, " ".join(words.split())
+        found[file.stem] = title, " ".join(words.split())
     return found
 
 
 def split(spec: str) -> tuple[str, str]:
-    """Returns file and argument of 'FILE' or 'FILE:ARG', either of which may contain colons.
+    """Returns name or path, and argument, of 'CONFIG' or 'CONFIG:ARG', either of which may contain colons.
 
-    FILE is the longest part before a colon that is a file; if none is, the part up to '.py'.
+    CONFIG is the longest part before a colon that is a name or a file; if none is, the part up to '.py'.
     """
     ends = [len(spec), *reversed([match.start() for match in re.finditer(":", spec)])]
     ending = re.search(r"\.py(?=:)", spec)
     guess = ending.end() if ending else ends[-1]
     end = next((end for end in ends if _find(spec[:end]) is not None), guess)
     return spec[:end], spec[end + 1 :]
+
+
+def shipped() -> list[str]:
+    """Returns the names of the shipped configs."""
+    return sorted(file.stem for file in SHIPPED.glob("*.py"))
 
 
 def _open(spec: str, path: str) -> Path:
@@ -101,18 +108,37 @@ def _open(spec: str, path: str) -> Path:
         return file
     directory = paths.expand(path, "--config")
     if directory.is_dir():
-        inside = [str(Path(path) / file.name) for file in sorted(directory.glob("*.py"))]
+        files = [*directory.glob("config.json"), *sorted(directory.glob("*.py"))]
+        inside = [str(Path(path) / file.name) for file in files]
         hint = f"contains: {few(inside)}" if inside else "allowed: a Python file with a function get_config"
         raise UserError(f"--config={spec}: {path} is a directory\n  {hint}")
-    known = [f"configs/{file.name}" for file in sorted((ROOT / "configs").glob("*.py")) if file.stem != "__init__"]
-    hint = f"available: {', '.join(known)}" if known else "the files in configs/ are part of the repository: copy one"
-    raise UserError(f"--config={spec}: no such file: {path}\n  {hint}")
+    own = [f"{path}.py"] if os.path.isfile(f"{directory}.py") else []
+    near = own or nearest(Path(path).name.removesuffix(".py"), shipped())
+    what = "file" if _is_path(path) else "config"
+    meant = f"nearest: --config={near[0]}{spec.removeprefix(path)}\n  " if near else ""
+    raise UserError(f"--config={spec}: no such {what}: {path}\n  {meant}available: {', '.join(shipped())}, or a file")
 
 
 def _find(path: str) -> Path | None:
+    """Returns the file that a config's name or path stands for, None if there is none; in this order.
+
+    1. A name, such as cifar10, stands for the shipped config. A path has a slash, or ends in .py.
+    2. A file, relative to the current directory.
+    3. configs/NAME.py stands for the shipped config, also where there is no such directory.
+    """
     if "\0" in path:
         return None
-    return next((Path(file) for file in (os.path.expanduser(path), ROOT / path) if os.path.isfile(file)), None)
+    ours = SHIPPED / f"{Path(path).name.removesuffix('.py')}.py"
+    candidates = [Path(os.path.expanduser(path))]
+    if not _is_path(path):
+        candidates.insert(0, ours)
+    elif Path(path) == Path("configs") / ours.name:
+        candidates.append(ours)
+    return next((file for file in candidates if os.path.isfile(file)), None)
+
+
+def _is_path(text: str) -> bool:
+    return os.sep in text or text.endswith(".py")
 
 
 def _import(file: Path) -> types.ModuleType:

@@ -151,14 +151,14 @@ data.name=cifar10 or cifar100 does this automatically if the machine has interne
 
 examples:
   with internet access (downloads 170 MB, then takes about 15 s):
-    python -m vit_jax.data.prepare cifar10
+    %(prog)s cifar10
 
   without internet access, from the archive or from the directory extracted from it:
-    python -m vit_jax.data.prepare cifar10 --from ~/Downloads/cifar-10-binary.tar.gz
-    python -m vit_jax.data.prepare cifar100 --from /data/cifar-100-binary
+    %(prog)s cifar10 --from ~/Downloads/cifar-10-binary.tar.gz
+    %(prog)s cifar100 --from /data/cifar-100-binary
 
   to another directory than ~/tensorflow_datasets (then train with --config.data.dir, or set TFDS_DATA_DIR):
-    python -m vit_jax.data.prepare cifar10 --data_dir /data/tfds
+    %(prog)s cifar10 --data_dir /data/tfds
 
 The archives are the binary versions at https://www.cs.toronto.edu/~kriz/cifar.html. The Python versions are not
 supported.
@@ -172,8 +172,8 @@ def main(arguments: Sequence[str] | None = None, archives: Mapping[str, Archive]
 
 def _run(arguments: Sequence[str] | None, archives: Mapping[str, Archive]) -> None:
     parser = terminal.Parser(
-        prog="python -m vit_jax.data.prepare",
-        usage="python -m vit_jax.data.prepare {cifar10,cifar100} [--from PATH] [--data_dir DIR]",
+        prog=terminal.prog("vit_jax.data.prepare"),
+        usage="%(prog)s {cifar10,cifar100} [--from PATH] [--data_dir DIR]",
         description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
