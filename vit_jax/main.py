@@ -17,8 +17,8 @@ Trains a Vision Transformer. The same command resumes a run that was stopped; so
   %(prog)s --workdir=runs/first
 """
 EPILOG = """\
-CONFIG is a shipped config (below), a Python file (mine.py, configs/mine.py), or the config.json of a run. Options of a
-config, with their values:
+CONFIG is a shipped config (below), a Python file (mine.py, configs/mine.py), or the config.json of
+a run. Options of a config, with their values:
   %(prog)s --config=cifar10 --help
 
 docs/options.md describes all options.
@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command's flags; config overrides are removed from the arguments beforehand."""
     parser = terminal.Parser(
         prog=terminal.prog("vit_jax.main"),
-        usage="%(prog)s --config=CONFIG[:ARG] [--workdir=DIR] [--parameters] [--config.SECTION.OPTION=VALUE ...]",
+        usage="%(prog)s --config=CONFIG[:ARG] [--workdir=DIR] [--config.SECTION.OPTION=VALUE ...]",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
