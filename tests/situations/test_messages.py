@@ -16,6 +16,7 @@ PASSED_ON = {
     ("commands.py", "flags_named"): "of what the command does",
     ("config/check.py", "_check_model"): "of models.checks",
     ("config/module.py", "_errors"): "of the config file, with its line",
+    ("convert.py", "_flags_named"): "of vit_jax.weights",
     ("data/splits.py", "parse"): "of its own function `_error`",
     ("sharding/multihost.py", "on_rank_0"): "of the action, on another rank",
     ("summary.py", "summarise"): "of models.checks",
