@@ -221,9 +221,9 @@ def test_predictions_with_a_weights_file(tmp_path, digits, monkeypatch, capsys):
     (tmp_path / "names.txt").write_text("cat\n")
     assert predict.main([*arguments, f"--classes={tmp_path / 'names.txt'}"]) == 2
     assert "has 3 classes, but 1 class names are given" in capsys.readouterr().err
-    # A file such as an average of checkpoints says 'set', but has no mean and std of that dataset.
+    # A file such as an average of an older version says 'set', but has no mean and std of that dataset.
     model, parameters, report = weights.load(tmp_path / "model.npz")
-    by_set = dataclasses.replace(report, normalization="set")
+    by_set = dataclasses.replace(report, normalization="set", statistics=None)
     monkeypatch.setattr(weights, "load", lambda *_, **__: (model, parameters, by_set))
     assert predict.main(arguments) == 2
     assert "mean and std of their dataset, which are not in the file" in capsys.readouterr().err

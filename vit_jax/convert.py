@@ -102,7 +102,8 @@ def _flags_named() -> Iterator[None]:
         yield
     except UserError as error:
         message = re.sub(rf"(?<![-\w.])({'|'.join(KEYWORDS)})=", r"--\1=", str(error))
-        raise UserError(message.replace("--image_size=(height, width)", "--image_size=HEIGHTxWIDTH")) from error
+        message = message.replace("--image_size=(height, width)", "--image_size=HEIGHTxWIDTH")
+        raise UserError(message) from error
 
 
 def convert(flags: argparse.Namespace) -> str:

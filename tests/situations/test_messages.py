@@ -12,11 +12,11 @@ from test_architecture import WORDS
 PASSED_ON = {
     ("checkpoint/manager.py", "content"): "of checkpoint.integrity",
     ("checkpoint/manager.py", "read_part"): "of checkpoint.integrity",
-    ("checkpoint/proof.py", "_attempt"): "the way out is that of machine_errors",
     ("commands.py", "flags_named"): "of what the command does",
     ("config/check.py", "_check_model"): "of models.checks",
     ("config/module.py", "_errors"): "of the config file, with its line",
     ("finetune.py", "_data"): "of configs/finetune.py",
+    ("convert.py", "_flags_named"): "of vit_jax.weights",
     ("data/splits.py", "parse"): "of its own function `_error`",
     ("data/splits.py", "_parse_part"): "of its own function `_error`",
     ("sharding/multihost.py", "on_rank_0"): "of the action, on another rank",

@@ -213,7 +213,7 @@ def test_the_state_of_training_is_one_row_of_the_report(workdir):
     rows = [line for line in report.table().splitlines() if line.startswith("  ignored")]
     arrays = sum(row.action == "ignored" for row in report.rows)
     assert len(rows) == 1 and rows[0].startswith(f"  ignored      {arrays} arrays: ")
-    assert rows[0].endswith(f" and {arrays - 1} more  (training state)")
+    assert rows[0].endswith(f" and {arrays - 3} more  (training state)")
     assert len(report.table(verbose=True).splitlines()) > arrays
     loaded = len(report.rows) - arrays
     first = (

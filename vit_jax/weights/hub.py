@@ -110,7 +110,7 @@ def _unknown(name: str, path: Path) -> UserError:
     ):
         near = _nearest_paths(path)
         way_out = f"nearest: {', '.join(near)}" if near else "correct the path"
-        if near and _HUB_ID.fullmatch(name):
+        if _HUB_ID.fullmatch(name) and path.suffix.lower() not in _SUFFIXES:
             download = f"use {HUB}/{name} for a model on the Hugging Face hub"
         else:
             download = f"or name a published model, to download it: {models}, ... (all: {LIST})"

@@ -112,7 +112,7 @@ class Report:
         lines = []
         for (action, detail), same in alike.items():
             if action == "ignored" and len(same) > 1 and not verbose:
-                lines.append(f"  {action:<11}  {len(same)} arrays: {few(map(_names, same), 1)}  ({detail})")
+                lines.append(f"  {action:<11}  {len(same)} arrays: {few(map(_names, same))}  ({detail})")
                 continue
             shown = same if verbose else same[:SHOWN]
             for row in shown:
