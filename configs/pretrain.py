@@ -68,7 +68,7 @@ def imagenet21k(config: ConfigDict) -> None:
 def folder(config: ConfigDict) -> None:
     """The ImageNet row for about 100,000 images of your own: S/16, with a quarter of batch, learning rate and warmup.
 
-    The directory holds train/CLASS/*.jpg and test/CLASS/*.jpg.
+    The directory holds train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg, of which 20 % are held out to test on.
     """
     paper(config)
     config.model.variant = "S/16"

@@ -238,5 +238,5 @@ def test_photos_is_fine_tuned_at_the_image_size_of_the_model(root, make_run):
     for key in ("width", "depth", "heads", "mlp_width", "pooling", "position"):
         assert config.model[key] == begun.model[key]
     assert config.data.image_size == json.loads((run / "data.json").read_text())["image_shape"][0]
-    assert config.checkpoint.init_head == "new" and config.train.steps == 100
+    assert config.checkpoint.init_head == "new" and config.train.steps == 200
     assert photos(root, f"checkpoint.init_from={run}", "data.image_size=24").data.image_size == 24
