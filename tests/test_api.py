@@ -7,6 +7,7 @@ import signal
 import threading
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from helpers import ROOT, run_command, tiny_config
@@ -79,15 +80,24 @@ def test_an_option_is_named_by_its_key_if_that_is_enough():
     assert api._assignments(passed) == [
         *("train.steps=5", "augment.test_flip=True", "data.labels=label,parity", "model.width=8")
     ]
+    nested = {"train": {"steps": 3, "loss_weights": {"label": 1.0, "parity": 0.5}}, "data": {"train": "train[:9]"}}
+    assert api._assignments(nested)[::2] == ["train.steps=3", "data.train=train[:9]"]
+    made = commands.make_config(tiny_config(data={"labels": ("label", "parity")}), api._assignments(nested))
+    assert dict(made.train.loss_weights) == {"label": 1.0, "parity": 0.5}
     with pytest.raises(UserError, match=r"width is an option of several sections\n  use overrides=\{'model\.width': "):
         api._assignments({"width": 8})
     with pytest.raises(UserError, match=r"stps does not exist.*\n  nearest: config\.train\.steps"):
         api._assignments({"stps": 8})
 
 
-def test_a_config_without_a_run_directory_is_refused():
+def test_a_config_without_a_run_directory_and_options_that_are_no_mapping_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(UserError, match=r"workdir is missing\n  name the run directory"):
         vit_jax.train(tiny_config())
+    with pytest.raises(
+        UserError, match=r"overrides is 'steps=3'\n  allowed: a mapping such as \{'train\.steps': 100\}"
+    ):
+        vit_jax.train(tiny_config(), tmp_path, "steps=3")
 
 
 def test_a_config_is_copied(tmp_path):

@@ -107,7 +107,8 @@ def train(
         config: a config as on the command line: a file or name, with ':ARG' if it takes an argument; or a config made
             from `vit_jax.config.default()`.
         workdir: the run directory; None for runs/<config name>.
-        overrides: options by name, such as {"train.steps": 100}, as --config.train.steps=100 on the command line.
+        overrides: options by name, such as {"train.steps": 100} or {"train": {"steps": 100}}, as
+            --config.train.steps=100 on the command line.
         **options: the same by the last part of their names, if only one option has it: steps=100.
 
     Raises:
@@ -121,6 +122,10 @@ def train(
             raise UserError("workdir is missing\n  name the run directory: vit_jax.train(config, 'runs/NAME')")
         workdir = commands.default_workdir(config)
     workdir = paths.expand(workdir, "workdir")
+    if not isinstance(overrides or {}, Mapping):
+        raise UserError(
+            f"overrides is {arguments.shown(overrides)}\n  allowed: a mapping such as {{'train.steps': 100}}"
+        )
     made = commands.make_config(config, _assignments({**(overrides or {}), **options}), workdir)
     compilation_cache.cache_compilations()
     stop = Interruption(made.train.max_minutes)
@@ -134,6 +139,9 @@ def _assignments(options: Mapping[str, Any]) -> list[str]:
     """Returns options as the command line has them: 'section.key=value'."""
     written = []
     for key, value in options.items():
+        if key in config.OPTIONS and isinstance(value, Mapping):  # a section
+            written += _assignments({f"{key}.{name}": one for name, one in value.items()})
+            continue
         name = _full_name(key)
         one = find_option(name, value)
         written.append(f"{name}={value if isinstance(value, str) else one.text(one.convert(value))}")

@@ -92,12 +92,12 @@ def checked(index: int, image: Image) -> Image:
     if not _is_image_shape(image.shape):
         raise UserError(
             f"images[{index}] has shape {list(image.shape)}\n"
-            f"  allowed: [height, width], or [height, width, channels] with 1, 3 or 4 channels{_way_out(image.shape)}"
+            f"  allowed: [height, width], or [height, width, channels] with 1, 3 or 4 channels{_what_to_pass(image.shape)}"
         )
     return image
 
 
-def _way_out(shape: tuple[int, ...]) -> str:
+def _what_to_pass(shape: tuple[int, ...]) -> str:
     """Returns what to pass in place of a wrong array [..., ..., ...]."""
     if len(shape) != 3:
         return ""
