@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from vit_jax import config as options
 from vit_jax.errors import UserError
 
-ARGUMENTS = "as for configs/cifar10.py"
+ARGUMENTS = "as for cifar10"
 
 
 def get_config(argument: str = "full") -> ConfigDict:

@@ -1,4 +1,4 @@
-"""The command `python -m vit_jax.finetune`: a short form of training with configs/finetune.py."""
+"""The command `python -m vit_jax.finetune`: a short form of training with configs/finetune.py or photos.py."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from vit_jax import commands, config
 from vit_jax import main as training
 from vit_jax.errors import UserError
 
-PHOTOS = "finetune:folder"  # the config for a directory of images
+PHOTOS = "photos"  # the config for a directory of images
 DESCRIPTION = """\
 Fine-tunes a model on a dataset, or on a directory of images with a subdirectory for each class.
 

@@ -10,6 +10,7 @@ from test_architecture import WORDS
 
 # Messages that are those of another error, with what they are about before them: the other one has the way out.
 PASSED_ON = {
+    ("checkpoint/proof.py", "_attempt"): "the way out is that of `_way_out`",
     ("checkpoint/manager.py", "content"): "of checkpoint.integrity",
     ("checkpoint/manager.py", "read_part"): "of checkpoint.integrity",
     ("commands.py", "flags_named"): "of what the command does",

@@ -23,7 +23,8 @@ SYNONYMS = {
     "data.workers": "num_workers dataloader_num_workers n_workers",
     "data.ahead": "prefetch prefetch_factor prefetch_to_device",
     "data.train": "train_split trainset train_set",
-    "data.validation": "val val_split validation_split valid valid_split val_set eval_split held_out",
+    "data.validation": "val val_split validation_split valid valid_split val_set eval_split",
+    "data.held_out": "holdout hold_out test_size val_fraction validation_fraction",
     "data.test": "test_split test_set testset",
     "augment.flip": "hflip horizontal_flip random_flip flip_lr fliplr random_horizontal_flip",
     "augment.erasing": "reprob random_erasing random_erase re_prob cutout",
@@ -59,6 +60,7 @@ SYNONYMS = {
     "max_iters num_iterations iterations",
     "train.accumulation": "accum accum_iter accum_steps grad_accum grad_accum_steps gradient_accumulation "
     "gradient_accumulation_steps accumulate_grad_batches microbatches",
+    "train.class_weights": "class_weight class_balance balanced",
     "train.label_smoothing": "smoothing label_smooth label_smoothing_factor ls",
     "train.masked_share": "mask_ratio masking_ratio mask_prob",
     "train.evaluate_every": "eval_every eval_steps eval_interval eval_freq val_every val_interval",
