@@ -49,7 +49,7 @@ MEANT = {
     "log.every": "log_every logging_steps logging.every",
 }
 # What is no option, and a part of what is said.
-SAID = {
+INSTEAD = {
     "wandb log.wandb report_to trainer.logger": "metrics.jsonl in the run directory, and for TensorBoard",
     "early_stopping train.early_stopping patience": "best validation result is kept: see config.checkpoint.keep_best",
     "output_dir out save-dir log.log_dir": "--workdir=DIR",
@@ -76,10 +76,10 @@ def test_the_option_that_is_meant_is_named(meant):
         assert f"\n  nearest: config.{meant}: {option(meant).doc}" in message(name), name
 
 
-@pytest.mark.parametrize("names", SAID)
+@pytest.mark.parametrize("names", INSTEAD)
 def test_what_exists_in_place_of_an_option_is_said(names):
     for name in names.split():
-        assert SAID[names] in message(name) and "nearest" not in message(name), name
+        assert INSTEAD[names] in message(name) and "nearest" not in message(name), name
 
 
 def test_nothing_is_suggested_where_nothing_is_near():
