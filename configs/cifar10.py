@@ -1,12 +1,12 @@
 """CIFAR-10 from scratch at 32 pixels.
 
-    python -m vit_jax.main --config=configs/cifar10.py:cpu
+    vit-jax train --config=cifar10:cpu
 
 On two CPU cores (AMD EPYC with AVX-512; jax 0.10.2, float32), shared with other jobs: 9:50 of training, test accuracy
 61.32 % on all 10,000 images at the last step (seed 0).
 
-    python -m vit_jax.main --config=configs/cifar10.py            # width 192, depth 9, 300 epochs
-    python -m vit_jax.main --config=configs/cifar10.py:S,long
+    vit-jax train --config=cifar10            # width 192, depth 9, 300 epochs
+    vit-jax train --config=cifar10:S,long
 
 These are for an accelerator, and not measured as shipped. A `lite` model reached 94.17 % (10 test-time views, one seed)
 on one H200 in 3:50 with other options: docs/performance.md has the commands. The argument is a size, a length, or both,

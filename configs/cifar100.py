@@ -1,8 +1,8 @@
 """CIFAR-100 from scratch at 32 pixels, with the recipes for CIFAR-10.
 
-    python -m vit_jax.main --config=configs/cifar100.py
-    python -m vit_jax.main --config=configs/cifar100.py:S,long
-    python -m vit_jax.main --config=configs/cifar100.py:cpu
+    vit-jax train --config=cifar100
+    vit-jax train --config=cifar100:S,long
+    vit-jax train --config=cifar100:cpu
 
 Sizes and lengths are those of configs/cifar10.py. Not measured.
 """

@@ -1,14 +1,14 @@
 """Fine-tuning as in arXiv 2010.11929, table 4: a pre-trained model with a new head of zeros, on images of 384 pixels.
 
-    python -m vit_jax.main --config=configs/finetune.py:cifar10 --config.checkpoint.init_from=augreg-b16-in21k
-    python -m vit_jax.main --config=configs/finetune.py:folder --config.data.dir=/data/flowers \
+    vit-jax train --config=finetune:cifar10 --config.checkpoint.init_from=augreg-b16-in21k
+    vit-jax train --config=finetune:folder --config.data.dir=PHOTOS \
         --config.checkpoint.init_from=augreg-b16-in21k
-    python -m vit_jax.main --config=configs/finetune.py:cifar100,cpu --config.checkpoint.init_from=runs/cifar10-cpu
+    vit-jax train --config=finetune:cifar100,cpu --config.checkpoint.init_from=runs/cifar10-cpu
 
 All but `cpu` are for an accelerator; only `cifar10,cpu` has been measured, at 32 pixels (docs/finetuning.md). The model
 is that of init_from: a run directory, a file that docs/weights.md lists, or the name of a published model, which is
-downloaded (augreg-b16-in21k: about 410 MB; python -m vit_jax.convert --list prints the names). The best learning rate
-depends on the dataset: python -m vit_jax.sweep finds it.
+downloaded (augreg-b16-in21k: about 410 MB; vit-jax convert --list prints the names). The best learning rate
+depends on the dataset: vit-jax sweep finds it.
 
 The argument is a dataset (cifar10, cifar100, oxford_iiit_pet, oxford_flowers102, imagenet2012, folder), and after it,
 separated by commas, any of:

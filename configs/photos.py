@@ -1,7 +1,7 @@
 """A classifier of your own photos: a folder that contains one folder of images per class.
 
-    python -m vit_jax.main --config=configs/photos.py --config.data.dir=PHOTOS
-    python -m vit_jax.main --config=configs/photos.py --config.data.dir=PHOTOS --config.checkpoint.init_from=NAME_OR_RUN
+    vit-jax train --config=photos --config.data.dir=PHOTOS
+    vit-jax train --config=photos --config.data.dir=PHOTOS --config.checkpoint.init_from=augreg-s16-in21k
 
 For 50 to 5,000 photos. Without PHOTOS/test, 20 % of each class are held out to test on (docs/data.md); files that are
 no images are skipped and reported. With `checkpoint.init_from` (a run, or weights that docs/weights.md lists), that

@@ -1,14 +1,14 @@
 """Pre-training: supervised as in arXiv 2010.11929, table 3, or self-supervised by masking patches.
 
-    python -m vit_jax.main --config=configs/pretrain.py:imagenet
-    python -m vit_jax.main --config=configs/pretrain.py:imagenet21k --config.data.dir=IMAGES
-    python -m vit_jax.main --config=configs/pretrain.py:folder --config.data.dir=IMAGES
-    python -m vit_jax.main --config=configs/pretrain.py:cifar100
-    python -m vit_jax.main --config=configs/pretrain.py:cifar100-cpu
-    python -m vit_jax.main --config=configs/pretrain.py:mae
-    python -m vit_jax.main --config=configs/pretrain.py:mae-cpu
-    python -m vit_jax.main --config=configs/pretrain.py:masked-patches
-    python -m vit_jax.main --config=configs/pretrain.py:masked-patches-cpu
+    vit-jax train --config=pretrain:imagenet
+    vit-jax train --config=pretrain:imagenet21k --config.data.dir=IMAGES
+    vit-jax train --config=pretrain:folder --config.data.dir=PHOTOS
+    vit-jax train --config=pretrain:cifar100
+    vit-jax train --config=pretrain:cifar100-cpu
+    vit-jax train --config=pretrain:mae
+    vit-jax train --config=pretrain:mae-cpu
+    vit-jax train --config=pretrain:masked-patches
+    vit-jax train --config=pretrain:masked-patches-cpu
 
 `imagenet`, `imagenet21k` and `folder` are for many accelerators; `cifar100`, `mae` and `masked-patches` for one; those
 that end in `-cpu` for two CPU cores. With a smaller batch, lower the learning rate in proportion, or keep the batch and

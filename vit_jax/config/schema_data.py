@@ -30,7 +30,7 @@ DATA = {
     "features": Option(
         None,
         str,
-        "Directory of stored features (python -m vit_jax.features) to train heads on. None: train on images.",
+        "Directory of stored features (vit-jax features) to train heads on. None: train on images.",
         read_by=CLASSIFY,
     ),
     "train": Option("train", str, "Training split in TFDS syntax, for example 'train' or 'train[:98%]'."),
