@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import ROOT, flags, read_metrics, run_command, tiny_config
+from ml_collections import ConfigDict
 from test_config import ARGUMENTS
 
 from vit_jax import commands, main, optim
@@ -69,9 +70,9 @@ def count(model: VisionTransformer, side: int, channels: int) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def check_variant(spec: str, variant: str) -> None:
-    """A shipped config with an override of the variant: the model is that variant, with the recipe's other options."""
-    file, config = options.load(spec), made(spec, f"model.variant={variant}")
+def check_variant(spec: str, variant: str, file: ConfigDict) -> None:
+    """A shipped config with an override of the variant: the model is that variant, with the file's other options."""
+    config = made(spec, f"model.variant={variant}")
     assert config.model.variant == variant
     model = build_model.build(config.model, classes=7, dtype="float32")
     own = {"variant", "width", "depth", "heads", "mlp_width", "class_token", "pre_logits", "dtype", "attention_kernel"}
@@ -95,9 +96,8 @@ def check_variant(spec: str, variant: str) -> None:
         assert count(model, side, channels) == closed_form(size, int(patch), side, channels, 7, file.model)
 
 
-def fitting(spec: str) -> list[str]:
+def fitting(config: ConfigDict) -> list[str]:
     """The variants that a shipped config can have: patch sizes that divide its images; hybrids where there is room."""
-    config = options.load(spec)
     side = image_side(config)
     plain = [f"{size}/{patch}" for size, patch in itertools.product(PAPER, PATCHES) if side % patch == 0]
     masked = config.train.objective != "classify"  # needs patches that do not overlap
@@ -106,15 +106,15 @@ def fitting(spec: str) -> list[str]:
 
 @pytest.mark.parametrize("spec", SPECS[::8])
 def test_a_variant_on_the_command_line_is_that_variant(spec):
-    known = fitting(spec)
-    check_variant(spec, known[SPECS.index(spec) * 3 % len(known)])
+    known = fitting(file := options.load(spec))
+    check_variant(spec, known[SPECS.index(spec) * 3 % len(known)], file)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_variant_on_the_command_line_is_that_variant(spec):
-    for variant in fitting(spec):
-        check_variant(spec, variant)
+    for variant in fitting(file := options.load(spec)):
+        check_variant(spec, variant, file)
 
 
 def test_sizes_of_the_command_line_stay_in_any_order():
