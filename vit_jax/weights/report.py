@@ -99,10 +99,11 @@ class Report:
         model, size = self.model, self.image_size
         images = "images of any size" if size is None else f"images {size[0]}x{size[1]}"
         head = "no head" if model.classes is None else f"{model.classes} classes"
+        channels = "1 channel" if self.channels == 1 else f"{self.channels} channels"
         stem = "" if model.stem is None else f"stem {model.stem}, "
         return (
             f"{stem}patch {model.patch_size}, width {model.width}, {model.depth} blocks, {model.heads} heads, MLP "
-            f"{model.mlp_width}, pooling {model.pooling}, {head}; {images}, {self.channels} channels"
+            f"{model.mlp_width}, pooling {model.pooling}, {head}; {images}, {channels}"
         )
 
     def _rows(self, rows: list[Row], verbose: bool) -> list[str]:
