@@ -85,8 +85,8 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
     metrics = {name: [result[name] for result in results] for name in results[0]}
     steps, summary = metrics.pop("step"), multi_seed.mean_and_std(metrics)
     name = next(one for one in (f"{flags.split}/accuracy", f"{flags.split}/loss") if one in summary)
-    factor, unit = (100, " %") if name.endswith("accuracy") else (1, "")
-    mean, std = (f"{factor * (value or 0):.4g}" for value in (summary[name], summary[f"{name}/std"]))
+    factor, digits, unit = (100, 2, " %") if name.endswith("accuracy") else (1, 4, "")
+    mean, std = (f"{factor * (value or 0):.{digits}f}" for value in (summary[name], summary[f"{name}/std"]))
     terminal.warn(f"{name.replace('/', ' ')} {mean} +- {std}{unit} over {len(seeds)} seeds")
     return {"seeds": seeds, "step": steps[0] if len({*steps}) == 1 else steps, **summary}
 

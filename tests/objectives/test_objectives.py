@@ -9,7 +9,8 @@ import pytest
 from vit_jax import config, sharding
 from vit_jax.data import pipeline
 from vit_jax.evaluation import exact
-from vit_jax.models import masked_patches
+from vit_jax.models import masked_patches, variants
+from vit_jax.models.vit import VisionTransformer
 from vit_jax.objectives import OBJECTIVES, classification, losses, masked
 
 # Options with which each learns on the toy set, and a loss that it then comes below.
@@ -191,3 +192,15 @@ def test_parameters_of_a_backbone_take_their_place_in_a_module():
     adopted = objective.init_from_backbone({"a": 3}, lambda: own)
     chex.assert_trees_all_equal(adopted, {"backbone": {"a": 3}, "decoder": {"b": 2}})
     assert objective.backbone(adopted) == {"a": 3}
+
+
+@pytest.mark.parametrize("classes, shown", [(2, False), (5, False), (6, True), ({"label": 4, "parity": 9}, False)])
+def test_the_top_5_accuracy_is_printed_for_more_than_five_classes_alone(classes, shown):
+    heads = classes if isinstance(classes, dict) else {"label": classes}
+    objective = classification.Classification(dict.fromkeys(heads, 1.0))
+    names = [*heads][1:]
+    metrics = {"test/accuracy": 0.5, "test/top5": 0.75, "test/loss": 1.25, "test/examples": 1200}
+    metrics |= {f"test/{name}/accuracy": 0.25 for name in names}
+    line = objective.describe("test", metrics, VisionTransformer(classes=classes, **variants.fields("Ti/4")))
+    top5, others = ", top-5 75.00 %" if shown else "", "".join(f", {name}: accuracy 25.00 %" for name in names)
+    assert line == f"accuracy 50.00 %{top5}, loss 1.2500{others} on 1,200 examples"

@@ -92,7 +92,8 @@ def checked(index: int, image: Image) -> Image:
     if not _is_image_shape(image.shape):
         raise UserError(
             f"images[{index}] has shape {list(image.shape)}\n"
-            f"  allowed: [height, width], or [height, width, channels] with 1, 3 or 4 channels{_what_to_pass(image.shape)}"
+            "  allowed: [height, width], or [height, width, channels] with 1, 3 or 4 channels"
+            f"{_what_to_pass(image.shape)}"
         )
     return image
 
