@@ -7,7 +7,7 @@ from vit_jax import commands, config
 from vit_jax import main as training
 from vit_jax.errors import UserError
 
-PHOTOS = "finetune:folder"  # the config for a directory of images
+PHOTOS = "photos"  # the config for a directory of images
 DESCRIPTION = """\
 Fine-tunes a model on a dataset, or on a directory of images with a subdirectory for each class.
 
