@@ -81,7 +81,7 @@ def test_help_shows_how_the_command_was_started(name, started, monkeypatch, caps
     text = capsys.readouterr().out
     assert text.startswith(f"usage: {shown} ")
     assert text.count(f"  {shown} ") >= 2  # examples
-    assert "%(" not in text and "%%" not in text and "configs/" not in text.replace("configs/mine.py", "")
+    assert "%(" not in text and "%%" not in text and "--config=configs/" not in text
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -113,7 +113,7 @@ def test_synonyms_are_of_commands_and_no_commands():
 
 # --- configs by name ------------------------------------------------------------------------------------------------
 
-SPECS = ["digits", "cifar10", "cifar10:cpu", "cifar100:S,long", "pretrain:mae-cpu", "finetune:cifar10,cpu"]
+SPECS = ["digits", "cifar10", "cifar10:cpu", "cifar100:S,long", "pretrain:mae-cpu", "finetune:cifar10,cpu", "photos"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -130,7 +130,8 @@ def test_a_name_a_path_and_the_file_are_the_same_config(spec, tmp_path, monkeypa
 
 def test_the_shipped_configs_are_those_of_the_repository():
     assert options.shipped() == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-    assert {spec.partition(":")[0] for spec in SPECS} <= {*options.shipped()}
+    assert {spec.partition(":")[0] for spec in SPECS} == {*options.shipped()} and finetune.PHOTOS in options.shipped()
+    assert all(f"`{name}`" in (ROOT / "docs" / "training.md").read_text() for name in options.shipped())
 
 
 def test_a_file_of_ones_own_wins_only_if_it_is_given_as_a_path(tmp_path, monkeypatch):
