@@ -51,8 +51,7 @@ def draw(predictions: Sequence[Prediction]) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for index, (prediction, classes) in enumerate(zip(predictions, lines, strict=True)):
         left, top = GAP + index % columns * (SIDE + GAP), GAP + index // columns * (SIDE + below)
-        picture = images.load(Path(prediction.image), 3)
-        picture.thumbnail((SIDE, SIDE))
+        picture = _fitted(images.load(Path(prediction.image), 3))
         sheet.paste(picture, (left + (SIDE - picture.width) // 2, top + SIDE - picture.height))
         _write(pen, (left, top + SIDE), listing.printable(Path(prediction.image).name), "grey")
         for row, (label, probability) in enumerate(classes, start=1):
@@ -60,6 +59,14 @@ def draw(predictions: Sequence[Prediction]) -> Image.Image:
             pen.rectangle((*corner, left + round(SIDE * probability), corner[1] + LINE - 2), fill=BAR)
             _write(pen, corner, f"{100 * probability:.0f} %  {listing.printable(label)}", "black")
     return sheet
+
+
+def _fitted(picture: Image.Image) -> Image.Image:
+    """Returns an image that fits the square: a small one enlarged by a whole factor, a large one reduced."""
+    factor = max(1, SIDE // max(picture.size))
+    picture = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
+    picture.thumbnail((SIDE, SIDE))
+    return picture
 
 
 def _lines(prediction: Prediction) -> list[tuple[str, float]]:
