@@ -264,9 +264,9 @@ def test_a_command_runs(page, command, directories, monkeypatch, capfd):
 
 
 def workdir_of(arguments: list[str]) -> Path:
-    given = [word.partition("=")[2] for word in arguments if word.startswith("--workdir=")]
+    stated = [word.partition("=")[2] for word in arguments if word.startswith("--workdir=")]
     spec = next((word[9:] for word in arguments if word.startswith("--config=")), "photos")
-    return Path(given[0]) if given else commands.default_workdir(spec)
+    return Path(stated[0]) if stated else commands.default_workdir(spec)
 
 
 namespaces: dict[str, dict] = {}

@@ -137,9 +137,9 @@ def test_a_streamed_run_resumed_with_other_reader_threads_ends_as_a_resident_one
 def test_the_table_of_parameters_is_printed_on_request(flags, expected, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("vit_jax.runtime.compilation_cache.cache_compilations", lambda: None)
-    monkeypatch.setattr("vit_jax.training.train.train", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("vit_jax.training.train.train", lambda *_, shown: calls.append(shown))
     assert main.main(["--config=configs/digits.py", f"--workdir={tmp_path}", *flags]) == 0
-    ((_, _, shown),) = calls
+    (shown,) = calls
     assert shown.start and shown.parameters == expected and not shown.trial
 
 
@@ -160,7 +160,9 @@ def test_evaluate_gives_the_metrics_of_training(uninterrupted):
     workdir, _ = uninterrupted
     lines = read_metrics(workdir)
     expected = {name: value for name, value in lines[-1].items() if name.startswith("validation/")}
-    assert evaluated(workdir, "--split=validation") == {"step": 300} | expected
+    found = evaluated(workdir, "--split=validation")
+    assert 0 < found.pop("validation/balanced_accuracy") < 1
+    assert found == {"step": 300} | expected
     best = evaluated(workdir, "--best", "--split=validation")
     accuracies = {line["step"]: line["validation/accuracy"] for line in lines if "validation/accuracy" in line}
     assert best["validation/accuracy"] == max(accuracies.values()) == accuracies[best["step"]]

@@ -216,20 +216,20 @@ def test_a_resumed_run_names_its_learning_rate(experiment):
         share = min(1.0, step / warmup) if warmup else 1.0
         if step > warmup:
             share = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-        line = describe.start(experiment, step, step, Path("runs/a"))
+        line = describe.start(experiment, step, step, Path("runs/a"), [])
         assert line.startswith(f"resuming at step {step} of {steps} steps of 64 images") and line.endswith("runs/a")
         assert f", at learning rate {share * optimizer.learning_rate:.2e}, in" in line
-    assert "rate" not in describe.start(experiment, 0, 0, Path("runs/a"))
-    assert "rate" not in describe.start(experiment, steps, steps, Path("runs/a"))
+    assert "rate" not in describe.start(experiment, 0, 0, Path("runs/a"), [])
+    assert "rate" not in describe.start(experiment, steps, steps, Path("runs/a"), [])
 
 
 @pytest.mark.parametrize("classes, is_printed", [(2, False), (5, False), (6, True)])
 def test_top_5_accuracy_is_not_printed_for_five_classes_or_fewer(classes, is_printed):
     """It is in the results, and thus in the files."""
     results = {"test/accuracy": 0.5, "test/top5": 1.0, "test/loss": 0.7, "test/examples": 10}
-    lines, train = [], types.SimpleNamespace(class_names=tuple("abcdef"[:classes]))
+    lines, module = [], types.SimpleNamespace(classes=classes)
     experiment = types.SimpleNamespace(
-        evaluate=lambda *_: results, objective=Classification(), sources={"train": train}, num_steps=2
+        evaluate=lambda *_: (results, {}), objective=Classification(), module=module, num_steps=2
     )
     state = types.SimpleNamespace(for_evaluation=dict)
     shown = types.SimpleNamespace(tell=lines.append)

@@ -32,6 +32,7 @@ SHIPPED = {
     "cifar100.py": [""],
     "digits.py": [""],
     "finetune.py": ["cifar10", "cifar10,adamw", "oxford_flowers102,probe"],
+    "photos.py": [""],
     "pretrain.py": ["imagenet", "cifar100", "mae", "masked-patches"],
 }
 QUICK = {("cifar10.py", "")}

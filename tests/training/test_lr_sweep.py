@@ -152,7 +152,7 @@ def test_a_diverging_rate_is_reported_and_not_chosen(trainer, tmp_path):
 
 
 def test_other_errors_end_the_sweep(monkeypatch, tmp_path):
-    def broken(*_):
+    def broken(*_, shown):
         raise UserError("the disk is full")
 
     monkeypatch.setattr("vit_jax.training.train.train", broken)
