@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny_config
 
-from vit_jax import progress, terminal
+from vit_jax import create_model, progress, terminal
 from vit_jax.objectives.classification import Classification
 from vit_jax.progress import Counter
 from vit_jax.training import describe, setup
@@ -227,7 +227,7 @@ def test_a_resumed_run_names_its_learning_rate(experiment):
 def test_top_5_accuracy_is_not_printed_for_five_classes_or_fewer(classes, is_printed):
     """It is in the results, and thus in the files."""
     results = {"test/accuracy": 0.5, "test/top5": 1.0, "test/loss": 0.7, "test/examples": 10}
-    lines, module = [], types.SimpleNamespace(classes=classes)
+    lines, module = [], create_model("Ti/4", classes=classes)
     experiment = types.SimpleNamespace(
         evaluate=lambda *_: (results, {}), objective=Classification(), module=module, num_steps=2
     )
