@@ -19,7 +19,7 @@ import PIL.Image
 import pytest
 from helpers import ROOT, TINY, flags
 
-from vit_jax import commands
+from vit_jax import commands, sharding
 from vit_jax import config as options
 from vit_jax.data import sources, tfds
 from vit_jax.data.spec import LABEL, DatasetSpec
@@ -154,7 +154,6 @@ def scaled(arguments: list[str]) -> list[str]:
     sections = {
         "train": {"steps": 5, "batch_size": 8, "evaluation_batch_size": 8, "evaluate_every": 0},
         "checkpoint": {"every": 1, "keep": 5},
-        "mesh": {"devices": 1},
     }
     if config.model.variant != options.INIT_FROM:
         sections["model"] = {key: value for key, value in TINY.items() if key != "variant"}
@@ -176,6 +175,8 @@ def patched():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tfds, "dataset_spec", synthetic_spec)
         patch.setattr(sources, "_missing_archive", lambda *_: None)
+        make_mesh = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda devices: make_mesh(devices or 1))
         real = hub.fetch
         patch.setattr(hub, "fetch", lambda name: real(name) if Path(name).exists() else Path("published").absolute())
         yield patch
@@ -186,8 +187,8 @@ def base(patched, tmp_path_factory):
     """A directory with the runs and files that the pages assume."""
     root = tmp_path_factory.mktemp("docs")
     for name, count in {
-        "PHOTOS/cat": 8,
-        "PHOTOS/dog": 8,
+        "PHOTOS/cat": 40,
+        "PHOTOS/dog": 40,
         "OTHER_PHOTOS/cat": 2,
         "OTHER_PHOTOS/dog": 2,
         "album": 2,

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import PIL.Image
 import pytest
 from helpers import ROOT, flags, read_metrics, run_command, tiny_config
 from ml_collections import ConfigDict
@@ -34,6 +35,19 @@ PAPER = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def directory(tmp_path_factory):
+    """The current directory, with the photos of `made`."""
+    root = tmp_path_factory.mktemp("overrides")
+    for name in ("cat", "dog"):
+        (root / "photos" / name).mkdir(parents=True)
+        for index in range(2):
+            PIL.Image.new("RGB", (96, 96), (80 * index, 40, 40)).save(root / "photos" / name / f"{index}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        yield root
+
+
 def image_side(config) -> int:
     """The side of the images of a shipped config, in pixels."""
     return config.data.image_size or {"digits": 8, "cifar10": 32, "cifar100": 32, "folder": 224}[config.data.name]
@@ -42,7 +56,8 @@ def image_side(config) -> int:
 def made(spec: str, *overrides: str):
     """What a command makes of a shipped config and overrides, as if there were a file of weights to fine-tune."""
     weights = ["checkpoint.init_from=weights.npz", "data.normalization=half"] if "finetune" in spec else []
-    return commands.make_config(spec, [*weights, *overrides])
+    photos = ["data.dir=photos"] if "photos" in spec else []
+    return commands.make_config(spec, [*weights, *photos, *overrides])
 
 
 def dense(inputs: int, outputs: int, bias: bool = True) -> int:
@@ -262,7 +277,7 @@ def test_a_run_reports_its_variant_its_warm_up_and_splits_that_overlap(tmp_path)
     small += ["--config=configs/digits.py", f"--workdir={tmp_path}", "--config.mesh.devices=1"]
     overlapping = flags(data={"validation": "train[90%:]"})
     output = run_command("vit_jax.main", *small, *flags(train={"steps": 20}), *overlapping, cwd=ROOT)
-    assert "\nmodel: Ti/4, " in output
+    assert "\nmodel: Ti/4 (" in output
     assert output.count("warning: optimizer.warmup_steps is 200, but the run has 20 steps: warm-up of 2 steps") == 1
     assert "of the 144 validation examples are also trained on" in output
     rates = [line["train/learning_rate"] for line in read_metrics(tmp_path)]

@@ -90,6 +90,8 @@ def test_evaluate_and_load_work_on_the_run_directory(resumed, capsys):
         scores = json.loads(capsys.readouterr().out)
         expected = json.loads((FIXTURES / name / run / "expected_summary.json").read_text())
         assert scores.pop("step") == STEPS
+        balanced = [scores.pop(key) for key in [*scores] if key.endswith("balanced_accuracy")]  # not in summary.json
+        assert bool(balanced) == (name != "masked") and all(0 <= value <= 1 for value in balanced)
         assert_same_metrics(scores, {key: expected[key] for key in scores}, f"{name}/{run} evaluate")
         for step in (10, 20, "best"):
             model, parameters, _ = weights.load(workdir / run, step=step)
