@@ -13,13 +13,14 @@ from vit_jax import config, evaluate, main, weights
 from vit_jax.optim import schedules
 from vit_jax.weights.save import flattened
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "version_0.1"
 STEPS = 20
 # Wall-clock measurements differ between runs.
 TIMINGS = ("images_per_second", "mfu", "seconds")
 # How a run of each fixture is stored: one run directory, or one per seed below a common directory.
 RUNS = {"two_heads": [""], "masked": [""], "seeds": ["seed-0", "seed-1"]}
-SLOW = {"two_heads": (), "masked": (pytest.mark.slow,), "seeds": (pytest.mark.slow,)}
 CONFIG_FILE = """
 import json
 
@@ -32,7 +33,7 @@ def get_config(path):
 """
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=SLOW[name]) for name in RUNS])
+@pytest.fixture(scope="module", params=RUNS)
 def resumed(request, tmp_path_factory):
     """The name of a fixture and a copy of it in which `python -m vit_jax.main` was run to the last step."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -81,7 +82,6 @@ def test_a_resumed_run_ends_with_the_recorded_metrics(resumed):
         assert_same_metrics(found, expected, f"{name}/{run} summary")
 
 
-@pytest.mark.slow
 def test_evaluate_and_load_work_on_the_run_directory(resumed, capsys):
     name, workdir = resumed
     for run in RUNS[name]:

@@ -112,12 +112,14 @@ def on_devices(toy, make_config):
     return losses, hlo
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_the_losses_of_one(on_devices):
     losses, _ = on_devices
     assert np.ptp(losses[1], axis=0)[0] > 0.05  # it does train
     np.testing.assert_allclose(losses[8], losses[1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_on_eight_devices_has_one_all_reduce_and_no_other_exchange(on_devices):
     _, hlo = on_devices
     collectives = r"= .* (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
