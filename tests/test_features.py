@@ -15,6 +15,8 @@ from vit_jax.errors import UserError
 from vit_jax.training import build_model, stored_features, train
 from vit_jax.weights.save import flattened
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 
 
@@ -103,7 +105,6 @@ def test_ids_of_a_slice_refer_to_the_stored_split(backbone, tmp_path, capsys):
     np.testing.assert_allclose(stored.features[:10], train_features.features[100:110], atol=1e-6)
 
 
-@pytest.mark.slow
 def test_heads_on_features_equal_heads_on_images(heads):
     summaries = {kind: json.loads((workdir / "summary.json").read_text()) for kind, workdir in heads.items()}
     for metric in ("test/accuracy", "test/label/accuracy", "test/parity/accuracy", "test/examples"):
@@ -114,7 +115,6 @@ def test_heads_on_features_equal_heads_on_images(heads):
         np.testing.assert_allclose(on_features[name], on_images[name], atol=1e-5, err_msg=name)
 
 
-@pytest.mark.slow
 def test_the_frozen_backbone_does_not_change(backbone, heads):
     before = averaged_arrays(backbone)
     for workdir in heads.values():
@@ -132,7 +132,6 @@ def test_a_single_head_is_loaded_as_the_head_of_its_label(backbone):
     assert not loaded["head"]["parity"]["logits"]["kernel"].any()
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_a_run_on_features_classifies_images(heads, capsys):
     assert evaluate.main([f"--workdir={heads['features']}"]) == 0
     metrics = json.loads(capsys.readouterr().out)
@@ -141,12 +140,10 @@ def test_a_checkpoint_of_a_run_on_features_classifies_images(heads, capsys):
     assert metrics["test/loss"] == pytest.approx(summary["test/loss"], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_only_runs_on_images_write_data_json(heads):
     assert (heads["images"] / "data.json").exists() and not (heads["features"] / "data.json").exists()
 
 
-@pytest.mark.slow
 def test_a_run_on_features_resumes_bit_for_bit(backbone, heads, tmp_path):
     config = heads_config(backbone, features=str(backbone / "features"))
     with pytest.MonkeyPatch.context() as patch:
@@ -167,7 +164,6 @@ def test_a_run_on_features_resumes_bit_for_bit(backbone, heads, tmp_path):
         np.testing.assert_array_equal(resumed[name], uninterrupted[name], err_msg=name)
 
 
-@pytest.mark.slow
 def test_features_of_another_backbone_are_refused(backbone, tmp_path):
     other = tmp_path / "other"
     train.train(small_config(train={"seed": 1, "steps": 1}), other)

@@ -36,6 +36,7 @@ def is_cut(kept):
     return np.isclose(kept, kept.round(), atol=1e-3).all((1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 def test_mixup_weights_have_a_beta_distribution(alpha):
     kept, weight = mix(mixup=alpha)
@@ -85,6 +86,7 @@ def test_a_batch_can_share_one_draw():
     assert len({value for _, value in seen}) > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [False, True])
 def test_erased_rectangles_have_the_published_sizes(noise):
     shape = (COUNT, 24, 32, 3)

@@ -79,6 +79,7 @@ def test_probabilities_of_views_are_averaged(trained):
     assert metrics["test/loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "batch_size, devices, resident",
     [(83, 1, "always"), (16, 1, "always"), (16, 8, "always"), (8, 2, "never"), (1, 1, "never")],

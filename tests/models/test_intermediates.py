@@ -21,6 +21,7 @@ def test_asking_changes_no_bit_of_the_logits(small, draw, randomise, fields):
     np.testing.assert_array_equal(compiled, jax.jit(model.apply)(variables, images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_what_comes_out_is_what_happens_inside(small, draw, randomise, scan):
     images = draw(2, 4, 4, 3)

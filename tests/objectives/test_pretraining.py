@@ -20,6 +20,8 @@ from vit_jax.config.check import check_config
 from vit_jax.errors import UserError
 from vit_jax.training import setup, train
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 
 
@@ -55,7 +57,6 @@ def state(folder, step=STEPS):
     return ocp.load_checkpointables(folder / "checkpoints" / str(step))["state"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [5])
 def test_it_goes_on_exactly(whole, tmp_path, step):
     shutil.copytree(whole, tmp_path / "run")
@@ -85,7 +86,6 @@ def test_the_best_checkpoint_is_that_of_the_least_loss(whole):
     assert (step, -score) == min(losses.items(), key=lambda pair: pair[1])
 
 
-@pytest.mark.slow
 def test_the_command_evaluates_it_as_training_did(whole):
     out = whole.parent / "evaluation"
     with pytest.raises(UserError, match="trained without labels, so it predicts no classes"):
@@ -117,7 +117,6 @@ def initial(config, folder, capsys):
     return state(folder, 1)["parameters"], capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_classifier_starts_from_its_encoder(whole, tmp_path, capsys):
     parameters, shown = initial(classifier(whole), tmp_path, capsys)
     pretrained = dict(leaves(state(whole)["averaged"]["backbone"]))
@@ -130,7 +129,6 @@ def test_a_classifier_starts_from_its_encoder(whole, tmp_path, capsys):
     assert "averaged/decoder/mask_embedding" in str(weights.load(whole)[2].table(verbose=True))
 
 
-@pytest.mark.slow
 def test_its_positions_are_resampled_for_another_patch_size_of_image(whole, tmp_path, capsys):
     config = classifier(whole, data={"image_size": 12})
     parameters, shown = initial(config, tmp_path, capsys)
@@ -138,7 +136,6 @@ def test_its_positions_are_resampled_for_another_patch_size_of_image(whole, tmp_
     assert parameters["positions"]["table"].shape == (1, 1 + 36, 16)
 
 
-@pytest.mark.slow
 def test_pre_training_goes_on_from_a_classifier(whole, tmp_path, capsys):
     """Backwards: what a classifier has is taken, and the decoder is new."""
     train.train(classifier(whole), tmp_path / "classifier")
@@ -150,7 +147,6 @@ def test_pre_training_goes_on_from_a_classifier(whole, tmp_path, capsys):
     assert "decoder" in parameters
 
 
-@pytest.mark.slow
 def test_features_are_those_of_the_encoder(whole, tmp_path):
     features.compute(features.parse([f"--workdir={whole}", "--split=test", f"--out={tmp_path / 'test.npz'}"]))
     model, parameters, _ = weights.load(whole)
@@ -187,7 +183,6 @@ def test_pictures_that_cannot_be_drawn_are_explained(whole, capsys, arguments, m
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_classifier_has_no_reconstructions(whole, tmp_path, capsys):
     train.train(classifier(whole), tmp_path)
     assert reconstruct.main([f"--workdir={tmp_path}"]) == 2
@@ -204,7 +199,6 @@ SHORT = {"train.steps": 2, "train.batch_size": 8, "train.accumulation": 1, "trai
 TINY = {"model.width": 24, "model.depth": 1, "model.heads": 2, "model.mlp_width": 16}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["cifar100", "mae", "masked-patches", "imagenet21k"])
 def test_the_recipes_run_from_end_to_end(tmp_path, recipe):
     """Each with a small model, a few images and two steps; its own data replaced by digits, or a folder of images."""

@@ -155,6 +155,7 @@ def test_a_finished_run_is_lengthened_but_not_shortened(whole, tmp_path):
     assert train.train(everything_on(train={"steps": 26}), tmp_path / "run")["steps"] == 26
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "row"),
     [
@@ -332,6 +333,7 @@ def test_tensorboard_events_are_truncated_with_the_lines(tmp_path):
     assert shown_steps(tmp_path) == [10, 20]
 
 
+@pytest.mark.slow
 def test_the_remains_of_a_killed_save_are_removed(whole, tmp_path):
     as_if_killed_after(whole, tmp_path / "run", 5)
     checkpoints = tmp_path / "run" / "checkpoints"
