@@ -150,6 +150,7 @@ def test_test_tools_are_installed_when_they_are_first_needed(clone):
 def test_the_command_works_everywhere_also_by_a_link_and_after_the_clone_is_moved(clone, tmp_path):
     clone("--version")
     moved = tmp_path / "moved"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for folder in (clone.folder, moved):
         if folder == moved:
             clone.folder.rename(moved)
@@ -157,11 +158,11 @@ def test_the_command_works_everywhere_also_by_a_link_and_after_the_clone_is_move
         link.symlink_to(script)
         python = script.with_name("python")
         for command in ([python, "-m", "vit_jax"], [script], [link]):
-            done = subprocess.run([*command, "--version"], cwd="/", capture_output=True, text=True)
+            done = subprocess.run([*command, "--version"], cwd="/", capture_output=True, text=True, env=environment)
             assert (done.stdout, done.stderr) == (f"vit_jax {__version__}\n", "")
         link.unlink()
         found = [python, "-c", "import vit_jax; print(vit_jax.__file__)"]
-        done = subprocess.run(found, cwd="/", capture_output=True, text=True)
+        done = subprocess.run(found, cwd="/", capture_output=True, text=True, env=environment)
         assert done.stdout == f"{folder}/vit_jax/__init__.py\n"
 
 
