@@ -151,9 +151,10 @@ def scaled(arguments: list[str]) -> list[str]:
     if arguments[0] not in TRAINING:
         return arguments
     config = options.load(next((word[9:] for word in arguments if word.startswith("--config=")), "photos"))
+    steps = 5 if "--config.checkpoint.keep=5" in arguments else 2  # a command of the page averages five checkpoints
     sections = {
-        "train": {"steps": 5, "batch_size": 8, "evaluation_batch_size": 8, "evaluate_every": 0},
-        "checkpoint": {"every": 1, "keep": 5},
+        "train": {"steps": steps, "batch_size": 8, "evaluation_batch_size": 8, "evaluate_every": 0},
+        "checkpoint": {"every": 1},
     }
     if config.model.variant != options.INIT_FROM:
         sections["model"] = {key: value for key, value in TINY.items() if key != "variant"}
