@@ -1,7 +1,8 @@
 """A classifier of your own photos: a folder that contains one folder of images per class.
 
     vit-jax train --config=photos --config.data.dir=PHOTOS
-    vit-jax train --config=photos --config.data.dir=PHOTOS --config.checkpoint.init_from=augreg-s16-in21k
+    vit-jax train --config=photos --config.data.dir=PHOTOS --workdir=runs/finetuned \
+        --config.checkpoint.init_from=augreg-s16-in21k
 
 For 50 to 5,000 photos. Without PHOTOS/test, 20 % of each class are held out to test on (docs/data.md); files that are
 no images are skipped and reported. With `checkpoint.init_from` (a run, or weights that docs/weights.md lists), that
@@ -24,7 +25,7 @@ FINE_TUNED = (200, 10)
 
 
 def get_config() -> ConfigDict:
-    """A model of 0.54 M parameters from scratch, for a small folder; `adapt` sets what depends on the command line."""
+    """A model of 0.56 M parameters from scratch, for a small folder; `adapt` sets what depends on the command line."""
     config = options.default()
     config.model.update(variant="Ti/8", width=128, depth=4, heads=2, mlp_width=256, pooling="mean")
     config.model.position = "sincos_2d"

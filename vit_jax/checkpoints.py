@@ -94,7 +94,7 @@ def _list_changes(manager: "CheckpointManager") -> None:
         since = f"from step {change['step']:,} on" if "step" in change else "at an unknown step"
         terminal.output(f"changed {since}: {'; '.join(change['changes'])}  ({change.get('time', 'no time')})")
     written = None
-    with contextlib.suppress(UserError):  # whoever needs config.json is shown what is wrong with it
+    with contextlib.suppress(UserError):  # commands that need config.json report what is wrong with it
         written = run_files.read_config(workdir)
     if written is not None and (rows := options.differences(written, metadata.get("config", written))):
         terminal.output(

@@ -1,6 +1,7 @@
 """What an option is: default, kind, allowed values, documentation, resume policy, and what it depends on."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -334,3 +335,8 @@ class Option:
             f"config.{name} is {value}, which has no effect with {reason}\n"
             f"  allowed: {default} (the default), or {remedy}"
         )
+
+
+# Options that may differ when a run resumes, see `RESUME`.
+changeable = functools.partial(Option, resume=CHANGEABLE)
+free = functools.partial(Option, resume=FREE)

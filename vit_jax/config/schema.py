@@ -1,9 +1,7 @@
 """Every option of a config, once: default, type, range, documentation, resume policy, and who reads it."""
 
-from vit_jax.config.option import MAX_SEED, NAMES, SEEDS, STEPS, WEIGHTS, Option, When
+from vit_jax.config.option import MAX_SEED, NAMES, SEEDS, STEPS, WEIGHTS, Option, When, changeable, free
 from vit_jax.config.schema_data import AUGMENT, CLASSIFY, DATA, MAX_SIDE
-from vit_jax.config.schema_data import changeable as _changeable
-from vit_jax.config.schema_data import free as _free
 
 MAX_DEPTH, MAX_WIDTH = 1000, 2**20
 INIT_FROM = "init_from"  # value of options that are taken from the parameters of checkpoint.init_from
@@ -82,21 +80,21 @@ MODEL = {
         "Apply the final LayerNorm after mean pooling instead of before it.",
         read_by=(CLASSIFY, When("model.pooling", "mean")),
     ),
-    "dropout": _changeable(
+    "dropout": changeable(
         0.0, float, "Dropout rate after the position embedding and after dense layers.", min=0, below=1
     ),
-    "attention_dropout": _changeable(0.0, float, "Dropout rate on the attention weights.", min=0, below=1),
-    "stochastic_depth": _changeable(
+    "attention_dropout": changeable(0.0, float, "Dropout rate on the attention weights.", min=0, below=1),
+    "stochastic_depth": changeable(
         0.0, float, "Stochastic depth: drop rate of the last block's branches.", min=0, below=1
     ),
-    "stochastic_depth_schedule": _changeable(
+    "stochastic_depth_schedule": changeable(
         "linear",
         str,
         "Stochastic depth rate over the blocks: linear from 0, or constant.",
         choices=("linear", "constant"),
         read_by=When("model.stochastic_depth", above=0),
     ),
-    "remat": _changeable(
+    "remat": changeable(
         False,
         bool,
         "Recompute block activations in the backward pass. True, full: all of them; dots: all but matmul outputs; "
@@ -104,13 +102,13 @@ MODEL = {
         words=("none", "full", "dots", "dots_no_batch"),
     ),
     "scan": Option(False, bool, "Compile one block and scan over depth. Compiles faster."),
-    "attention_kernel": _changeable(
+    "attention_kernel": changeable(
         "auto",
         str,
         "Attention implementation. auto: the fastest for the device and shapes; on a GPU it is timed at startup.",
         choices=("auto", "plain", "heads_first", "cudnn", "pallas", "pallas_two_pass_64", "pallas_two_pass_32"),
     ),
-    "dtype": _changeable(
+    "dtype": changeable(
         "auto",
         str,
         "Compute dtype. auto: float32 on CPU, bfloat16 on accelerators. On CPU, bfloat16 applies to matmuls only.",
@@ -120,25 +118,25 @@ MODEL = {
 
 OPTIMIZER = {
     "name": Option("adamw", str, "Optimizer.", choices=("adamw", "adam", "sgd")),
-    "learning_rate": _changeable(1e-3, float, "Peak learning rate.", min=0),
-    "schedule": _changeable(
+    "learning_rate": changeable(1e-3, float, "Peak learning rate.", min=0),
+    "schedule": changeable(
         "cosine", str, "Learning-rate schedule after warmup.", choices=("cosine", "linear", "constant")
     ),
-    "warmup_steps": _changeable(0, int, "Steps of linear learning-rate warmup. Shorter runs: a tenth of them.", min=0),
-    "final_learning_rate": _changeable(
+    "warmup_steps": changeable(0, int, "Steps of linear learning-rate warmup. Shorter runs: a tenth of them.", min=0),
+    "final_learning_rate": changeable(
         0.0, float, "Learning rate at the last step.", min=0, read_by=When("optimizer.schedule", "cosine", "linear")
     ),
-    "weight_decay": _changeable(
+    "weight_decay": changeable(
         0.0, float, "Weight decay, on kernels only. adamw: decoupled; adam and sgd: added to the gradient.", min=0
     ),
-    "beta1": _changeable(0.9, float, "Adam: decay rate of the first moment.", min=0, below=1, read_by=ADAM),
-    "beta2": _changeable(0.999, float, "Adam: decay rate of the second moment.", min=0, below=1, read_by=ADAM),
-    "epsilon": _changeable(1e-8, float, "Adam: epsilon in the denominator.", min=0, read_by=ADAM),
-    "momentum": _changeable(0.9, float, "SGD: momentum.", min=0, below=1, read_by=When("optimizer.name", "sgd")),
-    "layer_decay": _changeable(
+    "beta1": changeable(0.9, float, "Adam: decay rate of the first moment.", min=0, below=1, read_by=ADAM),
+    "beta2": changeable(0.999, float, "Adam: decay rate of the second moment.", min=0, below=1, read_by=ADAM),
+    "epsilon": changeable(1e-8, float, "Adam: epsilon in the denominator.", min=0, read_by=ADAM),
+    "momentum": changeable(0.9, float, "SGD: momentum.", min=0, below=1, read_by=When("optimizer.name", "sgd")),
+    "layer_decay": changeable(
         1.0, float, "Layer-wise learning-rate decay: factor per block, from the last block down. 1: off.", min=0, max=1
     ),
-    "gradient_clip": _changeable(None, float, "Maximum global gradient norm. None: no clipping.", min=0),
+    "gradient_clip": changeable(None, float, "Maximum global gradient norm. None: no clipping.", min=0),
     "trained": Option(None, NAMES, "Name patterns of the parameters to train, for example 'head/*'. None: all."),
     "frozen": Option(
         None, NAMES, "Name patterns of the parameters to freeze, for example 'embedding/*,positions/*'. None: none."
@@ -166,16 +164,16 @@ TRAIN = {
         min=1,
         words=("auto",),
     ),
-    "steps": _changeable(None, int, "Number of training steps. None: set by epochs.", min=1),
-    "epochs": _changeable(None, float, "Number of passes over the training split. None: set by steps.", min=0),
-    "accumulation": _changeable(1, int, "Gradient accumulation: number of microbatches per step.", min=1),
-    "loss_weights": _changeable(
+    "steps": changeable(None, int, "Number of training steps. None: set by epochs.", min=1),
+    "epochs": changeable(None, float, "Number of passes over the training split. None: set by steps.", min=0),
+    "accumulation": changeable(1, int, "Gradient accumulation: number of microbatches per step.", min=1),
+    "loss_weights": changeable(
         None,
         WEIGHTS,
         "Weights of the losses of several heads, for example 'label=1,coarse_label=0.5'. None: 1 each.",
         read_by=CLASSIFY,
     ),
-    "class_weights": _changeable(
+    "class_weights": changeable(
         "none",
         str,
         "Weights of the classes in the training loss. balanced: inversely proportional to their numbers of examples.",
@@ -203,13 +201,13 @@ TRAIN = {
         below=1,
         read_by=MASKED,
     ),
-    "label_smoothing": _changeable(
+    "label_smoothing": changeable(
         0.0, float, "Label smoothing: target mass spread over all classes.", min=0, below=1, read_by=CLASSIFY
     ),
-    "evaluate_every": _changeable(0, int, "Steps between evaluations. 0: evaluate only at the end.", min=0),
-    "evaluation_batch_size": _free(None, int, "Examples per evaluation step. None: train.batch_size.", min=1),
-    "steps_per_dispatch": _free(50, int, "Maximum number of training steps per jitted call.", min=1),
-    "max_minutes": _free(None, float, "Save and stop after this many minutes; rerun to resume. None: no limit.", min=0),
+    "evaluate_every": changeable(0, int, "Steps between evaluations. 0: evaluate only at the end.", min=0),
+    "evaluation_batch_size": free(None, int, "Examples per evaluation step. None: train.batch_size.", min=1),
+    "steps_per_dispatch": free(50, int, "Maximum number of training steps per jitted call.", min=1),
+    "max_minutes": free(None, float, "Save and stop after this many minutes; rerun to resume. None: no limit.", min=0),
 }
 
 DECODER = {
@@ -223,7 +221,7 @@ DECODER = {
 }
 
 CHECKPOINT = {
-    "every": _free(0, int, "Steps between checkpoints. 0: only at the end and at each new best validation.", min=0),
+    "every": free(0, int, "Steps between checkpoints. 0: only at the end and at each new best validation.", min=0),
     "init_from": Option(
         None,
         str,
@@ -235,8 +233,8 @@ CHECKPOINT = {
         "Head of init_from: keep it if its classes match, or start with a new head of zeros.",
         choices=("keep", "new"),
     ),
-    "keep": _free(2, int, "Number of newest checkpoints to keep.", min=1),
-    "keep_best": _free(
+    "keep": free(2, int, "Number of newest checkpoints to keep.", min=1),
+    "keep_best": free(
         1,
         int,
         "Number of best checkpoints to keep in addition, by validation accuracy (or loss if there is none).",
@@ -245,14 +243,14 @@ CHECKPOINT = {
 }
 
 MESH = {
-    "devices": _free(None, int, "Number of devices to use. None: all.", min=1),
-    "distributed": _free(False, bool, "Join a multi-process cluster (jax.distributed.initialize)."),
+    "devices": free(None, int, "Number of devices to use. None: all.", min=1),
+    "distributed": free(False, bool, "Join a multi-process cluster (jax.distributed.initialize)."),
 }
 
 LOG = {
-    "every": _free(50, int, "Steps between log records; train/... metrics are averaged over them.", min=1),
-    "tensorboard": _free(True, bool, "Write TensorBoard events in addition to metrics.jsonl."),
-    "profile": _free(
+    "every": free(50, int, "Steps between log records; train/... metrics are averaged over them.", min=1),
+    "tensorboard": free(True, bool, "Write TensorBoard events in addition to metrics.jsonl."),
+    "profile": free(
         None, STEPS, "Steps START:STOP to profile; the trace is written to WORKDIR/profile. None: no profile."
     ),
 }

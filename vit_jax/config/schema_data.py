@@ -1,8 +1,6 @@
 """The options of a config's sections `data` and `augment`, and what other sections share with them."""
 
-import functools
-
-from vit_jax.config.option import CHANGEABLE, FREE, NAMES, AnyOf, Option, When
+from vit_jax.config.option import NAMES, AnyOf, Option, When, changeable, free
 
 MAX_SIDE = 2**14
 
@@ -14,10 +12,6 @@ GEOMETRIC_POLICY = When("augment.policy", "rand_augment", "trivial_augment", "au
 RESIZED_CROP = When("augment.resized_crop", True)
 ERASING = When("augment.erasing", above=0)
 MIXING = AnyOf(When("augment.mixup", above=0), When("augment.cutmix", above=0))
-
-# Options that may differ when a run resumes: reported and recorded, or silently.
-changeable = functools.partial(Option, resume=CHANGEABLE)
-free = functools.partial(Option, resume=FREE)
 
 DATA = {
     "name": Option("digits", str, "Dataset: digits (built in), folder, arrays, or a TFDS name such as cifar10."),

@@ -150,7 +150,7 @@ Prepares CIFAR-10 or CIFAR-100 for TensorFlow Datasets (TFDS) and vit_jax, witho
 data.name=cifar10 or cifar100 does this automatically if the machine has internet access.
 
 examples:
-  with internet access (downloads 170 MB, then takes about 15 s):
+  with internet access (downloads 170 MB):
     %(prog)s cifar10
 
   without internet access, from the archive or from the directory extracted from it:

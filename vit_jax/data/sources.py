@@ -84,9 +84,7 @@ class Source:
 
     def targets(self) -> Int32[np.ndarray, " examples"] | dict[str, Int32[np.ndarray, " examples"]]:
         """Returns the labels, or for several kinds of label a dictionary of them by name, starting with `label`."""
-        if not self.others:
-            return self.labels
-        return self.labels_by_kind()
+        return self.labels_by_kind() if self.others else self.labels
 
     def labels_by_kind(self) -> dict[str, Int32[np.ndarray, " examples"]]:
         """Returns the labels of each kind, by its name; `label` first."""

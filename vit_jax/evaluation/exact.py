@@ -99,8 +99,7 @@ def _predictions(
     parts: list[dict[str, Any]], is_real: Bool[np.ndarray, "dispatches batches batch"], source: Source
 ) -> dict[str, Predictions]:
     """Returns the predictions of all dispatches by head, without padding, in the order of the examples."""
-    labels = source.targets() if source.others else {source.label: source.labels}
-    names, found = source.class_names_by_label(), {}
+    labels, names, found = source.labels_by_kind(), source.class_names_by_label(), {}
     for head in parts[0]:
         arrays = {
             name: np.stack([part[head][name] for part in parts])[is_real] for name in ("predicted", "probability")

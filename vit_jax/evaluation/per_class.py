@@ -7,9 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int32
 
 CALIBRATION_BINS = 15  # as in arXiv 1706.04599
-UNBALANCED = (
-    1.5  # ratio of the largest to the smallest class from which accuracy and balanced accuracy differ in meaning
-)
+UNBALANCED = 1.5  # ratio of the sizes of the largest and the smallest class from which balanced accuracy is shown
 NOT_FINITE = -1  # predicted index of an example whose logits are not finite
 
 

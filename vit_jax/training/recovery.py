@@ -51,9 +51,9 @@ class Recovery:
         self._workdir, self._say = workdir, say
 
     def roll_back(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the state of the newest checkpoint, to continue with the batches after the non-finite ones.
+        """Returns the state of the newest checkpoint and its metadata; without one, the state at the start and {}.
 
-        And the metadata of that checkpoint, or the state at the start and {} if there is none.
+        Training continues with the batches after the non-finite ones.
 
         `state`, that after the burst, must not be used afterwards.
 
