@@ -49,6 +49,7 @@ def measured(digits_run, tmp_path_factory):
     return json.loads((out / "transfer.json").read_text()), out
 
 
+@pytest.mark.slow
 def test_features_are_the_input_of_the_head(measured, expected, sets):
     for role, source in sets.items():
         stored = feature_store.read(measured[1] / "features" / f"{role}.npz")
@@ -56,6 +57,7 @@ def test_features_are_the_input_of_the_head(measured, expected, sets):
         np.testing.assert_array_equal(stored.labels["label"], source.labels)
 
 
+@pytest.mark.slow
 def test_fewshot_agrees_with_numpy(measured, expected, sets):
     results, (features, _) = measured[0], expected
     for shots in (1, 5, 10):
@@ -78,6 +80,7 @@ def test_fewshot_agrees_with_numpy(measured, expected, sets):
     assert results["fewshot/10/accuracy"] > results["fewshot/1/accuracy"] > 0.2
 
 
+@pytest.mark.slow
 def test_knn_and_probe_agree_with_scikit_learn(measured, expected, sets):
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
@@ -104,6 +107,7 @@ def test_knn_and_probe_agree_with_scikit_learn(measured, expected, sets):
     assert sizes == [1437, 360, 16, 10]
 
 
+@pytest.mark.slow
 def test_features_are_computed_once(measured, digits_run, tmp_path, monkeypatch, capsys):
     before, out = measured[0], tmp_path / "copy"
     shutil.copytree(measured[1], out)
@@ -124,6 +128,7 @@ def test_features_are_computed_once(measured, digits_run, tmp_path, monkeypatch,
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_the_seed_determines_the_draws(measured, tmp_path):
     results = {}
     for seed in (0, 1):

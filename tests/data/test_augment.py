@@ -113,7 +113,6 @@ def test_rotation_by_zero_changes_nothing():
 # --- combinations ---
 
 FULL = {"crop_padding": 2, "flip": True, "policy": "rand_augment", "erasing": 0.5, "mixup": 0.8, "cutmix": 1.0}
-SLOW = [pytest.mark.slow]  # long compile times
 RECIPES = {
     "full": FULL,
     "resized": {"resized_crop": True, "flip": True, "policy": "trivial_augment", "erasing": 0.5}
@@ -144,7 +143,8 @@ def augmented(photos):
     return lambda name, key=0: compiled[name](jax.random.key(key), photos, targets)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "resized" else SLOW) for name in RECIPES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_functions_of_the_key_and_keep_the_sum_of_targets(name, augmented):
     first, again, other = (augmented(name, key) for key in (0, 0, 1))
     chex.assert_trees_all_equal(first, again)

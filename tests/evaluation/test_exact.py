@@ -97,6 +97,7 @@ def test_metrics_do_not_depend_on_batch_size_devices_or_residency(trained, batch
     assert metrics["test/loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_stops_on_request(trained):
     source, model, augment, parameters, _ = trained
     mesh = sharding.make_mesh(1)

@@ -65,9 +65,8 @@ def slowly(module, parameters, images, hidden):
     return jnp.stack(outputs)
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, pytest.param({"class_token": False, "registers": 2}, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"class_token": False, "registers": 2}], ids=str)
 def test_it_is_what_the_slow_version_makes(made, fields):
     module, parameters, images = made(**fields)
     outputs, hidden = apply(module, parameters, images)

@@ -11,6 +11,7 @@ KEYS = jax.random.split(jax.random.key(2), 5000)
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
 
+@pytest.mark.slow
 def test_of_the_corrupted_80_percent_are_masked_and_10_swapped():
     corrupted, masked, sources = map(np.asarray, masked_patches.draw_corruption(KEYS, 16, 8))
     swapped = sources != np.arange(16)
@@ -24,6 +25,7 @@ def test_of_the_corrupted_80_percent_are_masked_and_10_swapped():
     np.testing.assert_allclose(distances[1:], swapped.sum() / 15, atol=5 * 16)
 
 
+@pytest.mark.slow
 def test_embeddings_are_corrupted_as_a_loop_does(draw):
     corruption = masked_patches.draw_corruption(KEYS[:40], 6, 5)
     embeddings, mask = np.asarray(draw(40, 6, 3)), np.asarray(draw(1, 1, 3, seed=1))

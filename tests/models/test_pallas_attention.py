@@ -88,6 +88,7 @@ def test_values_and_gradients(tokens, heads, size, config):
     assert_close(run_fused(*arrays, config=CONFIGS[config]), expected, 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, tokens, lengths", [(name, 70, (0, 66)) for name in CONFIGS] + [("two_pass_64", 130, (999, 65))]
 )
@@ -101,6 +102,7 @@ def test_keys_after_the_length_are_ignored(config, tokens, lengths):
             assert not np.any(result[example, length:]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [20, LONG])
 def test_separate_and_fused_inputs_give_equal_results(tokens):
     arrays = draw(tokens, 3, 16)
@@ -135,6 +137,7 @@ def test_every_device_computes_its_own_examples(tokens):
     assert_close(compiled(*spread), run_fused(*arrays, config=CONFIGS["single_pass"]), 1e-6)
 
 
+@pytest.mark.slow
 def test_vmap():
     arrays = draw(20, 1, 16)
     pairs = [jnp.stack([array, -array]) for array in arrays[:3]] + [arrays[3]]

@@ -18,13 +18,14 @@ def loss_and_gradients(model, images):
     return jax.jit(jax.value_and_grad(loss))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "fields",
     [
         {"position": "relative", "layer_scale": 0.1, "qk_norm": True},
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"position": "learned", "position_at": "layers", "parallel": True}, marks=pytest.mark.slow),
+        {},
+        {"position": "learned", "position_at": "layers", "parallel": True},
     ],
     ids=str,
 )
@@ -44,7 +45,8 @@ def test_scanned_and_unrolled_are_the_same_from_each_others_parameters(small, dr
     chex.assert_trees_all_close(unstack_blocks(other_gradients), gradients, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
 def test_rematerialisation_changes_no_bit(small, draw, randomise, scan):
     images = draw(2, 4, 4, 3)
     model = small(scan=scan)
@@ -80,7 +82,8 @@ def test_a_policy_computes_again_what_it_does_not_keep(small, draw, randomise, r
     assert count(model.clone(remat=remat)) == count(model) + again * model.depth
 
 
-@pytest.mark.parametrize("remat", ["dots", pytest.param("dots_no_batch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "dots_no_batch"])
 def test_a_policy_changes_no_bit(small, draw, randomise, remat):
     images = draw(2, 4, 4, 3)
     model = small(depth=1)
@@ -114,6 +117,7 @@ def test_layers_of_a_scan_start_differently(draw):
     assert np.abs(kernels[0] - kernels[1]).max() > 0.1 and np.abs(kernels[1] - kernels[2]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_scan_drops_branches_at_each_layers_rate(randomise):
     examples, depth, last = 4096, 4, 0.6
     module = Encoder(depth=depth, config=BlockConfig(heads=1, mlp_width=1), stochastic_depth=last, scan=True)

@@ -29,6 +29,7 @@ def test_a_patch_that_shrank_has_the_least_squares_embedding():
     np.testing.assert_allclose(fit.resize_patches(kernel, 8, 4), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5))
 def test_channels_that_are_equal_do_what_they_did(old, new):
@@ -64,6 +65,7 @@ def test_other_images_and_patches(tmp_path, helpers, overrides, detail, size):
     np.testing.assert_array_equal(fitted["positions"]["table"][:, 0], parameters["positions"]["table"][:, 0])
 
 
+@pytest.mark.slow
 def test_enlarged_images_in_enlarged_patches_have_the_same_logits(tmp_path, helpers):
     model, parameters = helpers.small((16, 16))
     weights.save(tmp_path / "file.npz", model, parameters)
@@ -81,6 +83,7 @@ def test_enlarged_images_in_enlarged_patches_have_the_same_logits(tmp_path, help
     )
 
 
+@pytest.mark.slow
 def test_a_hybrids_root_and_patches_are_fitted(tmp_path, helpers):
     model, parameters = helpers.small(stem=(), stem_width=32, patch_size=2)
     weights.save(tmp_path / "file.npz", model, parameters)
