@@ -10,7 +10,7 @@ from vit_jax.models.attention import Attention
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.encoder import Encoder, EncoderBlock, depth_rates
 from vit_jax.models.mlp import MlpBlock, SwigluBlock
-from vit_jax.models.norm import LayerNorm, LayerScale
+from vit_jax.models.norm import LayerNorm, LayerScale, RMSNorm
 
 
 def attention_layer(heads, **options):
@@ -186,3 +186,11 @@ def test_the_rates_of_the_blocks_follow_the_schedule():
     assert depth_rates(4, 0.3, "constant") == [0.3] * 4
     np.testing.assert_allclose(depth_rates(4, 0.3, "linear"), [0, 0.1, 0.2, 0.3])
     assert depth_rates(1, 0.3, "linear") == [0]
+
+
+def test_rms_norm_divides_by_the_root_mean_square(draw, randomise):
+    tokens, module = draw(2, 5, 8), RMSNorm(epsilon=0.5)
+    variables = randomise(module, tokens)
+    x, scale = np.float64(tokens), np.float64(variables["params"]["scale"])
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.5) * scale
+    np.testing.assert_allclose(module.apply(variables, tokens), expected, rtol=1e-5, atol=1e-6)

@@ -115,6 +115,7 @@ def test_patches_are_normalised_by_their_own_mean_and_unbiased_variance(draw):
             "applied at 'layers', which needs all patches: to encode only some, use one of none, learned, ",
         ),
         ({"position": "learned", "position_at": "shared"}, "applied at 'shared'"),
+        ({"position": "learned_rotary"}, "which needs all patches"),
         ({"pooling": "mean"}, "pooling 'mean'"),
         ({"classes": 3}, "classes is 3"),
         ({"stem": (1,), "stem_width": 32}, "stem is"),

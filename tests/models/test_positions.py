@@ -177,3 +177,49 @@ def test_patches_tell_their_grid_where_a_position_needs_it(small, randomise, dra
         model.apply(variables, patchify(images, 2))
     with pytest.raises(ValueError, match="grid is 3x3, but there are 8 patches"):
         model.apply(variables, patchify(images, 2), grid=(3, 3))
+
+
+ANGLES = {  # of a patch: the coordinates along the first and the second half of the pairs, and the temperature
+    "rotary": (lambda row, column, rows, columns, side: (column, row), 100),
+    "dinov3": (
+        lambda row, column, rows, columns, side: tuple(
+            2 * np.pi * ((2 * x + 1) / n - 1) for x, n in ((row, rows), (column, columns))
+        ),
+        100,
+    ),
+    "eva02": (lambda row, column, rows, columns, side: (row * side / rows, column * side / columns), 10_000),
+    "pe": (lambda row, column, rows, columns, side: ((column + 1) * side / columns, (row + 1) * side / rows), 10_000),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ANGLES))
+def test_angles_follow_their_formula(randomise, name):
+    coordinates, temperature = ANGLES[name]
+    layout = TokenLayout(rows=3, columns=4, class_token=1, registers=2, width=8, head_size=8, heads=2, grid=6)
+    (_, _, (cosines, sines)), _ = terms(name, randomise, layout)
+    learned = f"learned_{name}"
+    if learned in POSITIONS:
+        (table, _, rotation), parameters = terms(learned, randomise, layout)
+        assert parameters["table"].shape == (1, 13, 8) and table.shape == (1, 15, 8)
+        np.testing.assert_array_equal(rotation, (cosines, sines))
+    np.testing.assert_array_equal(sines[:3], np.zeros((3, 4)))
+    for patch in range(12):
+        first, second = coordinates(*divmod(patch, 4), 3, 4, 6)
+        angles = [x / temperature ** (i / 2) for x in (first, second) for i in range(2)]
+        np.testing.assert_allclose(cosines[3 + patch], np.cos(angles), atol=1e-6)
+        np.testing.assert_allclose(sines[3 + patch], np.sin(angles), atol=1e-6)
+
+
+def test_relative_class_has_three_more_biases_per_head(randomise):
+    layout = TokenLayout(rows=2, columns=3, class_token=1, registers=0, width=8, head_size=8, heads=2)
+    (_, bias, _), parameters = terms("relative_class", randomise, layout)
+    offsets, extra = parameters["offsets"], parameters["class"]
+    assert extra.shape == (2, 3)
+    for query in range(7):
+        for key in range(7):
+            if query and key:
+                (y, x), (v, u) = divmod(query - 1, 3), divmod(key - 1, 3)
+                expected = offsets[:, v - y + 1, u - x + 2]
+            else:
+                expected = extra[:, 2 if query == key else 0 if query == 0 else 1]
+            np.testing.assert_array_equal(bias[0, :, query, key], expected)

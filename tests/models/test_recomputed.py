@@ -75,6 +75,9 @@ def gelu_in_float64(x, form):
     if form == "exact":
         share = 0.5 * (1 + erf(x / math.sqrt(2)))
         return x * share, share + x * np.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
+    if form == "quick":
+        share = 1 / (1 + np.exp(-1.702 * x))
+        return x * share, share + 1.702 * x * share * (1 - share)
     factor = math.sqrt(2 / math.pi)
     tanh = np.tanh(factor * (x + 0.044715 * x**3))
     inner = factor * (1 + 3 * 0.044715 * x**2)

@@ -19,7 +19,8 @@ POSITION = [
 ]
 POOLING = [
     *({"pooling": name, "class_token": True, "registers": 1} for name in POOLINGS),
-    *({"pooling": name, "class_token": False} for name in POOLINGS if name != "token"),
+    *({"pooling": name, "class_token": False} for name, kind in POOLINGS.items() if not kind.needs_class_token),
+    {"pooling": "map", "pool_heads": 1},
     {"pooling": "mean", "class_token": True, "norm_after_pooling": True},
 ]
 BLOCK = [
@@ -28,6 +29,12 @@ BLOCK = [
     *({"gelu": name} for name in FORMS),
     {"qkv_bias": False},
     {"qk_norm": True},
+    {"norm": "rms", "qk_norm": True},
+    {"attention_norm": True, "mlp_norm": True},
+    {"mlp": "swiglu", "mlp_norm": True},
+    {"input_norm": "patches"},
+    {"input_norm": "tokens"},
+    {"final_norm": False},
     {"layer_scale": 0.1},
     {"parallel": True},
     {"dropout": 0.1, "attention_dropout": 0.1},
@@ -62,7 +69,10 @@ def pairs_once():
 
 
 def fields_of(triple):
-    return {key: value for axis, index in zip(AXES, triple, strict=True) for key, value in axis[index].items()}
+    fields = {key: value for axis, index in zip(AXES, triple, strict=True) for key, value in axis[index].items()}
+    needed = {"class_token": True} if POSITIONS[fields["position"]].needs_class_token else {}
+    final = {"final_norm": True} if "norm_after_pooling" in fields else {}
+    return {**fields, **needed, **final}
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -99,6 +109,6 @@ def test_every_option_trains(small, randomise, draw, triple):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("triple", pairs_once()[:: 1 if THOROUGH else 2], ids=name_of)
+@pytest.mark.parametrize("triple", pairs_once()[:: 1 if THOROUGH else 6], ids=name_of)
 def test_every_pair_of_options_trains(small, randomise, draw, triple):
     check(small, randomise, draw, fields_of(triple))

@@ -26,14 +26,18 @@ MODEL = {
     "pooling": Option(
         "token",
         str,
-        "Input of the head: class token, mean of the patches, or attention pooling (map).",
-        choices=("token", "mean", "map"),
+        "Input of the head: class token, mean of the patches, both (token_mean), class token and first register "
+        "(token_register), or attention pooling (map).",
+        choices=("token", "mean", "token_mean", "token_register", "map"),
     ),
     "position": Option(
         "learned",
         str,
         "Position embedding; see docs/models.md.",
-        choices=("learned", "learned_2d", "sincos_2d", "sinusoidal", "none", "relative", "rotary"),
+        choices=(
+            *("learned", "learned_2d", "sincos_2d", "sinusoidal", "none", "relative", "relative_class", "rotary"),
+            *("dinov3", "eva02", "pe", "learned_rotary", "learned_eva02", "learned_pe"),
+        ),
     ),
     "position_at": Option(
         None,
@@ -47,13 +51,17 @@ MODEL = {
     "position_grid": Option(
         None,
         int,
-        "Patches per side of the sincos_2d coordinate grid. None: as in the images.",
+        "Patches per side of the coordinate grid. None: as in the images.",
         min=1,
-        read_by=When("model.position", "sincos_2d"),
+        read_by=When("model.position", "sincos_2d", "eva02", "pe", "learned_eva02", "learned_pe"),
     ),
     "mlp": Option("gelu", str, "MLP type.", choices=("gelu", "swiglu")),
     "gelu": Option(
-        "tanh", str, "GELU: exact or approximate.", choices=("tanh", "exact"), read_by=When("model.mlp", "gelu")
+        "tanh",
+        str,
+        "GELU: exact, approximate (tanh), or x sigmoid(1.702 x) (quick).",
+        choices=("tanh", "exact", "quick"),
+        read_by=When("model.mlp", "gelu"),
     ),
     "qkv_bias": Option(True, bool, "Use biases in the query, key and value projections."),
     "qk_norm": Option(False, bool, "Normalize queries and keys per head."),
@@ -61,7 +69,24 @@ MODEL = {
         None, float, "Initial value of LayerScale on the residual branches. None: no LayerScale.", above=0
     ),
     "parallel": Option(False, bool, "Compute attention and MLP in parallel instead of one after the other."),
-    "layer_norm_epsilon": Option(1e-6, float, "Epsilon added to the variance in LayerNorm.", above=0),
+    "norm": Option("layer", str, "All norms: LayerNorm or RMSNorm.", choices=("layer", "rms")),
+    "layer_norm_epsilon": Option(1e-6, float, "Epsilon added to the variance in all norms.", above=0),
+    "input_norm": Option(
+        None,
+        str,
+        "Norm before the blocks: of the patch embeddings, or of all tokens with positions, as in CLIP.",
+        choices=("patches", "tokens"),
+    ),
+    "attention_norm": Option(False, bool, "Normalize the output of attention before its projection."),
+    "mlp_norm": Option(False, bool, "Normalize the hidden units of the MLPs."),
+    "final_norm": Option(True, bool, "Normalize after the last block."),
+    "pool_heads": Option(
+        None,
+        int,
+        "Number of heads of attention pooling. None: as in the blocks.",
+        min=1,
+        read_by=When("model.pooling", "map"),
+    ),
     "pre_logits": Option(
         None,
         int,

@@ -1,4 +1,4 @@
-"""GELU whose backward pass keeps only the inputs."""
+"""GELU in three forms, whose backward pass keeps only the inputs."""
 
 import functools
 import math
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-FORMS = ("tanh", "exact")
+FORMS = ("tanh", "exact", "quick")
+QUICK = 1.702  # arXiv 1606.08415, section 2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -19,13 +20,16 @@ def gelu(inputs: Float[Array, "*shape"], form: str = "tanh") -> Float[Array, "*s
 
     Args:
         inputs: array of any shape.
-        form: 'tanh', the approximation in the published code, or 'exact', with the error function.
+        form: 'tanh', the approximation in the published code; 'exact', with the error function; or 'quick', with
+            sigmoid(1.702 x) as the distribution function, as in CLIP (arXiv 2103.00020's code).
 
     Raises:
         ValueError: `form` is unknown.
     """
     if form not in FORMS:
         raise ValueError(f"form is {form!r}: one of {', '.join(FORMS)}")
+    if form == "quick":
+        return inputs * jax.nn.sigmoid(QUICK * inputs)
     return jax.nn.gelu(inputs, approximate=form == "tanh")
 
 
@@ -41,6 +45,9 @@ def _gelu_backward(form: str, inputs: jax.Array, gradient: jax.Array) -> tuple[j
         factor = math.sqrt(2 / math.pi)
         tanh = jnp.tanh(factor * (values + 0.044715 * values**3))
         slope = 0.5 * (1 + tanh) + 0.5 * values * (1 - tanh**2) * factor * (1 + 3 * 0.044715 * values**2)
+    elif form == "quick":
+        sigmoid = jax.nn.sigmoid(QUICK * values)
+        slope = sigmoid * (1 + QUICK * values * (1 - sigmoid))
     else:
         density = jnp.exp(-0.5 * values**2) / math.sqrt(2 * math.pi)
         slope = 0.5 * jax.scipy.special.erfc(-values / math.sqrt(2)) + values * density

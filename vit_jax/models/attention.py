@@ -12,7 +12,6 @@ from vit_jax.models.attention_backends import BACKENDS, FALLBACK, Backend, Shape
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.dense import Dense, stacked
 from vit_jax.models.dropout import Dropout
-from vit_jax.models.norm import LayerNorm
 from vit_jax.models.positions import Terms, rotate
 
 Mask = Bool[Array, "#batch #heads #queries tokens"] | Int[Array, " batch"]
@@ -69,6 +68,8 @@ class Attention(nn.Module):
             mixed = plain(*parts, positions.bias, lengths, mask, sow_and_drop).reshape(batch, count, width)
         else:
             mixed = self._attend(tokens, lengths, positions)
+        if config.attention_norm:
+            mixed = config.make_norm("norm")(mixed)
         out = Dense(width, dtype=config.dtype, matmul_dtype=config.matmul_dtype, name="out")
         return out(mixed)[:, :count]
 
@@ -142,8 +143,8 @@ class Attention(nn.Module):
         else:
             queries, keys, values = split(self._dense(3 * width)(tokens), config.heads)
         if config.qk_norm:
-            queries = LayerNorm(config.dtype, config.layer_norm_epsilon, name="norm_queries")(queries)
-            keys = LayerNorm(config.dtype, config.layer_norm_epsilon, name="norm_keys")(keys)
+            queries = config.make_norm("norm_queries")(queries)
+            keys = config.make_norm("norm_keys")(keys)
         if positions.rotation is not None:
             padding = ((0, count - positions.rotation[0].shape[0]), (0, 0))
             rotation = [jnp.pad(part, padding) for part in positions.rotation]

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from vit_jax.models.norm import EPSILON
+from vit_jax.models.norm import EPSILON, NORMS
 
 Affects = Literal["parameters", "head", "function", "training", "execution"]
 
@@ -64,12 +65,15 @@ class BlockConfig:
         dropout: rate after attention and inside the MLP.
         attention_dropout: rate on the attention weights.
         mlp: kind of the MLP, a key of `mlp.MLPS`: 'gelu' or 'swiglu'.
-        gelu: form of the GELU, 'tanh' or 'exact'.
+        gelu: form of the GELU, 'tanh', 'exact' or 'quick' (see `activations.gelu`).
         qkv_bias: whether queries, keys and values have a bias.
         qk_norm: whether queries and keys pass a LayerNorm over each head's channels (arXiv 2302.05442, section 2).
         layer_scale: initial value of the learned per-channel factors on the residual branches; None for no factors.
         parallel: whether attention and MLP read the same LayerNorm's output, instead of the MLP following attention.
-        layer_norm_epsilon: added to the variance in every LayerNorm.
+        norm: kind of all norms, a key of `norm.NORMS`: 'layer' or 'rms'.
+        attention_norm: whether the output of attention is normalized before its projection (arXiv 2210.06423).
+        mlp_norm: whether the hidden units of the MLP are normalized before its second dense layer (arXiv 2210.06423).
+        layer_norm_epsilon: added to the variance in every norm.
         dtype: compute dtype; parameters, LayerNorm statistics and softmax are float32 regardless.
         attention_kernel: attention backend, a key of `attention_backends.BACKENDS`.
         matmul_dtype: dtype of the operands of the dense layers' matmuls, where it is not `dtype` (see `Dense`).
@@ -85,10 +89,17 @@ class BlockConfig:
     qk_norm: bool = option(False, affects="parameters")
     layer_scale: float | None = option(None, affects="parameters", parameters_by=is_set)
     parallel: bool = option(False, affects="parameters")
+    norm: str = option("layer", affects="parameters")
+    attention_norm: bool = option(False, affects="parameters")
+    mlp_norm: bool = option(False, affects="parameters")
     layer_norm_epsilon: float = option(EPSILON, affects="function")
     dtype: Dtype = option(jnp.float32, affects="execution")  # noqa: RUF009 (the call returns a field)
     attention_kernel: str = option("plain", affects="execution")
     matmul_dtype: Dtype | None = option(None, affects="execution")  # noqa: RUF009 (likewise)
+
+    def make_norm(self, name: str) -> nn.Module:
+        """A norm as a submodule of the module that calls this; its result is in `dtype`."""
+        return NORMS[self.norm](self.dtype, self.layer_norm_epsilon, name=name)
 
     def block_config(self) -> "BlockConfig":
         """The options of the blocks alone, of a subclass."""

@@ -15,6 +15,7 @@ from vit_jax.models.activations import FORMS
 from vit_jax.models.attention_backends import BACKENDS
 from vit_jax.models.encoder import POLICIES, SCHEDULES
 from vit_jax.models.mlp import MLPS
+from vit_jax.models.norm import NORMS
 from vit_jax.models.pooling import POOLINGS
 from vit_jax.models.positions import POSITIONS, where_applied
 from vit_jax.models.resnet import GROUPS
@@ -25,6 +26,8 @@ CHOICES = {
     "position": POSITIONS,
     "mlp": MLPS,
     "gelu": FORMS,
+    "norm": NORMS,
+    "input_norm": (None, "patches", "tokens"),
     "stochastic_depth_schedule": SCHEDULES,
 }
 
@@ -80,25 +83,40 @@ def check(model: Any) -> None:
     _check_classes(model)
     for field, allowed in CHOICES.items():
         if getattr(model, field) not in allowed:
-            raise ValueError(f"{field} is {getattr(model, field)!r}: one of {', '.join(allowed)}")
+            raise ValueError(f"{field} is {getattr(model, field)!r}: one of {', '.join(map(str, allowed))}")
     if model.remat not in (False, *POLICIES):
         raise ValueError(f"remat is {model.remat!r}: one of none, full, dots, dots_no_batch")
     if model.width % model.heads:
         near = [heads for heads in range(1, model.width + 1) if model.width % heads == 0 and heads <= 2 * model.heads]
         raise ValueError(f"heads is {model.heads}, which does not divide the width {model.width}: {near} do")
-    if model.pooling == "token" and not model.class_token:
-        raise ValueError("pooling is 'token' but class_token is False: set class_token, or pool by 'mean'")
-    if model.norm_after_pooling and model.pooling != "mean":
-        raise ValueError(
-            f"norm_after_pooling is True but pooling is {model.pooling!r}: it only makes a difference with 'mean'; "
-            "leave it out, or set pooling to 'mean'"
-        )
+    _check_pooling(model)
     if not MLPS[model.mlp].uses_gelu and model.gelu != type(model).gelu:
         raise ValueError(
             f"gelu is {model.gelu!r} but mlp is {model.mlp!r}, which has no GELU: leave gelu out, or set mlp to 'gelu'"
         )
     _check_stem(model)
     _check_position(model)
+
+
+def _check_pooling(model: Any) -> None:
+    kind = POOLINGS[model.pooling]
+    if kind.needs_class_token and not model.class_token:
+        raise ValueError(f"pooling is {model.pooling!r} but class_token is False: set class_token, or pool by 'mean'")
+    if kind.needs_register and not model.registers:
+        raise ValueError(f"pooling is {model.pooling!r} but registers is 0: it must be at least 1, or pool by 'token'")
+    if model.pool_heads is not None and model.pooling != "map":
+        raise ValueError(
+            f"pool_heads is {model.pool_heads} but pooling is {model.pooling!r}: leave pool_heads out, or pool by 'map'"
+        )
+    if model.pool_heads is not None and (model.pool_heads < 1 or model.width % model.pool_heads):
+        raise ValueError(f"pool_heads is {model.pool_heads}: it must be a divisor of the width {model.width}, or None")
+    if model.norm_after_pooling and not model.final_norm:
+        raise ValueError("norm_after_pooling is True but final_norm is False: set one of them to its default")
+    if model.norm_after_pooling and model.pooling != "mean":
+        raise ValueError(
+            f"norm_after_pooling is True but pooling is {model.pooling!r}: it only makes a difference with 'mean'; "
+            "leave it out, or set pooling to 'mean'"
+        )
 
 
 def _check_numbers(model: Any) -> None:
@@ -175,10 +193,13 @@ def _check_position(model: Any) -> None:
             )
         if model.position_width >= model.width:
             raise ValueError(f"position_width is {model.position_width}: it must be below the width, {model.width}")
-    if model.position_grid is not None and (model.position != "sincos_2d" or model.position_grid < 1):
+    if kind.needs_class_token and not model.class_token:
+        raise ValueError(f"{name} but class_token is False: set class_token, or use another position embedding")
+    if model.position_grid is not None and (not kind.takes_grid or model.position_grid < 1):
+        allowed = ", ".join(key for key, value in POSITIONS.items() if value.takes_grid)
         raise ValueError(
             f"position_grid is {model.position_grid} and {name}: it must be at least 1, and None unless position is "
-            "'sincos_2d'"
+            f"one of {allowed}"
         )
     width = model.position_width or model.width
     if width % kind.width_multiple:
@@ -210,8 +231,8 @@ def check_encoder(backbone: Any, positions_at_input: bool = False) -> None:
             f"stem is {backbone.stem}: patches of its feature map overlap in the image; use no stem, as in B/16"
         )
     at = where_applied(backbone.position, backbone.position_at)
-    if positions_at_input and at != "input":
-        allowed = ", ".join(name for name, kind in POSITIONS.items() if "input" in kind.at)
+    if positions_at_input and (at != "input" or POSITIONS[backbone.position].angles is not None):
+        allowed = ", ".join(name for name, kind in POSITIONS.items() if "input" in kind.at and kind.angles is None)
         raise ValueError(
             f"position is {backbone.position!r}, applied at {at!r}, which needs all patches: to encode only some, "
             f"use one of {allowed} at 'input'"

@@ -9,7 +9,7 @@ from vit_jax.models.attention import Attention, Mask
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.dropout import Dropout
 from vit_jax.models.mlp import MLPS, Mlp
-from vit_jax.models.norm import LayerNorm, LayerScale
+from vit_jax.models.norm import LayerScale
 from vit_jax.models.positions import POSITIONS, Terms, TokenLayout
 
 SCHEDULES = ("linear", "constant")
@@ -62,20 +62,17 @@ class EncoderBlock(nn.Module):
             return Dropout(dropout)(attention(normed, mask, train, positions), train)
 
         if self.config.parallel:
-            normed = self._norm("norm")(rows).reshape(shape)
+            normed = self.config.make_norm("norm")(rows).reshape(shape)
             branch = attend(normed) + mlp(normed, train)
             rows = rows + self._finish(branch, "scale", rate, train)
         else:
-            normed = self._norm("norm_attention")(rows).reshape(shape)
+            normed = self.config.make_norm("norm_attention")(rows).reshape(shape)
             rows = rows + self._finish(attend(normed), "scale_attention", rate, train)
-            normed = self._norm("norm_mlp")(rows).reshape(shape)
+            normed = self.config.make_norm("norm_mlp")(rows).reshape(shape)
             rows = rows + self._finish(mlp(normed, train), "scale_mlp", rate, train)
         tokens = rows.reshape(shape)
         self.sow("intermediates", "output", tokens)
         return tokens
-
-    def _norm(self, name: str) -> LayerNorm:
-        return LayerNorm(self.config.dtype, self.config.layer_norm_epsilon, name=name)
 
     @nn.nowrap
     def parts(self) -> tuple[Attention, Mlp]:
@@ -151,7 +148,7 @@ class Encoder(nn.Module):
                 tokens = run(self._block(f"block_{index}"), tokens, rate)
         if not self.norm:
             return tokens
-        return LayerNorm(self.config.dtype, self.config.layer_norm_epsilon, name="norm")(tokens)
+        return self.config.make_norm("norm")(tokens)
 
     @nn.nowrap
     def _block(self, name: str) -> EncoderBlock:

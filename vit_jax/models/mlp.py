@@ -27,6 +27,10 @@ class Mlp(nn.Module):
     hidden_matmuls = 1
 
     @nn.nowrap
+    def _normed(self, hidden: jax.Array) -> jax.Array:
+        return self.config.make_norm("norm")(hidden) if self.config.mlp_norm else hidden
+
+    @nn.nowrap
     def activation_bytes(self, tokens: int, width: int) -> int:
         """Bytes of one image that the backward pass reads: the input, and arrays of the hidden width."""
         item = jnp.dtype(self.config.dtype).itemsize
@@ -53,7 +57,7 @@ class MlpBlock(Mlp):
         bias_init = nn.initializers.normal(1e-6)
         hidden = Dense(config.mlp_width, **dtypes, bias_init=bias_init, name="up")(tokens)
         hidden = gelu(hidden, config.gelu)
-        hidden = Dropout(config.dropout)(hidden, train)
+        hidden = self._normed(Dropout(config.dropout)(hidden, train))
         outputs = Dense(tokens.shape[-1], **dtypes, bias_init=bias_init, name="down")(hidden)
         return Dropout(config.dropout)(outputs, train)
 
@@ -77,7 +81,7 @@ class SwigluBlock(Mlp):
         kernel_init = stacked(nn.initializers.xavier_uniform(), 2)
         fused = Dense(2 * config.mlp_width, **dtypes, kernel_init=kernel_init, name="gate_up")(tokens)
         gate, up = jnp.split(fused, 2, axis=-1)
-        hidden = Dropout(config.dropout)(jax.nn.silu(gate) * up, train)
+        hidden = self._normed(Dropout(config.dropout)(jax.nn.silu(gate) * up, train))
         outputs = Dense(tokens.shape[-1], **dtypes, name="down")(hidden)
         return Dropout(config.dropout)(outputs, train)
 

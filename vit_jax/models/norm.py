@@ -1,4 +1,4 @@
-"""LayerNorm and LayerScale."""
+"""LayerNorm, RMSNorm and LayerScale."""
 
 import functools
 
@@ -30,6 +30,28 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
         return layer_norm(tokens, scale, bias, self.epsilon, self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square over the last axis, and a scale (arXiv 1910.07467), in float32.
+
+    Attributes:
+        dtype: dtype of the result.
+        epsilon: added to the mean square.
+    """
+
+    dtype: Dtype = jnp.float32
+    epsilon: float = EPSILON
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "*leading width"]) -> Float[Array, "*leading width"]:
+        scale = self.param("scale", nn.initializers.ones, (tokens.shape[-1],), jnp.float32)
+        values = tokens.astype(jnp.float32)
+        square = jnp.square(values).mean(axis=-1, keepdims=True)
+        return (values * jax.lax.rsqrt(square + self.epsilon) * scale).astype(self.dtype)
+
+
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -13,7 +13,6 @@ from vit_jax.models.attention_backends import plain
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.dense import Dense, stacked
 from vit_jax.models.mlp import MlpBlock
-from vit_jax.models.norm import LayerNorm
 
 
 class Pooling(nn.Module):
@@ -22,14 +21,20 @@ class Pooling(nn.Module):
     Attributes:
         extra: number of tokens before the patches: class token and registers.
         config: options of the encoder's blocks, which attention pooling shares.
+
+    A class says which tokens it needs before the patches: `needs_class_token`, `needs_register`.
     """
 
     extra: int
     config: BlockConfig
+    needs_class_token = False
+    needs_register = False
 
 
 class TokenPooling(Pooling):
     """The class token's output (arXiv 2010.11929, eq. 4)."""
+
+    needs_class_token = True
 
     def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
         return tokens[:, 0]
@@ -42,16 +47,41 @@ class MeanPooling(Pooling):
         return tokens[:, self.extra :].mean(axis=1)
 
 
+class TokenAndMeanPooling(Pooling):
+    """The class token's output and the mean over the patches, concatenated (arXiv 2304.07193, appendix B.3)."""
+
+    needs_class_token = True
+
+    def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch twice_width"]:
+        return jnp.concatenate([tokens[:, 0], tokens[:, self.extra :].mean(axis=1)], axis=-1)
+
+
+class TokenAndRegisterPooling(Pooling):
+    """The outputs of the class token and the first register, concatenated (arXiv 2012.12877: distillation token)."""
+
+    needs_class_token = True
+    needs_register = True
+
+    def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch twice_width"]:
+        return jnp.concatenate([tokens[:, 0], tokens[:, 1]], axis=-1)
+
+
 class AttentionPooling(Pooling):
     """A learned query attends to all tokens; an MLP with a residual follows ('MAP' of arXiv 2106.04560, appendix).
 
-    As in big_vision: as many heads and as wide an MLP as in the encoder, and a LayerNorm before the MLP only.
+    As in big_vision: as wide an MLP as in the encoder, and a norm before the MLP only.
+
+    Attributes:
+        heads: number of attention heads; None for as many as in the encoder.
     """
+
+    heads: int | None = None
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
         config, (batch, count, width) = self.config, tokens.shape
-        dtype, heads, size = config.dtype, config.heads, width // config.heads
+        dtype, heads = config.dtype, self.heads or config.heads
+        size = width // heads
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, width), jnp.float32)
         queries = Dense(width, dtype=dtype, name="query")(jnp.asarray(probe)).reshape(1, 1, heads, size)
         kernel_init = stacked(nn.initializers.xavier_uniform(), 2)
@@ -65,9 +95,9 @@ class AttentionPooling(Pooling):
 
         mixed = plain(queries, keys, values, on_weights=sow).reshape(batch, 1, width)
         pooled = Dense(width, dtype=dtype, name="out")(mixed)
-        normed = LayerNorm(dtype, config.layer_norm_epsilon, name="norm")(pooled)
+        normed = config.make_norm("norm")(pooled)
         # Always the GELU MLP, without dropout, and in the compute dtype: one token per image takes hardly any time.
-        mlp = MlpBlock(dataclasses.replace(config, dropout=0.0, matmul_dtype=None), name="mlp")
+        mlp = MlpBlock(dataclasses.replace(config, dropout=0.0, mlp_norm=False, matmul_dtype=None), name="mlp")
         return (pooled + mlp(normed))[:, 0]
 
     @nn.nowrap
@@ -86,6 +116,8 @@ class NoPooling(Pooling):
 POOLINGS: dict[str, type[Pooling]] = {
     "token": TokenPooling,
     "mean": MeanPooling,
+    "token_mean": TokenAndMeanPooling,
+    "token_register": TokenAndRegisterPooling,
     "map": AttentionPooling,
     "none": NoPooling,
 }

@@ -66,15 +66,19 @@ class Position(nn.Module):
 
     A class says where its terms may be applied (`at`, the default first): 'input', 'layers' (each layer has its own) or
     'shared' (the same in every layer); whether it is `fixed`, without parameters; whether it `needs_grid`, rows and
-    columns instead of only their product; and the number that must divide the width of its table or the head size.
+    columns instead of only their product, `needs_class_token`, and `takes_grid`, a grid of its own for images of any
+    size; and the number that must divide the width of its table or the head size. A rotary one has `angles`.
     """
 
     layout: TokenLayout
     at = ("input", "shared")
     fixed = False
     needs_grid = True
+    needs_class_token = False
+    takes_grid = False
     width_multiple = 1
     head_multiple = 1
+    angles = None
 
 
 class NoPosition(Position):
@@ -95,13 +99,7 @@ class Learned(Position):
 
     @nn.compact
     def __call__(self) -> Terms:
-        layout = self.layout
-        count = layout.class_token + layout.rows * layout.columns
-        table = self.param("table", nn.initializers.normal(0.02), (1, count, layout.width), jnp.float32)
-        if layout.registers:
-            none = jnp.zeros((1, layout.registers, layout.width), jnp.float32)
-            table = jnp.concatenate([table[:, : layout.class_token], none, table[:, layout.class_token :]], axis=1)
-        return Terms(table=table)
+        return Terms(table=_learned_table(self))
 
 
 class Learned2d(Position):
@@ -141,6 +139,7 @@ class SineCosine2d(Position):
     """
 
     fixed = True
+    takes_grid = True
     width_multiple = 4
 
     def __call__(self) -> Terms:
@@ -155,34 +154,125 @@ class Relative(Position):
 
     @nn.compact
     def __call__(self) -> Terms:
-        layout = self.layout
-        shape = (layout.heads, 2 * layout.rows - 1, 2 * layout.columns - 1)
-        offsets = self.param("offsets", nn.initializers.normal(0.02), shape, jnp.float32)
+        return Terms(bias=_relative_bias(self))
+
+
+class RelativeWithClass(Position):
+    """As `Relative`, and a learned bias per head each for the class token as a query, as a key, and as both.
+
+    BEiT (arXiv 2106.08254, section 2.1, and its code). Registers have no bias.
+    """
+
+    at = ("layers", "shared")
+    needs_class_token = True
+
+    @nn.compact
+    def __call__(self) -> Terms:
+        bias = _relative_bias(self)
+        query, key, both = self.param("class", nn.initializers.normal(0.02), (self.layout.heads, 3), jnp.float32).T
+        return Terms(
+            bias=bias.at[0, :, 0].set(query[:, None]).at[0, :, :, 0].set(key[:, None]).at[0, :, 0, 0].set(both)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Angles:
+    """How the angles of a rotary position embedding follow from row and column.
+
+    The angle of pair i of the first half of the channel pairs is x / temperature^(i / (size / 4)), where size is the
+    head size and x the patch's coordinate along the first axis; the second half is for the other axis.
+
+    Attributes:
+        temperature: ratio of the largest frequency to that one step below the smallest.
+        rows_first: whether the first axis is that of rows.
+        coordinates: 'index' (row and column, plus `offset`); 'grid' (these, scaled to `TokenLayout.grid` rows and
+            columns); or 'centres' (of patches, 2 pi times their place from -1 to 1 in the image).
+        offset: added to row and column.
+    """
+
+    temperature: float = 100.0
+    rows_first: bool = False
+    coordinates: str = "index"
+    offset: float = 0.0
+
+    def rotation(self, layout: TokenLayout) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
+        """Cosines and sines of the angles of all tokens; those before the patches are rotated by zero."""
         row, column = _rows_and_columns(layout)
-        down = row[None, :] - row[:, None] + layout.rows - 1
-        right = column[None, :] - column[:, None] + layout.columns - 1
-        return Terms(bias=jnp.pad(offsets[:, down, right], ((0, 0), (layout.extra, 0), (layout.extra, 0)))[None])
+        if self.coordinates == "centres":
+            row, column = (
+                2 * np.pi * (2 * (x + 0.5) / n - 1) for x, n in ((row, layout.rows), (column, layout.columns))
+            )
+        else:
+            row, column = row + self.offset, column + self.offset
+        if self.coordinates == "grid" and layout.grid is not None:
+            row, column = row * layout.grid / layout.rows, column * layout.grid / layout.columns
+        count = layout.head_size // 4
+        frequencies = self.temperature ** (-np.arange(count) / count)
+        axes = (row, column) if self.rows_first else (column, row)
+        angles = np.concatenate([np.outer(axis, frequencies) for axis in axes], axis=1)
+        angles = np.pad(angles, ((layout.extra, 0), (0, 0)))
+        return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
 
 
 class Rotary(Position):
-    """Rotates queries and keys by angles proportional to column (first half of the pairs) and row (second half).
+    """Rotates queries and keys by angles proportional to column and row (arXiv 2403.13298, section 3.1: axial).
 
-    The axial form of arXiv 2403.13298 (section 3.1). Scores then depend only on the offset between two patches.
+    Scores then depend only on the offset between two patches.
     """
 
     at = ("layers", "shared")  # equivalent, as it has no parameters
     fixed = True
     head_multiple = 4
+    angles = Angles()
 
     def __call__(self) -> Terms:
-        layout = self.layout
-        row, column = _rows_and_columns(layout)
-        count = layout.head_size // 4
-        frequencies = 100.0 ** (-np.arange(count) / count)
-        angles = np.concatenate([np.outer(column, frequencies), np.outer(row, frequencies)], axis=1)
-        # Class and register tokens are rotated by an angle of zero.
-        angles = np.pad(angles, ((layout.extra, 0), (0, 0)))
-        return Terms(rotation=(jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)))
+        return Terms(rotation=self.angles.rotation(self.layout))
+
+
+class Dinov3(Rotary):
+    """Rotates by the place of the patch's centre in the image (arXiv 2508.10104, section 3.2)."""
+
+    angles = Angles(rows_first=True, coordinates="centres")
+
+
+class Eva02(Rotary):
+    """Rotates by row and column, scaled to the grid of training (arXiv 2303.11331)."""
+
+    takes_grid = True
+    angles = Angles(temperature=10_000.0, rows_first=True, coordinates="grid")
+
+
+class PerceptionEncoder(Rotary):
+    """As `Eva02`, with rows and columns counted from 1, and columns first (arXiv 2504.13181)."""
+
+    takes_grid = True
+    angles = Angles(temperature=10_000.0, coordinates="grid", offset=1.0)
+
+
+class LearnedRotary(Position):
+    """The learned table at the input, and a rotation in all layers."""
+
+    at = ("input",)
+    head_multiple = 4
+    angles = Rotary.angles
+
+    @nn.compact
+    def __call__(self) -> Terms:
+        return Terms(table=_learned_table(self), rotation=self.angles.rotation(self.layout))
+
+
+class LearnedEva02(LearnedRotary):
+    """The learned table and the rotation of `Eva02`."""
+
+    takes_grid = True
+    angles = Eva02.angles
+
+
+class LearnedPerceptionEncoder(LearnedRotary):
+    """The learned table and the rotation of `PerceptionEncoder`."""
+
+    takes_grid = True
+    angles = PerceptionEncoder.angles
 
 
 POSITIONS: dict[str, type[Position]] = {
@@ -192,7 +282,14 @@ POSITIONS: dict[str, type[Position]] = {
     "sinusoidal": Sinusoidal,
     "sincos_2d": SineCosine2d,
     "relative": Relative,
+    "relative_class": RelativeWithClass,
     "rotary": Rotary,
+    "dinov3": Dinov3,
+    "eva02": Eva02,
+    "pe": PerceptionEncoder,
+    "learned_rotary": LearnedRotary,
+    "learned_eva02": LearnedEva02,
+    "learned_pe": LearnedPerceptionEncoder,
 }
 
 
@@ -230,6 +327,28 @@ def rotate(
     cosines, sines = cosines[:, None], sines[:, None]
     x, y = jnp.split(vectors.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x * cosines - y * sines, x * sines + y * cosines], axis=-1).astype(vectors.dtype)
+
+
+def _learned_table(module: Position) -> Float[Array, "1 tokens width"]:
+    """The parameter 'table' of a module, with rows of zeros for registers."""
+    layout = module.layout
+    count = layout.class_token + layout.rows * layout.columns
+    table = module.param("table", nn.initializers.normal(0.02), (1, count, layout.width), jnp.float32)
+    if layout.registers:
+        none = jnp.zeros((1, layout.registers, layout.width), jnp.float32)
+        table = jnp.concatenate([table[:, : layout.class_token], none, table[:, layout.class_token :]], axis=1)
+    return table
+
+
+def _relative_bias(module: Position) -> Float[Array, "1 heads tokens tokens"]:
+    """The bias by the parameter 'offsets' of a module; zero for tokens before the patches."""
+    layout = module.layout
+    shape = (layout.heads, 2 * layout.rows - 1, 2 * layout.columns - 1)
+    offsets = module.param("offsets", nn.initializers.normal(0.02), shape, jnp.float32)
+    row, column = _rows_and_columns(layout)
+    down = row[None, :] - row[:, None] + layout.rows - 1
+    right = column[None, :] - column[:, None] + layout.columns - 1
+    return jnp.pad(offsets[:, down, right], ((0, 0), (layout.extra, 0), (layout.extra, 0)))[None]
 
 
 def _rows_and_columns(layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:

@@ -79,6 +79,8 @@ def resample_positions(
     def one(name: str, leaf: jax.Array) -> jax.Array:
         if name == "table":
             return resample_tokens(leaf, grid, new_grid, method)
+        if name == "class":  # biases of the class token do not depend on the grid
+            return leaf
         # Tables of rows only, of columns only, and of offsets (from minus to plus the last row or column).
         old, new, view = {
             "rows": ((grid[0], 1), (new_grid[0], 1), (*leaf.shape[:-1], 1, leaf.shape[-1])),

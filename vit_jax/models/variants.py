@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vit_jax.arguments import shown
 from vit_jax.errors import nearest
 from vit_jax.models.block_config import options_that_affect
+from vit_jax.models.pooling import POOLINGS
 
 if TYPE_CHECKING:
     from vit_jax.models.vit import VisionTransformer
@@ -69,7 +70,8 @@ def fields_of_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = {key: value for key, value in options.items() if value is not None and key != "dtype"}
     # By default there is a class token only if the pooling reads it.
-    made = {"class_token": options["pooling"] == "token", **fields(options.pop("variant")), **options}
+    by_default = POOLINGS[options["pooling"]].needs_class_token
+    made = {"class_token": by_default, **fields(options.pop("variant")), **options}
     return {**made, "pre_logits": made["width"]} if made.get("pre_logits") == "width" else made
 
 
@@ -92,7 +94,7 @@ def options_of(model: "VisionTransformer") -> dict[str, Any]:
         variant = f"{size}/{model.patch_size}"
     usual = fields(variant)
     sizes = {name: None if usual[name] == value else value for name, value in own.items()}
-    class_token = None if model.class_token == (model.pooling == "token") else model.class_token
+    class_token = None if model.class_token == POOLINGS[model.pooling].needs_class_token else model.class_token
     others = set(options_that_affect(model, "parameters", "function")) - {*VARIANT_OPTIONS, "class_token"}
     return {"variant": variant, **sizes, "class_token": class_token, **{name: getattr(model, name) for name in others}}
 

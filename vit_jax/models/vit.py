@@ -18,7 +18,6 @@ from vit_jax.models.block_config import BlockConfig, option
 from vit_jax.models.checks import check, convert, integer_of
 from vit_jax.models.dropout import Dropout
 from vit_jax.models.encoder import Encoder
-from vit_jax.models.norm import LayerNorm
 from vit_jax.models.patches import PatchEmbedding, grid_of
 from vit_jax.models.pooling import POOLINGS, AttentionPooling, Head, Heads
 from vit_jax.models.positions import POSITIONS, Terms, TokenLayout, where_applied
@@ -42,7 +41,8 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
         width: size of a token.
         depth: number of encoder blocks.
         class_token: whether a learned token precedes the patches.
-        pooling: 'token' (output of the class token), 'mean' (over the outputs of the patches), 'map' (attention
+        pooling: 'token' (output of the class token), 'mean' (over the outputs of the patches), 'token_mean' (both,
+            concatenated), 'token_register' (outputs of class token and first register, concatenated), 'map' (attention
             pooling) or 'none' (all tokens are returned, and the head is applied to each).
         position: position embedding, a key of `positions.POSITIONS`.
         pre_logits: width of a Dense + tanh layer before the classifier; None for no such layer.
@@ -58,8 +58,12 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
             'relative' and 'rotary'.
         position_width: 0 if a table is added to the tokens. Otherwise a fixed table of this width is concatenated to
             patch embeddings of the remaining width - position_width channels.
-        position_grid: rows (and columns) of the grid whose coordinates 'sincos_2d' uses for images of any size, such as
-            the grid of training; None for the grid of the images themselves.
+        position_grid: rows (and columns) of the grid whose coordinates 'sincos_2d', 'eva02' and 'pe' use for images of
+            any size, such as the grid of training; None for the grid of the images themselves.
+        input_norm: a norm before the blocks: of the patch embeddings, before the position embedding ('patches'); of all
+            tokens, after it ('tokens', as in CLIP); None for no such norm.
+        final_norm: whether a norm follows the blocks.
+        pool_heads: number of heads of attention pooling; None for as many as in the blocks.
         stem: bottleneck units per stage of a ResNet before the patches; () for its root only, None for no stem.
         stem_width: channels of the root of the stem.
         remat: rematerialisation: False or 'none', True or 'full', 'dots' or 'dots_no_batch' (see `Encoder`).
@@ -88,6 +92,9 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
     position_at: str | None = option(None, affects="parameters")
     position_width: int = option(0, affects="parameters")
     position_grid: int | None = option(None, affects="function")
+    input_norm: str | None = option(None, affects="parameters")
+    final_norm: bool = option(True, affects="parameters")
+    pool_heads: int | None = option(None, affects="function")
     stem: tuple[int, ...] | None = option(None, affects="parameters")
     stem_width: int = option(ResNetStem.width, affects="parameters")
     remat: bool | str = option(Encoder.remat, affects="execution")
@@ -140,6 +147,8 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
                 inputs = ResNetStem(self.stem, self.stem_width, self.dtype, name="stem")(inputs)
             width = self.width - self.position_width
             tokens = PatchEmbedding(width, self.patch_size, self.dtype, name="embedding")(inputs.astype(self.dtype))
+            if self.input_norm == "patches":
+                tokens = self.make_norm("norm_input")(tokens)
             if replace is not None:
                 tokens = replace(tokens)
             layout, at = self._layout(grid), position_at(self)
@@ -148,13 +157,18 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
             if at == "input" and not self.position_width and positions.table is not None:
                 tokens = tokens + positions.table.astype(tokens.dtype)
             if visible is not None:
-                tokens = _only_visible(tokens, visible, layout.extra, at)
+                _check_positions_at_input(self)
+                tokens = _only_visible(tokens, visible, layout.extra)
+            if self.input_norm == "tokens":
+                tokens = self.make_norm("norm_input")(tokens)
             tokens = Dropout(self.dropout)(tokens, train)
             self.sow("intermediates", "embedded", tokens)
-            tokens = self.encoder(layout)(tokens, mask, train, positions if at == "shared" else Terms())
-        features = POOLINGS[self.pooling](layout.extra, self.block_config(), name="pooling")(tokens)
+            shared = positions if at == "shared" else positions._replace(table=None)
+            tokens = self.encoder(layout)(tokens, mask, train, shared)
+        heads = {"heads": self.pool_heads} if is_attention_pooling(self.pooling) else {}
+        features = POOLINGS[self.pooling](layout.extra, self.block_config(), **heads, name="pooling")(tokens)
         if self.norm_after_pooling:
-            features = LayerNorm(self.dtype, self.layer_norm_epsilon, name="norm")(features)
+            features = self.make_norm("norm")(features)
         if self.classes is None:
             return features.astype(jnp.float32)
         head = Heads if isinstance(self.classes, Mapping) else Head
@@ -194,7 +208,7 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
             layout=layout if in_layers else None,
             remat=self.remat,
             scan=self.scan,
-            norm=not self.norm_after_pooling,
+            norm=self.final_norm and not self.norm_after_pooling,
             name="encoder",
         )
 
@@ -264,12 +278,19 @@ def input_grid(model: VisionTransformer, inputs: jax.Array, grid: tuple[int, int
     return _grid_of_patches(model, inputs.shape[1], grid)
 
 
-def _only_visible(tokens: jax.Array, visible: jax.Array, extra: int, at: str) -> jax.Array:
-    """Class token, registers and the visible patches."""
+def _check_positions_at_input(model: VisionTransformer) -> None:
+    """Raises ValueError unless the position embedding is only applied at the input."""
+    at = position_at(model)
+    if POSITIONS[model.position].angles is not None:
+        at = "layers"
     if at != "input":
         raise ValueError(
             f"positions are applied at {at!r}, which needs all patches: to encode only some, apply them at 'input'"
         )
+
+
+def _only_visible(tokens: jax.Array, visible: jax.Array, extra: int) -> jax.Array:
+    """Class token, registers and the visible patches."""
     return jnp.concatenate([tokens[:, :extra], masking.take(tokens[:, extra:], visible)], axis=1)
 
 

@@ -10,7 +10,7 @@ import optax
 from vit_jax.optim.trainable import name_of
 
 # Parameters below the first block; the names of all others are those of blocks, or of what follows the last block.
-BELOW_BLOCKS = ("stem/", "embedding/", "positions/", "class_token", "registers")
+BELOW_BLOCKS = ("stem/", "embedding/", "positions/", "class_token", "registers", "norm_input")
 
 
 def factors(decay: float, parameters: Any, depth: int) -> Any:
