@@ -50,6 +50,7 @@ class Description:
         class_names: of its only head, if recorded beside the file.
         recorded_size: height and width of its images, if recorded beside the parameters.
         evaluation: other recorded options of evaluation (`preprocessing.EVALUATION`), such as 'crop_pct' and 'loss'.
+        zeros: paths of parameters that are zero, as the file's layers have none, each with the reason.
     """
 
     label: str
@@ -67,6 +68,7 @@ class Description:
     class_names: tuple[str, ...] | None = None
     recorded_size: tuple[int, int] | None = None
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    zeros: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of its images: recorded, or those that the position embedding is for; None if unknown."""

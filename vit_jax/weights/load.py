@@ -276,6 +276,10 @@ def _take(
                 )
             flat[path] = value
         rows.append(row)
+    for path, why in description.zeros.items():
+        if path in wanted and (not path.startswith("head/") or path.replace("/bias", "/kernel") in flat):
+            flat[path] = np.zeros(wanted[path], np.float32)
+            rows.append(Row("initialized", (), (path,), f"zero: {why}"))
     rows += [Row("ignored", (name,), (), why) for name, why in description.ignored.items()]
     rows += _initialize(flat, wanted, description, seed, new_head, model.head_bias)
     if model.scan:

@@ -5,7 +5,8 @@ same rules read and write, so that a file that is read and written again is equa
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class Parts:
         map: whether there is attention pooling.
         norm_after_pooling: as in `VisionTransformer`.
         head, pre_logits: whether there is a classifier, and a layer before it.
-        stem: as in `VisionTransformer`.
+        stem, norm, input_norm, attention_norm, mlp_norm, final_norm: as in `VisionTransformer`.
     """
 
     depth: int
@@ -68,6 +69,11 @@ class Parts:
     head: bool = False
     pre_logits: bool = False
     stem: tuple[int, ...] | None = None
+    norm: str = "layer"
+    input_norm: str | None = None
+    attention_norm: bool = False
+    mlp_norm: bool = False
+    final_norm: bool = True
 
     @staticmethod
     def of(model: VisionTransformer) -> "Parts":
@@ -76,7 +82,7 @@ class Parts:
             depth=model.depth,
             class_token=model.class_token,
             registers=model.registers > 0,
-            positions=model.position == "learned",
+            positions=model.position.startswith("learned"),
             mlp=model.mlp,
             qkv_bias=model.qkv_bias,
             qk_norm=model.qk_norm,
@@ -85,7 +91,8 @@ class Parts:
             norm_after_pooling=model.norm_after_pooling,
             head=model.classes is not None,
             pre_logits=model.classes is not None and model.pre_logits is not None,
-            stem=model.stem,
+            **{name: getattr(model, name) for name in ("stem", "norm", "input_norm", "attention_norm")},
+            **{name: getattr(model, name) for name in ("mlp_norm", "final_norm")},
         )
 
 
@@ -165,6 +172,57 @@ def fused_linear(parts: int) -> Form:
 def fused_vectors(parts: int) -> Form:
     """Concatenates `parts` vectors."""
     return Form("fused", lambda arrays: [_joined(arrays, 0)], lambda ours, model: np.split(ours[0], parts))
+
+
+def _without_keys(ours: Arrays, model: VisionTransformer) -> list[np.ndarray]:
+    queries, _, values = np.split(ours[0], 3)
+    return [queries, values]
+
+
+# Biases of queries and values; a bias of keys changes no attention weight, so that these models have none.
+QUERY_VALUE_BIASES = Form(
+    "fused", lambda arrays: [np.concatenate([arrays[0], np.zeros_like(arrays[0]), arrays[1]])], _without_keys
+)
+
+# A bias and a mask of ones and zeros, which removes that of the keys.
+MASKED_BIAS = Form(
+    "fused", lambda arrays: [arrays[0] * arrays[1]], lambda ours, model: [ours[0], (ours[0] != 0).astype(np.float32)]
+)
+
+# Two linear heads, on two tokens, whose logits are averaged: one head on both tokens.
+MEAN_OF_HEADS = Form(
+    "fused",
+    lambda arrays: [np.concatenate([array.T for array in arrays], axis=0) / 2],
+    lambda ours, model: [2 * part.T for part in np.split(ours[0], 2, axis=0)],
+)
+MEAN_OF_BIASES = Form("fused", lambda arrays: [(arrays[0] + arrays[1]) / 2], lambda ours, model: [ours[0], ours[0]])
+
+
+def deinterleaved(form: Form, size: int, parts: int = 3) -> Form:
+    """The form followed by a permutation of each head's channels, of queries and keys alike.
+
+    A rotary position embedding turns pairs of channels: neighbouring ones (2i, 2i + 1) in some projects, i and
+    i + size / 2 here. Attention weights do not depend on the order of the channels.
+
+    Args:
+        form: whose result has the channels of `parts` x heads x `size` in its last axis: queries, keys, values.
+        size: channels per head.
+        parts: 3, or 1 for an array of queries or keys alone.
+    """
+    halves = np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2)])
+
+    def order(count: int) -> np.ndarray:
+        channels = np.arange(count).reshape(parts, -1, size)
+        channels[:2] = channels[:2, :, halves]
+        return channels.reshape(-1)
+
+    def read(arrays: Arrays) -> list[np.ndarray]:
+        return [value[..., order(value.shape[-1])] for value in form.read(arrays)]
+
+    def write(ours: Arrays, model: VisionTransformer) -> list[np.ndarray]:
+        return form.write([value[..., np.argsort(order(value.shape[-1]))] for value in ours], model)
+
+    return Form(form.word, read, write)
 
 
 # A table without a row for the class token equals one with a row of zeros.
@@ -258,7 +316,30 @@ def dense(names: str, path: str, kernel: Form, bias: Form = SAME, parts: Sequenc
     ]
 
 
-def norm(name: str, path: str, form: Form = SAME) -> list[Rule]:
-    """The rules of a LayerNorm or GroupNorm: scale (PyTorch: weight) and bias."""
+def norm(name: str, path: str, form: Form = SAME, kind: str = "layer") -> list[Rule]:
+    """The rules of a LayerNorm or GroupNorm, scale (PyTorch: weight) and bias; of kind 'rms', the scale alone."""
     first = "scale" if name.endswith("/") else "weight"
-    return [Rule((f"{name}{first}",), (f"{path}/scale",), form), Rule((f"{name}bias",), (f"{path}/bias",), form)]
+    scale, bias = Rule((f"{name}{first}",), (f"{path}/scale",), form), Rule((f"{name}bias",), (f"{path}/bias",), form)
+    return [scale] if kind == "rms" else [scale, bias]
+
+
+def without_absent(table: Sequence[Rule], names: Container[str], optional: str) -> tuple[list[Rule], dict[str, str]]:
+    """The rules without those of biases that the file's layers do not have, and the paths of these, with the reason.
+
+    A layer without a bias equals one whose bias is zero. A bias that only some blocks have is missing, not absent.
+
+    Args:
+        table: rules, each of one bias or of no bias.
+        names: of the file's arrays.
+        optional: pattern of the paths, up to '/bias', of layers that may have none.
+    """
+    biases = [rule for rule in table if re.fullmatch(f"(?:{optional})/bias", rule.paths[0])]
+    kinds = {_kind(rule) for rule in biases if any(name in names for name in rule.names)}
+    absent = [rule for rule in biases if _kind(rule) not in kinds]
+    zeros = {rule.paths[0]: "the file's layers have no such bias" for rule in absent}
+    return [rule for rule in table if rule.paths[0] not in zeros], zeros
+
+
+def _kind(rule: Rule) -> str:
+    """The path of a rule's parameter, whatever the block."""
+    return re.sub(r"\d+", "N", rule.paths[0])
