@@ -212,8 +212,8 @@ REFUSED = {
     ),
     "Swin": (lambda: {"layers.0.blocks.0.attn.qkv.weight": ONE, "layers.1.blocks.0.attn.qkv.weight": ONE}, "Swin", ""),
     "BEiT": (
-        lambda: arrays_of() | {"blocks.0.attn.relative_position_bias_table": ONE},
-        "a model with relative positions, which is not supported",
+        lambda: arrays_of() | {"blocks.0.attn.relative_position_bias_table": np.ones((12, 3), np.float32)},
+        "positions at the input and in the layers are not supported",
         "renamed",
     ),
     "LoRA": (

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 FOLDER = Path(__file__).resolve().parent / "references"
 SIZE = {"embed_dim": 12, "depth": 2, "num_heads": 3, "mlp_ratio": 2, "img_size": 12, "patch_size": 4, "num_classes": 5}
+SIZES = (32, 32), (48, 64), (24, 40)  # of models for images of any size
 HUGGING_FACE = {
     "hidden_size": 12,
     "num_hidden_layers": 2,
@@ -143,8 +144,115 @@ def timm_models():
         model = randomise(VisionTransformer(**fields), seed)
         record(name, model.state_dict(), {**config, "model_args": {"num_heads": 3}}, model(inputs), inputs)
     model = randomise(deit.VisionTransformerDistilled(**SIZE), 50)
-    # The class token's features alone: its two heads cannot be had.
-    record("timm_distilled", model.state_dict(), None, model.forward_features(images())[:, 0])
+    record("timm_distilled", model.state_dict(), None, model(images()))
+
+
+def timm_kin():
+    """Models of eva.py and beit.py, and those of vision_transformer.py that other projects have trained."""
+    from timm.layers import LayerNorm, QuickGELU, RmsNorm, SwiGLU
+    from timm.models.beit import Beit
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    five = partial(LayerNorm, eps=1e-5)
+    clip = {"pre_norm": True, "norm_layer": five}
+    dinov3 = {"num_classes": 0, "img_size": 32, "patch_size": 8, "dynamic_img_size": True, "global_pool": "token"}
+    dinov3 |= {"qkv_bias": False, "init_values": 1e-5, "rope_type": "dinov3", "rope_temperature": 100}
+    dinov3 |= {"rope_rotate_half": True, "use_rot_pos_emb": True, "use_abs_pos_emb": False, "num_reg_tokens": 4}
+    dinov3 |= {"use_fc_norm": False, "norm_layer": five}
+    eva02 = {"swiglu_mlp": True, "use_rot_pos_emb": True, "ref_feat_shape": (16, 16)}
+    rope = {"attn_type": "rope", "init_values": 1e-5, "global_pool": "token", "use_rot_pos_emb": True}
+    rope |= {"rope_grid_indexing": "xy", "rope_temperature": 100.0}
+    pe = {"embed_dim": 24, "attn_type": "rope", "use_pre_transformer_norm": True, "use_rot_pos_emb": True}
+    pe |= {"ref_feat_shape": (3, 3), "rope_grid_offset": 1.0, "rope_grid_indexing": "xy", "norm_layer": five}
+    models = {
+        "timm_dinov3": (Eva, "vit_small_patch16_dinov3", dinov3),
+        "timm_dinov3_qkvb": (Eva, "vit_small_patch16_dinov3_qkvb", {**dinov3, "qkv_bias": True}),
+        "timm_dinov3_swiglu": (
+            Eva,
+            "vit_small_plus_patch16_dinov3",
+            {**dinov3, "swiglu_mlp": True, "swiglu_align_to": 8},
+        ),
+        "timm_eva": (Eva, "eva_giant_patch14_224", {}),
+        "timm_eva02": (
+            Eva,
+            "eva02_large_patch14_clip_224",
+            {**eva02, "qkv_fused": False, "scale_mlp": True, "scale_attn_inner": True, "global_pool": "token"},
+        ),
+        "timm_eva02_small": (Eva, "eva02_small_patch14_224", eva02),
+        "timm_rope": (Eva, "vit_small_patch16_rope_224", {**rope, "use_abs_pos_emb": False}),
+        "timm_rope_ape": (Eva, "vit_small_patch16_rope_ape_224", {**rope, "no_embed_class": True}),
+        "timm_rope_registers": (
+            Eva,
+            "vit_base_patch16_rope_reg1_gap_256",
+            {"init_values": 1e-5, "class_token": False, "num_reg_tokens": 1, "use_rot_pos_emb": True}
+            | {"use_abs_pos_emb": False, "ref_feat_shape": (16, 16)},
+        ),
+        "timm_pe": (Eva, "vit_pe_core_base_patch16_224", {**pe, "global_pool": "map", "attn_pool_num_heads": 8}),
+        "timm_pe_spatial": (
+            Eva,
+            "vit_pe_spatial_base_patch16_512",
+            {**pe, "use_post_transformer_norm": False, "use_fc_norm": False, "num_classes": 0, "global_pool": "token"},
+        ),
+        "timm_beit": (
+            Beit,
+            "beit_base_patch16_224",
+            {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1},
+        ),
+        "timm_beit_shared": (
+            Beit,
+            "beit_base_patch16_224",
+            {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "init_values": 0.1, "global_pool": "token"},
+        ),
+        "timm_beit3": (
+            VisionTransformer,
+            "beit3_base_patch16_224",
+            {"scale_attn_norm": True, "scale_mlp_norm": True, "norm_layer": five, "global_pool": "avg"},
+        ),
+        "timm_clip": (VisionTransformer, "vit_base_patch16_clip_224", clip),
+        "timm_clip_quickgelu": (
+            VisionTransformer,
+            "vit_base_patch16_clip_quickgelu_224",
+            {**clip, "act_layer": QuickGELU},
+        ),
+        "timm_aimv2": (
+            VisionTransformer,
+            "aimv2_large_patch14_224",
+            {"class_token": False, "fc_norm": False, "qkv_bias": False, "proj_bias": False, "global_pool": "avg"}
+            | {"norm_layer": partial(RmsNorm, eps=1e-5), "embed_norm_layer": partial(RmsNorm, eps=1e-5)}
+            | {"act_layer": "silu", "mlp_layer": SwiGLU, "num_classes": 0},
+        ),
+        "timm_radio": (
+            VisionTransformer,
+            "vit_base_patch16_radio_v3",
+            {"reg_tokens": 7, "no_embed_class": True, "init_values": 1e-5, "final_norm": False, "num_classes": 0},
+        ),
+    }
+    for seed, (name, (kind, architecture, fields)) in enumerate(models.items(), start=200):
+        fields = {**SIZE, "mlp_ratio": 2, **fields}
+        if name.startswith("timm_rope") and "class_token" not in fields:
+            fields["use_fc_norm"] = False
+        model = randomise(kind(**fields), seed)
+        if name.startswith("timm_pe"):  # wider, with larger numbers
+            for parameter in model.parameters():
+                parameter.data /= 2
+        config = {"architecture": architecture, "num_features": fields["embed_dim"], "global_pool": model.global_pool}
+        config["model_args"] = {"num_heads": 3, "img_size": fields["img_size"]}
+        if not name.startswith("timm_dinov3"):
+            inputs = images()
+            record(name, model.state_dict(), config, model(inputs), inputs)
+            continue
+        # All tokens, at three sizes.
+        generator = torch.Generator().manual_seed(seed)
+        pictures = {
+            f"{height}x{width}": torch.randn(2, 3, height, width, generator=generator) for height, width in SIZES
+        }
+        record(name, model.state_dict(), config, model.forward_features(pictures["32x32"]), pictures["32x32"])
+        recorded = {f"inputs_{key}": value.permute(0, 2, 3, 1).numpy() for key, value in pictures.items()}
+        recorded |= {
+            f"outputs_{key}": model.forward_features(value).detach().numpy() for key, value in pictures.items()
+        }
+        np.savez(FOLDER / name / "sizes.npz", **recorded)
 
 
 def hugging_face_models():
@@ -212,3 +320,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     hugging_face_models()  # first: transformers would take the stub for torchvision itself
     timm_models()
+    timm_kin()

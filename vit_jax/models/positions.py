@@ -329,7 +329,7 @@ def rotate(
     return jnp.concatenate([x * cosines - y * sines, x * sines + y * cosines], axis=-1).astype(vectors.dtype)
 
 
-def _learned_table(module: Position) -> Float[Array, "1 tokens width"]:
+def _learned_table(module: Position) -> Float[Array | np.ndarray, "1 tokens width"]:
     """The parameter 'table' of a module, with rows of zeros for registers."""
     layout = module.layout
     count = layout.class_token + layout.rows * layout.columns
@@ -340,7 +340,7 @@ def _learned_table(module: Position) -> Float[Array, "1 tokens width"]:
     return table
 
 
-def _relative_bias(module: Position) -> Float[Array, "1 heads tokens tokens"]:
+def _relative_bias(module: Position) -> Float[Array | np.ndarray, "1 heads tokens tokens"]:
     """The bias by the parameter 'offsets' of a module; zero for tokens before the patches."""
     layout = module.layout
     shape = (layout.heads, 2 * layout.rows - 1, 2 * layout.columns - 1)

@@ -140,16 +140,18 @@ class Names:
         return shape
 
 
-def odd_head(names: Names, start: str) -> str | None:
+def odd_head(names: Names, start: str, bias: bool = True) -> str | None:
     """Returns why a head is not read: it is something else than one linear layer; None if it is one, or there is none.
 
     Args:
         names: of the file.
         start: of the head's names: 'head.'.
+        bias: whether it must have a bias.
     """
     own = sorted(name for name in names if name.startswith(start))
-    plain = own == [f"{start}bias", f"{start}weight"] and [names.axes(name) for name in own] == [1, 2]
-    if not own or (plain and 0 not in names.shape_of(own[1])):
+    layer = [f"{start}weight"] if own == [f"{start}weight"] and not bias else [f"{start}bias", f"{start}weight"]
+    plain = own == layer and [names.axes(name) for name in own] == [1, 2][-len(own) :]
+    if not own or (plain and 0 not in names.shape_of(own[-1])):
         return None
     shown = few(f"{name} {list(names.shape_of(name))}" for name in own)
     return f"its head is not one linear layer with a bias ({shown}), which is not supported"
@@ -200,13 +202,15 @@ class Choices:
         self.made.append(Decision(field, value, source))
         return value
 
-    def heads(self, width: int, recorded: int | None, family: str, by: str = "config.json") -> int:
-        """The number of attention heads; by default with 64 channels each.
+    def heads(
+        self, width: int, recorded: int | None, family: str, by: str = "config.json", usual: int | None = None
+    ) -> int:
+        """The number of attention heads; by default `usual`, else with 64 channels each.
 
         Raises:
             UserError: the number is unknown and the width is not a multiple of 64; or it does not divide the width.
         """
-        usual = HEADS_OF_WIDTH.get(width, width // 64 if width % 64 == 0 else None)
+        usual = usual or HEADS_OF_WIDTH.get(width, width // 64 if width % 64 == 0 else None)
         if "heads_otherwise" in self.overrides:
             usual, family = self.overrides["heads_otherwise"], "the model that it is loaded into"
         heads = self.decide("heads", usual, recorded, by, family)

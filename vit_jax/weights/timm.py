@@ -1,7 +1,8 @@
-"""Reads state dictionaries of timm's Vision Transformers, and DeiT's, DINO's, DINOv2's and MAE's, with similar names.
+"""Reads state dictionaries of timm's Vision Transformers, and others with similar names.
 
-In timm the final norm may come before pooling (`norm`) or after it (`fc_norm`), the position embedding may have rows
-for class token and registers (`no_embed_class`), and the GELU is exact by default.
+These are the models of vision_transformer.py, deit.py, eva.py and beit.py in timm, and the files of DeiT, DINO, DINOv2,
+DINOv3 and MAE. In timm the final norm may come before pooling (`norm`) or after it (`fc_norm`), the position embedding
+may have rows for class token and registers (`no_embed_class`), and the GELU is exact by default.
 """
 
 import dataclasses
@@ -23,62 +24,52 @@ from vit_jax.weights.describe import (
     config_value,
     hint,
     odd_head,
+    pair,
     pixels_per_patch,
 )
 from vit_jax.weights.files import Stored
-from vit_jax.weights.rules import Parts, Rule, dense, norm
+from vit_jax.weights.rules import Parts
+from vit_jax.weights.timm_positions import Implied, implied
+from vit_jax.weights.timm_rules import STEMS, TABLE, Spelling, make_rules, relative_grid
 
 LABEL = "timm's naming"
 FAMILY = "timm's models"
 OWN = "vit_jax"  # key in the header of files that we write; its value is the config
 POOLINGS = {"token": "token", "avg": "mean", "map": "map", "": "none"}
-GELUS = {"gelu": "exact", "gelu_erf": "exact", "gelu_tanh": "tanh"}
+GELUS = {"gelu": "exact", "gelu_erf": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 EPSILON = 1e-6
 
 # Architectures of timm 1.0.31 whose number of heads does not follow from the width, or whose GELU is the tanh form.
 HEADS = {r"test_vit2?$": 2, r"test_vit[34]$": 3, "vit_giantopt_": 16, "vit_base_patch16_gap_": 16}
 TANH = r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip|vit_large_patch16_siglip_(gap_)?512"
+QUICK = r".*quickgelu"
 REFUSED = {
-    r".*_rpn_": "its blocks have LayerNorms after attention and MLP",
-    r".*quickgelu": "its activation is the quick GELU",
-    r".*(rope|dinov3|eva02)": "its positions are rotary",
+    r".*_rpn_|eva02_enormous": "its blocks have LayerNorms after attention and MLP",
+    r".*rope_mixed": "the frequencies of its rotary positions are learned",
+    r".*sapiens2": "several of its heads share keys and values",
     r".*relpos": "its positions are relative",
     r"test_vit3$": "its mean includes class token and registers",
 }
 
-# Arrays that our models have no parameters for.
+# Arrays that our models have no parameters for, by the start of their names.
 FOREIGN = {
-    "norm_pre.": "a LayerNorm before the blocks, as in CLIP",
-    "attn_pool.q_norm.": "normalized queries in attention pooling",
+    r"attn_pool\.q_norm\.": "normalized queries in attention pooling",
+    r"rope\.freqs$": "rotary positions with learned frequencies",
+    r"blocks\.\d+\.attn\.gate\.": "gated attention",
+    r"blocks\.\d+\.attn\.lambda_": "differential attention",
+    r"(blocks\.\d+\.attn\.)?rel_pos\.": "relative positions that a network computes",
+}
+IGNORED = {
+    r"rope_embed\.periods$": "periods of the rotary positions, which the model computes",
+    r"(.*\.)?relative_position_index$": "indices into the relative positions, which the model computes",
 }
 STEM = r"patch_embed\.backbone\."
-STEMS = ("patch_embed.backbone.stem.", "patch_embed.backbone.")  # with stages after it, and without
 # How a model is recognized in a file: the start of a block's names after the prefix, and of those of its embedding.
 BLOCK, EMBEDDING, CLASSIFIER = r"blocks\.\d+\.(?:\d+\.)?attn\.", r"patch_embed\.", r"head(_dist)?\."
 SEPARATOR, INNER = ".", ()
 TWO_HEADS = "its logits are the mean of two heads, on class token and distillation token, which is not supported"
+POST_NORM_WIDTH = 1792  # EVA-02 E; its arrays have the names of EVA's, whose norms are before attention and MLP
 KNOWN = ("cls_token", "pos_embed", "reg_token", "fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
-
-
-@dataclasses.dataclass(frozen=True)
-class Spelling:
-    """The names that differ between files of this kind.
-
-    Attributes:
-        stem: start of the names of the first convolution and norm, if there is a stem.
-        registers: name of the tokens between class token and patches.
-        scale: name of a block's LayerScale; '{}' stands for 1 or 2.
-        mlp: 'fc1' (GELU), or for SwiGLU 'packed' (fc1 holds gate and up), 'apart' (fc1_g, fc1_x) or 'w12'.
-        norm: start of the names of the final norm.
-        rows: rows of the position embedding before those of patches: 'none', 'class' or 'all'.
-    """
-
-    stem: str = "patch_embed.backbone.stem."
-    registers: str = "reg_token"
-    scale: str = "ls{}.gamma"
-    mlp: str = "fc1"
-    norm: str = "norm."
-    rows: str = "class"
 
 
 def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
@@ -88,45 +79,85 @@ def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
         UserError: it is not a complete model, has parts that are not supported, or lacks a value of `overrides`.
     """
     names = Names(stored.shapes, "", LABEL)
-    for start, what in FOREIGN.items():
-        if names.any(re.escape(start)):
+    for pattern, what in FOREIGN.items():
+        name = next((name for name in names if re.match(pattern, name)), None)
+        if name is not None:
             raise UserError(
-                f"{start}...: the model has {what}, which is not supported\n"
+                f"{name}: the model has {what}, which is not supported\n"
                 "  use a plain Vision Transformer (docs/weights.md)"
             )
     recorded, choices = _recorded(stored), Choices(overrides)
     pooling = _pooling(names, recorded, choices)
-    # A model without a position embedding is rare: it has to be stated, as the table may be missing from the file.
-    none = recorded.get("positions") is False or "position" in overrides
-    parts, refusal = _parts(names, pooling), odd_head(names, "head.")
-    if names.any(r"head_dist\."):
+    parts, refusal = _parts(names, pooling), odd_head(names, "head.", bias=not names.any(r"norm_pre\."))
+    two_heads = names.any(r"head_dist\.")
+    if two_heads and pooling != "token_register":
         refusal = TWO_HEADS
+    # A model without a position embedding is rare: it has to be stated, as the table may be missing from the file.
+    none = recorded.get("positions") is False or "position" in overrides or not _needs_table(names, recorded)
     parts = dataclasses.replace(parts, positions=parts.positions or not none, head=parts.head and refusal is None)
-    ignored = {}
-    if refusal is not None:
-        why = f"a head that is not supported: {refusal.removesuffix(', which is not supported')}"
-        ignored = {name: why for name in names if re.match(CLASSIFIER, name)}
-    if parts.pre_logits and not parts.head:
-        ignored |= dict.fromkeys(("pre_logits.fc.weight", "pre_logits.fc.bias"), "there is no head after it")
     spelling = _spelling(names, parts, recorded)
-    table = make_rules(parts, spelling)
-    check_names(stored.shapes, table, ignored, KNOWN, LABEL)
-    model, channels = _model(names, parts, spelling, pooling, recorded, choices)
+    _check_supported(names, parts, spelling)
+    ignored, optional = _ignored(names, parts, refusal), _optional_biases(parts)
+    check_names(
+        stored.shapes, rules.without_absent(make_rules(parts, spelling, 1), names, optional)[0], ignored, KNOWN, LABEL
+    )
     grid = None
     if parts.positions:
         rows = names.shape("pos_embed", 3)[1] - _rows_before(names, parts, spelling)[spelling.rows]
-        grid = choices.grid(rows, pixels_per_patch(model), recorded.get("image_size"))
+        grid = choices.grid(rows, _pixels_per_patch(names, parts), recorded.get("image_size"))
+    position = implied(parts, spelling, None if grid is None or grid[0] != grid[1] else grid[0], recorded)
+    model, channels = _model(names, parts, spelling, position, pooling, recorded, choices)
+    spelling = dataclasses.replace(spelling, interleaved=position is not None and position.interleaved)
+    table, zeros = rules.without_absent(make_rules(parts, spelling, model.width // model.heads), names, optional)
     return Description(
         LABEL,
         model,
         channels,
-        grid,
+        grid or spelling.relative,
         tuple(table),
         ignored,
         decisions=tuple(choices.made),
-        notes=_notes(parts, spelling),
+        notes=_notes(names, parts, spelling),
         head_refusal=refusal,
+        recorded_size=pair(recorded.get("image_size")) if grid is None else None,
+        zeros=zeros,
     )
+
+
+def _check_supported(names: Names, parts: Parts, spelling: Spelling) -> None:
+    """Raises UserError for combinations of parts that our models do not have."""
+    width = names.shape("patch_embed.proj.weight", 4)[0]
+    what = None
+    if parts.positions and spelling.relative is not None:
+        what = f"pos_embed and {TABLE}: positions at the input and in the layers are"
+    elif spelling.bias == "query_value" and parts.mlp == "gelu" and width == POST_NORM_WIDTH:
+        what = f"the width {width} of EVA-02 E: norms after attention and MLP are"
+    if what is not None:
+        raise UserError(f"the file has {what} not supported\n  use a model of docs/weights.md")
+
+
+def _ignored(names: Names, parts: Parts, refusal: str | None) -> dict[str, str]:
+    ignored = {name: why for name in names for pattern, why in IGNORED.items() if re.match(pattern, name)}
+    if refusal is not None:
+        why = f"a head that is not supported: {refusal.removesuffix(', which is not supported')}"
+        ignored |= {name: why for name in names if re.match(CLASSIFIER, name)}
+    if parts.pre_logits and not parts.head:
+        ignored |= dict.fromkeys(("pre_logits.fc.weight", "pre_logits.fc.bias"), "there is no head after it")
+    return ignored
+
+
+def _needs_table(names: Names, recorded: Mapping[str, Any]) -> bool:
+    """Whether a file with these arrays is not complete without pos_embed."""
+    with_registers = "storage_tokens" in names or ("reg_token" in names and names.any(r"blocks\.\d+\.gamma_1"))
+    relative = names.any(rf"(rel_pos_bias\.|blocks\.\d+\.attn\.){TABLE}")
+    return not (with_registers or relative or re.match(r".*_rope_\d", recorded.get("architecture", "")))
+
+
+def _optional_biases(parts: Parts) -> str:
+    """A pattern of the paths of layers that may have no bias in models with these parts."""
+    if parts.norm == "rms":  # AIMv2
+        return r"encoder/block_\d+/(?:attention|mlp)/\w+"
+    return "embedding/projection|head/logits" if parts.input_norm == "tokens" else "no layer"
 
 
 def _recorded(stored: Stored) -> dict[str, Any]:
@@ -155,6 +186,8 @@ def _recorded(stored: Stored) -> dict[str, Any]:
     heads = next((heads for pattern, heads in HEADS.items() if re.match(pattern, name)), None)
     size = config_value(config_value(config, "pretrained_cfg", dict) or {}, "input_size", list) or []
     return {
+        "architecture": name,
+        "arguments": arguments,
         "num_features": config_value(config, "num_features", int),
         "depth": config_value(arguments, "depth", int),
         "class_token": config_value(arguments, "class_token", bool),
@@ -162,12 +195,16 @@ def _recorded(stored: Stored) -> dict[str, Any]:
         "reg_tokens": None if "dist_token" in stored.shapes else config_value(arguments, "reg_tokens", int),
         "positions": False if arguments.get("pos_embed") in ("", "none") else None,
         "heads": config_value(arguments, "num_heads", int) or heads,
-        "activation": config_value(arguments, "act_layer", str) or ("gelu_tanh" if re.match(TANH, name) else "gelu"),
+        "activation": config_value(arguments, "act_layer", str) or _activation(name),
         "pooling": config_value(config if "global_pool" in config else arguments, "global_pool", str),
         "no_embed_class": config_value(arguments, "no_embed_class", bool),
         "image_size": arguments.get("img_size") or size[1:],
         "layer_norm_epsilon": config_value(config, "layer_norm_epsilon", float),
     }
+
+
+def _activation(architecture: str) -> str:
+    return "gelu_tanh" if re.match(TANH, architecture) else "quick_gelu" if re.match(QUICK, architecture) else "gelu"
 
 
 def _pooling(names: Names, recorded: Mapping[str, Any], choices: Choices) -> str:
@@ -179,6 +216,8 @@ def _pooling(names: Names, recorded: Mapping[str, Any], choices: Choices) -> str
             )
         return "map"
     word = recorded.get("pooling")
+    if names.any(r"head_dist\.") and names.any(r"head\.") and "dist_token" in names and word in (None, "token"):
+        return choices.decide("pooling", "token_register", family=FAMILY)
     if word is not None and POOLINGS.get(word, "map") == "map":
         raise UserError(
             f"config.json has global_pool {word!r}, which is not supported for the file's arrays\n"
@@ -190,14 +229,16 @@ def _pooling(names: Names, recorded: Mapping[str, Any], choices: Choices) -> str
 
 def _parts(names: Names, pooling: str) -> Parts:
     block = r"blocks\.\d+\."
-    gated = names.any(rf"{block}mlp\.(fc1_g|w12)\.") or _packed(names)
+    gated = names.any(rf"{block}mlp\.(fc1_g|w12|w1)\.") or _packed(names)
+    layer_norm = not names.any(rf"{block}norm1\.") or names.any(rf"({block}norm[12]|patch_embed\.norm|norm)\.bias")
+    final_norm = names.any(r"(fc_)?norm\.") or names.any(r"head\.") or not _may_end_without_norm(names)
     return Parts(
         depth=names.count(r"blocks\.(\d+)\."),
         class_token="cls_token" in names,
-        registers=names.any("(reg_token|register_tokens|dist_token)$"),
+        registers=names.any("(reg_token|register_tokens|dist_token|storage_tokens)$"),
         positions="pos_embed" in names,
         mlp="swiglu" if gated else "gelu",
-        qkv_bias=names.any(rf"{block}attn\.qkv\.bias"),
+        qkv_bias=names.any(rf"{block}attn\.(qkv\.|q_proj\.|q_)bias"),
         qk_norm=names.any(rf"{block}attn\.[qk]_norm\."),
         layer_scale=names.any(rf"{block}(ls\d\.|gamma_\d)"),
         stem=_stem(names),
@@ -205,7 +246,17 @@ def _parts(names: Names, pooling: str) -> Parts:
         norm_after_pooling=pooling == "mean" and names.any(r"fc_norm\."),
         head=names.any(r"head\."),
         pre_logits=names.any(r"pre_logits\.fc\."),
+        norm="layer" if layer_norm else "rms",
+        input_norm="tokens" if names.any(r"norm_pre\.") else "patches" if names.any(r"patch_embed\.norm\.") else None,
+        attention_norm=names.any(rf"{block}attn\.norm\."),
+        mlp_norm=names.any(rf"{block}mlp\.norm\."),
+        final_norm=final_norm,
     )
+
+
+def _may_end_without_norm(names: Names) -> bool:
+    """Whether the arrays are of a model that has published files without a final norm: PE, RADIO, InternViT."""
+    return names.any(r"norm_pre\.|reg_token$|blocks\.\d+\.ls1\.gamma")
 
 
 def _stem(names: Names) -> tuple[int, ...] | None:
@@ -229,18 +280,42 @@ def _packed(names: Names) -> bool:
 
 
 def _spelling(names: Names, parts: Parts, recorded: Mapping[str, Any]) -> Spelling:
-    registers = next((name for name in ("register_tokens", "dist_token") if name in names), "reg_token")
-    mlp = "fc1"
+    others = ("register_tokens", "dist_token", "storage_tokens")
+    mlp, block = "fc1", r"blocks\.\d+\."
     if parts.mlp == "swiglu":
-        mlp = "packed" if _packed(names) else "w12" if names.any(r"blocks\.\d+\.mlp\.w12\.") else "apart"
+        first = next((name for name in ("w12", "w1") if names.any(rf"{block}mlp\.{name}\.")), "apart")
+        mlp = "packed" if _packed(names) else first
+    masked, apart = names.any(rf"{block}attn\.qkv\.bias_mask"), names.any(rf"{block}attn\.q_bias")
+    shared = names.any(r"rel_pos_bias\.")
     spelling = Spelling(
-        STEMS[0] if f"{STEMS[0]}conv.weight" in names else STEMS[1],
-        registers,
-        "gamma_{}" if names.any(r"blocks\.\d+\.gamma_") else "ls{}.gamma",
-        mlp,
-        "fc_norm." if names.any(r"fc_norm\.") else "norm.",
+        stem=STEMS[0] if f"{STEMS[0]}conv.weight" in names else STEMS[1],
+        registers=next((name for name in others if name in names), "reg_token"),
+        scale="gamma_{}" if names.any(rf"{block}gamma_") else "ls{}.gamma",
+        mlp=mlp,
+        norm="fc_norm." if names.any(r"fc_norm\.") else "norm.",
+        qkv="apart" if names.any(rf"{block}attn\.q_proj\.") else "fused",
+        bias="masked" if masked else "query_value" if apart else "fused",
+        relative=_relative(names, f"{'rel_pos_bias' if shared else 'blocks.0.attn'}.{TABLE}", recorded),
+        shared=shared,
+        heads="two" if names.any(r"head_dist\.") else "one",
     )
     return dataclasses.replace(spelling, rows=_rows(names, parts, spelling, recorded))
+
+
+def _relative(names: Names, table: str, recorded: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of patches of a relative position embedding; None if there is none."""
+    if table not in names:
+        return None
+    if "pos_embed" in names:  # refused
+        return 1, 1
+    rows, patch = names.shape(table, 2)[0], names.shape("patch_embed.proj.weight", 4)[-1]
+    grid = relative_grid(rows, hint(recorded.get("image_size"), patch))
+    if grid is None:
+        raise UserError(
+            f"{table} has {rows} rows, which are not those of a square grid with a class token\n"
+            "  put the model's config.json, with its image size, next to the file"
+        )
+    return grid
 
 
 def _rows_before(names: Names, parts: Parts, spelling: Spelling) -> dict[str, int]:
@@ -271,35 +346,67 @@ def _rows(names: Names, parts: Parts, spelling: Spelling, recorded: Mapping[str,
     return usual[0]
 
 
+def _pixels_per_patch(names: Names, parts: Parts) -> int:
+    """Height and width of a patch in pixels of the image."""
+    patch = names.shape("patch_embed.proj.weight", 4)[-1]
+    if parts.stem is None:
+        return patch
+    sizes = {"patch_size": patch, "width": 64, "depth": 1, "heads": 1, "mlp_width": 1, "classes": None}
+    return pixels_per_patch(VisionTransformer(**sizes, stem=parts.stem))
+
+
+def _heads(parts: Parts, position: Implied | None, width: int) -> int | None:
+    """The usual number of heads of models with these parts; None for that of plain Vision Transformers."""
+    kind = "" if position is None else position.position
+    if parts.input_norm == "patches":  # AIMv2 has 128 channels per head
+        return width // 128 or None
+    if kind == "dinov3":
+        return 32 if width == 4096 else width // 64 or None
+    return 16 if kind == "learned_pe" and width == 1536 else None
+
+
 def _model(
-    names: Names, parts: Parts, spelling: Spelling, pooling: str, recorded: Mapping[str, Any], choices: Choices
+    names: Names,
+    parts: Parts,
+    spelling: Spelling,
+    position: Implied | None,
+    pooling: str,
+    recorded: Mapping[str, Any],
+    choices: Choices,
 ) -> tuple[VisionTransformer, int]:
     width, channels, patch, across = names.shape("patch_embed.proj.weight", 4)
     if patch != across:
         raise UserError(f"patch_embed.proj.weight has patches of {patch}x{across}\n  allowed: square patches")
-    first = {"fc1": "fc1", "packed": "fc1", "apart": "fc1_g", "w12": "w12"}[spelling.mlp]
+    first = {"fc1": "fc1", "packed": "fc1", "apart": "fc1_g", "w12": "w12", "w1": "w1"}[spelling.mlp]
     hidden = names.shape(f"blocks.0.mlp.{first}.weight", 2)[0]
+    kind = "none" if position is None else position.position
+    if position is None or position.is_open:
+        kind = choices.decide("position", kind, None if position else "none", family=FAMILY)
+    sub_norms = parts.attention_norm and parts.mlp_norm and parts.mlp == "gelu"  # BEiT-3
+    epsilon = 1e-5 if parts.input_norm or kind == "dinov3" or sub_norms else EPSILON
+    is_pe = position is not None and position.position == "learned_pe"
     fields = {
         "classes": names.shape("head.weight", 2)[0] if parts.head else None,
         "pre_logits": names.shape("pre_logits.fc.weight", 2)[0] if parts.head and parts.pre_logits else None,
         "patch_size": patch,
         "width": width,
         "depth": parts.depth,
-        "heads": choices.heads(width, recorded.get("heads"), FAMILY),
+        "heads": choices.heads(width, recorded.get("heads"), FAMILY, usual=_heads(parts, position, width)),
         "mlp_width": hidden // 2 if spelling.mlp in ("packed", "w12") else hidden,
         "class_token": parts.class_token,
         "registers": names.shape(spelling.registers, 3)[1] if parts.registers else 0,
         "pooling": pooling,
-        "position": "learned" if parts.positions else choices.decide("position", "none", "none", family=FAMILY),
-        "mlp": parts.mlp,
-        "qkv_bias": parts.qkv_bias,
-        "qk_norm": parts.qk_norm,
+        "position": kind,
+        "position_at": "shared" if spelling.shared else None,
+        "position_grid": None if position is None else position.grid,
+        "pool_heads": 8 if is_pe and parts.map else None,
         "layer_scale": 1e-5 if parts.layer_scale else None,
-        "norm_after_pooling": parts.norm_after_pooling,
         "layer_norm_epsilon": choices.decide(
-            "layer_norm_epsilon", EPSILON, recorded.get("layer_norm_epsilon"), family=FAMILY
+            "layer_norm_epsilon", epsilon, recorded.get("layer_norm_epsilon"), family=FAMILY
         ),
     }
+    same = ("mlp", "qkv_bias", "qk_norm", "norm_after_pooling", "norm", "input_norm", "attention_norm", "mlp_norm")
+    fields |= {name: getattr(parts, name) for name in (*same, "final_norm")}
     own = {"num_features": width, "depth": parts.depth, "reg_tokens": fields["registers"]}
     own |= {"class_token": parts.class_token}
     check_config({key: (recorded.get(key), has) for key, has in own.items()})
@@ -314,8 +421,8 @@ def _model(
     return VisionTransformer(**fields), channels
 
 
-def _notes(parts: Parts, spelling: Spelling) -> tuple[str, ...]:
-    notes = []
+def _notes(names: Names, parts: Parts, spelling: Spelling) -> tuple[str, ...]:
+    notes = [] if parts.final_norm else ["the file has no norm after the last block, so that the model has none"]
     if parts.stem is not None:
         notes.append("the stem's norms use the epsilon of Google's code that it was trained with, 1e-6; timm uses 1e-5")
     if parts.class_token and parts.positions and spelling.rows == "none":
@@ -323,79 +430,3 @@ def _notes(parts: Parts, spelling: Spelling) -> tuple[str, ...]:
     if spelling.rows == "all" and spelling.registers == "dist_token":
         notes.append("the distillation token became a register, with its row of positions added to it")
     return tuple(notes)
-
-
-def make_rules(parts: Parts, spelling: Spelling) -> list[Rule]:
-    """The rules of a file with these parts and names."""
-    table = dense("patch_embed.proj.", "embedding/projection", rules.PATCH_CONVOLUTION)
-    if parts.stem is not None:
-        table += _stem_rules(parts.stem, spelling)
-    if parts.class_token:
-        table += [Rule(("cls_token",), ("class_token",), rules.SAME)]
-    tokens, rows = (spelling.registers,), ("pos_embed",)
-    if parts.registers and parts.positions and spelling.rows == "all":
-        form = rules.with_register_rows(parts.class_token)
-        table += [Rule(tokens + rows, ("registers", "positions/table"), form)]
-    else:
-        table += [Rule(tokens, ("registers",), rules.SAME)] if parts.registers else []
-        form = rules.CLASS_ROW if parts.class_token and spelling.rows == "none" else rules.SAME
-        table += [Rule(rows, ("positions/table",), form)] if parts.positions else []
-    for index in range(parts.depth):
-        table += _block_rules(f"blocks.{index}.", f"encoder/block_{index}", parts, spelling)
-    table += norm(spelling.norm, "norm" if parts.norm_after_pooling else "encoder/norm")
-    if parts.map:
-        table += _map_rules("attn_pool.")
-    if parts.head:
-        table += dense("head.", "head/logits", rules.LINEAR)
-        if parts.pre_logits:
-            table += dense("pre_logits.fc.", "head/pre_logits", rules.LINEAR)
-    return table
-
-
-def _stem_rules(stem: tuple[int, ...], spelling: Spelling) -> list[Rule]:
-    table = [Rule((f"{spelling.stem}conv.weight",), ("stem/convolution_root/kernel",), rules.CONVOLUTION)]
-    table += norm(f"{spelling.stem}norm.", "stem/norm_root")
-    for stage, count in enumerate(stem):
-        for unit in range(count):
-            name, path = f"{STEMS[1]}stages.{stage}.blocks.{unit}.", f"stem/stage_{stage}_unit_{unit}"
-            parts = [(f"conv{i}.", f"norm{i}.", str(i)) for i in (1, 2, 3)]
-            parts += [("downsample.conv.", "downsample.norm.", "projection")] if unit == 0 else []
-            for convolution, normalization, ours in parts:
-                kernel = (f"{name}{convolution}weight",), (f"{path}/convolution_{ours}/kernel",)
-                table += [Rule(*kernel, rules.CONVOLUTION), *norm(f"{name}{normalization}", f"{path}/norm_{ours}")]
-    return table
-
-
-def _block_rules(name: str, path: str, parts: Parts, spelling: Spelling) -> list[Rule]:
-    table = norm(f"{name}norm1.", f"{path}/norm_attention")
-    qkv = dense(f"{name}attn.qkv.", f"{path}/attention/qkv", rules.LINEAR)
-    table += qkv if parts.qkv_bias else qkv[:1]
-    if parts.qk_norm:
-        table += norm(f"{name}attn.q_norm.", f"{path}/attention/norm_queries")
-        table += norm(f"{name}attn.k_norm.", f"{path}/attention/norm_keys")
-    table += dense(f"{name}attn.proj.", f"{path}/attention/out", rules.LINEAR)
-    table += norm(f"{name}norm2.", f"{path}/norm_mlp")
-    first = {"fc1": "fc1", "packed": "fc1", "apart": "{}", "w12": "w12"}[spelling.mlp]
-    up = f"{path}/mlp/{'up' if parts.mlp == 'gelu' else 'gate_up'}"
-    if spelling.mlp == "apart":
-        table += dense(f"{name}mlp.{first}.", up, rules.fused_linear(2), rules.fused_vectors(2), ("fc1_g", "fc1_x"))
-    else:
-        table += dense(f"{name}mlp.{first}.", up, rules.LINEAR)
-    table += dense(f"{name}mlp.{'w3' if spelling.mlp == 'w12' else 'fc2'}.", f"{path}/mlp/down", rules.LINEAR)
-    if parts.layer_scale:
-        for number, branch in (("1", "attention"), ("2", "mlp")):
-            scale = name + spelling.scale.replace("{}", number)
-            table += [Rule((scale,), (f"{path}/scale_{branch}/scale",), rules.SAME)]
-    return table
-
-
-def _map_rules(name: str) -> list[Rule]:
-    return [
-        Rule((f"{name}latent",), ("pooling/probe",), rules.SAME),
-        *dense(f"{name}q.", "pooling/query", rules.LINEAR),
-        *dense(f"{name}kv.", "pooling/key_value", rules.LINEAR),
-        *dense(f"{name}proj.", "pooling/out", rules.LINEAR),
-        *norm(f"{name}norm.", "pooling/norm"),
-        *dense(f"{name}mlp.fc1.", "pooling/mlp/up", rules.LINEAR),
-        *dense(f"{name}mlp.fc2.", "pooling/mlp/down", rules.LINEAR),
-    ]

@@ -8,7 +8,8 @@ import numpy as np
 from vit_jax.errors import UserError, few
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules
-from vit_jax.weights.timm import EPSILON, POOLINGS, Spelling, make_rules
+from vit_jax.weights.timm import EPSILON, POOLINGS
+from vit_jax.weights.timm_rules import Spelling, make_rules
 
 # What a file and its config can express: all values of these options (None) or the values listed.
 SUPPORTED = {
@@ -54,7 +55,7 @@ def write(
         mlp="packed" if model.mlp == "swiglu" else "fc1",
         norm="fc_norm." if model.norm_after_pooling else "norm.",
     )
-    arrays = rules.written(make_rules(rules.Parts.of(model), spelling), parameters, model)
+    arrays = rules.written(make_rules(rules.Parts.of(model), spelling, model.width // model.heads), parameters, model)
     notes = []
     if model.layer_norm_epsilon != EPSILON:
         notes.append(
