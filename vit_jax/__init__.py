@@ -22,7 +22,8 @@ if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:
-    from vit_jax.api import Result, create_model, load, train
+    from vit_jax.api import Result, backbone, create_model, load, train
+    from vit_jax.backbones import Backbone
     from vit_jax.errors import UserError
     from vit_jax.inference import Guess, Prediction, Predictor
     from vit_jax.models.vit import VisionTransformer
@@ -32,19 +33,22 @@ __version__ = "0.1.0"
 
 # name -> module and the name there; imported when first used.
 _LAZY = {
-    **dict.fromkeys(("Result", "create_model", "load", "train"), ("vit_jax.api", None)),
+    **dict.fromkeys(("Result", "backbone", "create_model", "load", "train"), ("vit_jax.api", None)),
+    "Backbone": ("vit_jax.backbones", None),
     **dict.fromkeys(("Guess", "Prediction", "Predictor"), ("vit_jax.inference", None)),
     "UserError": ("vit_jax.errors", None),
     "VisionTransformer": ("vit_jax.models.vit", None),
     "load_weights": ("vit_jax.weights", "load"),
 }
 __all__ = [
+    "Backbone",
     "Guess",
     "Prediction",
     "Predictor",
     "Result",
     "UserError",
     "VisionTransformer",
+    "backbone",
     "create_model",
     "load",
     "load_weights",

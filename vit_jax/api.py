@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vit_jax import arguments, commands, config, inference, objectives, paths
+from vit_jax import arguments, backbones, commands, config, inference, objectives, paths
+from vit_jax.backbones import Backbone
 from vit_jax.checkpoint import run_files
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.config.load import find_option
@@ -22,7 +23,6 @@ from vit_jax.runtime import compilation_cache
 from vit_jax.training import describe, multi_seed
 from vit_jax.training import train as training
 from vit_jax.training.shutdown import Interruption
-from vit_jax.weights import hub, native
 
 SPLITS = ("test", "validation")  # of the metrics; the first one that a run has is its result
 
@@ -200,7 +200,7 @@ def load(
     *,
     step: int | np.integer | str | None = None,
     class_names: Iterable[str] | None = None,
-    image_size: int | np.integer | None = None,
+    image_size: int | np.integer | tuple[int, int] | None = None,
     normalize: str | None = None,
     batch_size: int | np.integer = inference.BATCH_SIZE,
 ) -> Predictor:
@@ -210,22 +210,40 @@ def load(
         source: a run directory; or weights: a file, directory, URL, or the name of a published model.
         step: for a run: a step, or 'best'; None for the newest checkpoint.
         class_names: for weights: one per class; None for those beside the file, or '0', '1', ...
-        image_size: for weights: side in pixels; None for the size that the position embeddings are for.
+        image_size: for weights: pixels, an int or (height, width); None for the size that the position embeddings are
+            for.
         normalize: for weights: 'half' (Google's models) or 'imagenet' (DeiT, DINO, MAE); None for what the file says.
         batch_size: images per batch; does not change the result.
 
     Raises:
         UserError: the source does not exist or cannot be read, or does not match the other arguments.
     """
-    source = arguments.path("source", source)
     of_weights = {"class_names": class_names, "image_size": image_size, "normalize": normalize}
-    if not native.recognise(Path(hub.fetch(source))):
-        if step is not None:
-            raise UserError(f"step is {step!r}, but {source} is not a run\n  omit step, or use a run directory")
-        return Predictor(inference.of_file(source, **of_weights, needs_head=False), batch_size=batch_size)
-    if wrong := [name for name, value in of_weights.items() if value is not None]:
-        raise UserError(f"{wrong[0]} cannot be combined with the run {source}, which has its own\n  omit {wrong[0]}")
-    return Predictor(inference.of_run(source, step, needs_head=False), batch_size=batch_size)
+    return Predictor(backbones.classifier(source, step, **of_weights), batch_size=batch_size)
+
+
+def backbone(
+    source: str | os.PathLike,
+    *,
+    step: int | np.integer | str | None = None,
+    image_size: int | np.integer | tuple[int, int] | None = None,
+    normalize: str | None = None,
+    batch_size: int | np.integer = inference.BATCH_SIZE,
+) -> Backbone:
+    """Returns a callable object that returns the output tokens of images: of the last block, or of several.
+
+    Args:
+        source: as for `load`; a model without a head works too.
+        step: for a run: a step, or 'best'; None for the newest checkpoint.
+        image_size: pixels, an int or (height, width), to which pictures are resized; None for the size that the
+            position embeddings are for. Arrays of normalized images may have any size.
+        normalize: for weights: 'half' (Google's models) or 'imagenet' (DeiT, DINO, MAE); None for what the file says.
+        batch_size: pictures per batch; does not change the result.
+
+    Raises:
+        UserError: the source does not exist or cannot be read, or does not match the other arguments.
+    """
+    return backbones.load(source, step=step, image_size=image_size, normalize=normalize, batch_size=batch_size)
 
 
 def create_model(name: str, classes: int | Mapping[str, int] | None = None, **options: Any) -> VisionTransformer:

@@ -5,6 +5,7 @@ if another process writes to the directory by now.
 """
 
 import contextlib
+import csv
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -147,6 +148,14 @@ def unfinished(path: Path) -> Iterator[None]:
         yield
     finally:
         _unfinished.discard(path)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file, completely or not at all."""
+    with replace(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def remove_unfinished() -> None:

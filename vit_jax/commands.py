@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vit_jax.training.state import TrainState
 
 SPLITS = ("train", "validation", "test")
+# The flags of commands without a config for what elsewhere are its options.
+DATA_FLAGS = {"data.dir": "--data_dir", "data.image_size": "--image_size", "data.labels": "--label"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +185,21 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that select a run, a checkpoint and a split."""
-    parser.add_argument("--workdir", metavar="DIR", required=True, help="run directory")
+def add_flags(parser: argparse.ArgumentParser, init: bool = False) -> None:
+    """Adds the flags that select a run, a checkpoint and a split; with `init`, also those for weights in its place."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", metavar="DIR", help="run directory")
+    if init:
+        source.add_argument("--init", metavar="FILE", help="or weights: a file, URL or name (docs/weights.md)")
+        parser.add_argument(
+            "--image_size", type=int, metavar="N", help="with --init: side in pixels (default: that of the weights)"
+        )
+        parser.add_argument(
+            "--normalize",
+            choices=("half", "imagenet"),
+            help="with --init: normalize images by mean and std 0.5, or by those of ImageNet "
+            "(default: as the file says, or half)",
+        )
     parser.add_argument(
         "--split",
         default="test",
@@ -199,6 +213,54 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=int, help="examples per batch; does not change the result (default: the run's)"
     )
     parser.add_argument("--data_dir", metavar="DIR", help="directory of the dataset (default: the run's)")
+
+
+def check_flags(flags: argparse.Namespace, of_run: Sequence[str], of_init: Sequence[str]) -> None:
+    """Checks the flags of a command that takes --workdir or --init.
+
+    Args:
+        flags: of `add_flags` and of the command.
+        of_run: names of flags that only --workdir uses.
+        of_init: names of flags that only --init uses.
+
+    Raises:
+        UserError: a flag of the other one is set, or a number is below 1.
+    """
+    for name in ("batch_size", "image_size"):
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
+            raise UserError(f"--{name} is {getattr(flags, name)}\n  allowed: an integer of at least 1")
+    source, other = ("--workdir", "--init") if flags.workdir else ("--init", "--workdir")
+    for name in of_init if flags.workdir else of_run:
+        if getattr(flags, name) not in (None, False):
+            raise UserError(f"--{name} cannot be combined with {source}\n  omit it, or use {other}")
+    if flags.init:
+        paths.check_source(flags.init, "--init")
+
+
+def dataset_of(
+    flags: argparse.Namespace, splits: Sequence[str]
+) -> tuple[str, str | None, tuple[int, int] | None, float | None]:
+    """Returns name and directory of the dataset of --data for --init, the image size of a run, and `data.held_out`.
+
+    If --init is a run directory, the dataset is by default that of the run.
+
+    Raises:
+        UserError: --data is missing and --init is not a run.
+    """
+    from vit_jax.checkpoint import input_spec
+    from vit_jax.training import folder_config, run_directory
+
+    init = paths.expand(flags.init, "--init")
+    config = run_directory.trained_config(init) if (init / run_files.CHECKPOINTS).is_dir() else None
+    if config is None:
+        if flags.data is None:
+            raise UserError(f"--data is missing: {flags.init} is not a run directory\n  for example: --data=cifar10")
+        return flags.data, flags.data_dir, None, folder_config.fraction(flags.data, flags.data_dir, splits)
+    is_own = flags.data in (None, config.data.name)
+    inputs = input_spec.read(init)
+    size = inputs.image_shape[:2] if inputs else config.data.image_size and (config.data.image_size,) * 2
+    name, data_dir = flags.data or config.data.name, flags.data_dir or (config.data.dir if is_own else None)
+    return name, data_dir, size, config.data.held_out if is_own else folder_config.fraction(name, data_dir, splits)
 
 
 def open_run(flags: argparse.Namespace) -> Trained:

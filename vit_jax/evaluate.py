@@ -2,27 +2,28 @@
 
 import argparse
 import copy
-import csv
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_jax import atomic, commands, paths, terminal
+from vit_jax import atomic, commands, evaluate_weights, paths, terminal
 from vit_jax.errors import UserError, few
 
 if TYPE_CHECKING:
+    from vit_jax.data.sources import Source
     from vit_jax.evaluation.per_class import Predictions
 
 DESCRIPTION = """\
-Evaluates a trained model on every example of a split, each exactly once, and prints the metrics as one JSON line.
+Evaluates a model on every example of a split, each exactly once, and prints the metrics as one JSON line.
 
   %(prog)s --workdir=runs/digits
   %(prog)s --workdir=runs/digits --out=runs/digits/evaluation
   %(prog)s --workdir=runs/cifar10 --split=validation --best
   %(prog)s --workdir=runs/cifar10 --split='train[:1000]'
   %(prog)s --workdir=runs/cifar10 --weights=average.safetensors
+  %(prog)s --init=augreg-b16-224 --data=folder --data_dir=PHOTOS --split=train+test
 
 The classes of the lowest recall, and the balanced accuracy of unbalanced classes, are printed to standard error.
 --out=DIR writes files about every class and every image:
@@ -37,6 +38,11 @@ evaluated, and the mean and the sample standard deviation are printed.
 
 If the run averages its parameters (config.optimizer.average_decay), the average is evaluated. A split expression such
 as 'test[:1000]' takes the examples in the dataset's own order, as it is stored.
+
+--init evaluates a published, exported or averaged model with its own head and preprocessing. Its classes and those of
+the data are matched by name; upper and lower case, spaces and underscores make no difference. The data may have some
+of them only: a prediction is still the most probable of all classes of the model. Where one of the two has numbers or
+ids of WordNet in place of names, the classes must be equally many, and are taken in the same order.
 """
 
 MAX_CLASSES = 2000  # with more, a matrix with a cell for each pair is no use
@@ -46,8 +52,11 @@ SHOWN = 5  # lines about the classes of the lowest recall
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Returns the command's flags; --help and wrong flags end the process, the latter with status 2."""
     parser = commands.parser("evaluate", DESCRIPTION)
-    commands.add_flags(parser)
-    parser.add_argument("--weights", metavar="FILE", help="evaluate the parameters in this file, not a checkpoint")
+    commands.add_flags(parser, init=True)
+    evaluate_weights.add_flags(parser)
+    parser.add_argument(
+        "--weights", metavar="FILE", help="with --workdir: evaluate the parameters in this file, not a checkpoint"
+    )
     parser.add_argument("--out", metavar="DIR", help="write confusion matrix, results per class and predictions here")
     flags = parser.parse_args(arguments)
     if flags.weights is not None and (flags.best or flags.step is not None):
@@ -56,15 +65,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
-    """Returns the metrics on the split, and the checkpoint's step or the weights file; writes the files of `--out`.
+    """Returns the metrics on the split, and the checkpoint's step or the file and data; writes the files of `--out`.
 
     For the directory of several seeds, these are the means over the seeds (`<metric>`), the sample standard deviations
     (`<metric>/std`) and the values of each seed (`<metric>/each`).
 
     Raises:
-        UserError: as `commands.open_run`; or the files of `--out` cannot be written, or the run has no classes.
+        UserError: as `commands.open_run` or `evaluate_weights.evaluate`; or a flag is of no use, the files of `--out`
+            cannot be written, or the run has no classes.
     """
+    commands.check_flags(flags, evaluate_weights.OF_RUN, evaluate_weights.OF_INIT)
     out = None if flags.out is None else _output_directory(flags.out)
+    if flags.init:
+        metrics, heads, source = evaluate_weights.evaluate(flags)
+        return _finish(flags, {"init": flags.init, "data": source.name}, metrics, heads, source, out)
     workdir = paths.expand(flags.workdir, "--workdir")
     seeds = _seeds(workdir)
     if not seeds:
@@ -114,9 +128,21 @@ def _evaluate_run(flags: argparse.Namespace, out: Path | None) -> dict[str, Any]
             f"--out={flags.out}: {flags.workdir} was trained without labels, so it predicts no classes\n  omit --out"
         )
     metrics, heads = run.evaluate(state.for_evaluation(), flags.split)
+    evaluated = {"step": int(state.step)} if flags.weights is None else {"weights": flags.weights}
+    return _finish(flags, evaluated, metrics, heads, run.sources[flags.split], out)
+
+
+def _finish(
+    flags: argparse.Namespace,
+    evaluated: dict[str, Any],
+    metrics: dict[str, Any],
+    heads: dict[str, "Predictions"],
+    source: "Source",
+    out: Path | None,
+) -> dict[str, Any]:
+    """Returns what was evaluated, and the metrics with balanced accuracy; prints lines about classes, writes `out`."""
     if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
         terminal.warn(f"warning: {few(wrong)} is not finite: null in the result")
-    evaluated = {"step": int(state.step)} if flags.weights is None else {"weights": flags.weights}
     for head, predictions in heads.items():
         prefix = f"{flags.split}/{head}" if len(heads) > 1 else flags.split
         accuracy, balanced = metrics[f"{prefix}/accuracy"], predictions.balanced_accuracy()
@@ -127,8 +153,8 @@ def _evaluate_run(flags: argparse.Namespace, out: Path | None) -> dict[str, Any]
         if out is not None:
             directory = out / head if len(heads) > 1 else out
             of_head = {one: metrics[f"{prefix}/{one}"] for one in ("accuracy", "balanced_accuracy", "top5", "loss")}
-            about = {"workdir": str(trained.workdir), "split": flags.split, **evaluated, "head": head}
-            source = run.sources[flags.split]
+            workdir = {"workdir": str(paths.expand(flags.workdir, "--workdir"))} if flags.workdir else {}
+            about = {**workdir, "split": flags.split, **evaluated, "head": head}
             _write(directory, predictions, {**about, **of_head}, source.paths() or list(range(len(source))))
     return {**evaluated, **metrics}
 
@@ -183,8 +209,8 @@ def _write(directory: Path, predictions: "Predictions", metrics: dict[str, Any],
     header = ["class", "images", "correct", "recall", "precision", "f1", "confused_with", "confused"]
     try:
         atomic.make_directory(directory)
-        _write_csv(directory / "classes.csv", header, by_class)
-        _write_csv(directory / "predictions.csv", [identity, "true", "predicted", "probability"], by_image)
+        atomic.write_csv(directory / "classes.csv", header, by_class)
+        atomic.write_csv(directory / "predictions.csv", [identity, "true", "predicted", "probability"], by_image)
         if len(names) <= MAX_CLASSES:
             _write_confusion(directory, predictions, metrics)
         atomic.write_json(directory / "metrics.json", {**metrics, **more, "examples": len(predictions.labels)})
@@ -202,19 +228,11 @@ def _write_confusion(directory: Path, predictions: "Predictions", metrics: dict[
 
     counts, names = predictions.confusion(), predictions.class_names
     rows = ([name, *row] for name, row in zip(names, counts.tolist(), strict=True))
-    _write_csv(directory / "confusion.csv", ["true \\ predicted", *names], rows)
+    atomic.write_csv(directory / "confusion.csv", ["true \\ predicted", *names], rows)
     accuracy = f"accuracy {100 * metrics['accuracy']:.2f} % of {len(predictions.labels):,} images"
-    title = f"{metrics['workdir']}, {metrics['split']}: {accuracy}"
+    title = f"{metrics.get('workdir') or metrics['init']}, {metrics['split']}: {accuracy}"
     with atomic.replace(directory / "confusion.png") as file:
         confusion.draw(counts, names, title).save(file, "PNG", optimize=True)
-
-
-def _write_csv(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
-    """Writes a CSV file, completely or not at all."""
-    with atomic.replace(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def _number(value: float | None) -> str | None:

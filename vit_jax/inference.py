@@ -396,7 +396,7 @@ def of_run(
 def of_file(
     file: str | bytes | os.PathLike,
     class_names: Iterable[str] | None = None,
-    image_size: int | np.integer | None = None,
+    image_size: int | np.integer | tuple[int, int] | None = None,
     normalize: str | None = None,
     *,
     needs_head: bool = True,
@@ -406,7 +406,7 @@ def of_file(
     Args:
         file: a file, directory, URL or name that `weights.load` reads.
         class_names: one name per class; None for those beside the file, or '0', '1', ...
-        image_size: side in pixels; None for the size that the position embeddings are for.
+        image_size: pixels, an int or (height, width); None for the size that the position embeddings are for.
         normalize: 'half' for mean and std 0.5 (Google's models), or 'imagenet' for ImageNet's (DeiT, DINO, MAE); None
             for what the file says, or 'half' if it says nothing.
         needs_head: refuse a file without a head that can be used; else, its model returns features alone.
@@ -418,7 +418,7 @@ def of_file(
     if class_names is not None:
         class_names = arguments.names("class_names", class_names)
     if image_size is not None:
-        image_size = arguments.integer("image_size", image_size)
+        image_size = arguments.size("image_size", image_size)
     overrides = {} if image_size is None else {"image_size": image_size}
     refusal = None if needs_head else weights.recognise(file, **overrides).head_refusal
     model, parameters, report = weights.load(file, **overrides, **({"classes": None} if refusal else {}))

@@ -14,8 +14,6 @@ from vit_jax.errors import UserError
 if TYPE_CHECKING:
     from vit_jax.evaluation.frozen_features import Examples, Settings
 
-# The flags for what elsewhere are options of a config.
-FLAGS = {"data.dir": "--data_dir", "data.image_size": "--image_size", "data.labels": "--label"}
 DESCRIPTION = """\
 Measures how good the frozen features of a backbone are for a dataset, in three ways: least squares from a few examples
 per class (few-shot), k nearest neighbours, and a linear probe.
@@ -230,11 +228,11 @@ def _compute_features(flags: argparse.Namespace, settings: "Settings") -> Proble
     from vit_jax.data import normalization, sources
     from vit_jax.evaluation import extraction, frozen_features
 
-    name, data_dir, trained_size, held_out = _dataset(flags)
     splits, labels = (flags.train, flags.test), (flags.label,)
+    name, data_dir, trained_size, held_out = commands.dataset_of(flags, splits)
     selected = {"labels": labels, "held_out": held_out}
     # The default image size is that of the backbone, which is not loaded before the data is known to be there.
-    with commands.flags_named(FLAGS):
+    with commands.flags_named(commands.DATA_FLAGS):
         *_, channels = sources.check(name, splits, data_dir=data_dir, image_size=flags.image_size or 1, **selected)
     if flags.normalize is not None:
         normalization.constants(flags.normalize, channels, "--normalize")
@@ -248,7 +246,7 @@ def _compute_features(flags: argparse.Namespace, settings: "Settings") -> Proble
     )
     normalize = flags.normalize or backbone.normalization
     size = flags.image_size or backbone.image_size or trained_size
-    with commands.flags_named(FLAGS):
+    with commands.flags_named(commands.DATA_FLAGS):
         loaded = [sources.load(name, split, data_dir=data_dir, image_size=size, **selected) for split in splits]
     frozen_features.check(settings, loaded[0].labels, loaded[0].class_names)
     out, mesh, examples = _output_directory(flags, name), sharding.make_mesh(None), []
@@ -272,30 +270,6 @@ def _compute_features(flags: argparse.Namespace, settings: "Settings") -> Proble
         "normalize": normalize,
     }
     return Problem(out, about, *examples, loaded[0].class_names)
-
-
-def _dataset(flags: argparse.Namespace) -> tuple[str, str | None, tuple[int, int] | None, float | None]:
-    """Returns the name and directory of the dataset, by default the run's, the run's image size, and `data.held_out`.
-
-    Raises:
-        UserError: `--data` is missing and `--init` is not a run.
-    """
-    from vit_jax.checkpoint import input_spec
-    from vit_jax.checkpoint.run_files import CHECKPOINTS
-    from vit_jax.training import folder_config, run_directory
-
-    init = paths.expand(flags.init, "--init")
-    config = run_directory.trained_config(init) if (init / CHECKPOINTS).is_dir() else None
-    splits = flags.train, flags.test
-    if config is None:
-        if flags.data is None:
-            raise UserError(f"--data is missing: {flags.init} is not a run directory\n  for example: --data=cifar10")
-        return flags.data, flags.data_dir, None, folder_config.fraction(flags.data, flags.data_dir, splits)
-    is_own = flags.data in (None, config.data.name)
-    inputs = input_spec.read(init)
-    size = inputs.image_shape[:2] if inputs else config.data.image_size and (config.data.image_size,) * 2
-    name, data_dir = flags.data or config.data.name, flags.data_dir or (config.data.dir if is_own else None)
-    return name, data_dir, size, config.data.held_out if is_own else folder_config.fraction(name, data_dir, splits)
 
 
 def _output_directory(flags: argparse.Namespace, data: str) -> Path:

@@ -51,7 +51,8 @@ class Source:
         labels: [examples] indices into `class_names`.
         class_names: one name per class.
         mean, std: per channel, of pixels scaled to [0, 1], over the whole train split of the set at the size of
-            `images`; over the split that is read if there is no train split. Empty for stored features.
+            `images`; over the split that is read if there is no train split, or `load` is asked for them. Empty for
+            stored features.
         label: name of the kind of label in `labels`.
         others: further kinds of label of the same examples, by name.
         pieces: the ranges of stored splits that the examples come from, in order.
@@ -137,6 +138,7 @@ def load(
     skip_broken: bool | np.bool_ = False,
     held_out: float | None = None,
     labels: Sequence[str] = (LABEL,),
+    own_statistics: bool | np.bool_ = False,
 ) -> Source:
     """Returns the source of a split expression; on first use, decodes the set (and downloads and prepares CIFAR).
 
@@ -153,6 +155,7 @@ def load(
         held_out: for `folder` without a stored split `test`, the fraction of each class of `train` that becomes it.
         labels: the kinds of label to load, the primary one first: `label`, or another of the set, such as CIFAR-100's
             `coarse_label`.
+        own_statistics: take mean and std over the split that is read, so that `train` need not be decoded too.
 
     Raises:
         UserError: the set is unknown, not prepared, or has no images and labels of the supported kind; the split
@@ -165,6 +168,7 @@ def load(
         arguments.names("labels", labels),
     )
     decoded, skip_broken = arguments.boolean("decoded", decoded), arguments.boolean("skip_broken", skip_broken)
+    own_statistics = arguments.boolean("own_statistics", own_statistics)
     data_dir = _data_dir(name, data_dir)
     archive = _missing_archive(name, data_dir)
     if archive:
@@ -182,8 +186,8 @@ def load(
         if part in spec.notes:
             terminal.warn(f"{name} {part}: {spec.notes[part]}")
     if not decoded and spec.records is not None:
-        return _load_lazily(spec, split, pieces, size, root, labels)
-    reference = _statistics_split(spec, pieces)
+        return _load_lazily(spec, split, pieces, size, root, labels, own_statistics)
+    reference = _statistics_split(spec, pieces, own_statistics)
     stored = {part: _decoded_split(spec, part, size, root) for part in _stored_splits(pieces, reference)}
     mean, std = cache.mean_and_std(stored[reference])
     folders = {part: arrays.folder for part, arrays in stored.items()}
@@ -194,8 +198,8 @@ def load(
     return Source(name, split, images, first.labels, *named, pieces, spec.records)
 
 
-def _statistics_split(spec: DatasetSpec, pieces: tuple[split_expressions.Piece, ...]) -> str:
-    return "train" if "train" in spec.sizes else pieces[0].split
+def _statistics_split(spec: DatasetSpec, pieces: tuple[split_expressions.Piece, ...], own: bool) -> str:
+    return "train" if "train" in spec.sizes and not own else pieces[0].split
 
 
 def _stored_splits(pieces: tuple[split_expressions.Piece, ...], reference: str) -> list[str]:
@@ -250,10 +254,11 @@ def _load_lazily(
     size: tuple[int, int],
     root: Path,
     kinds: Sequence[str],
+    own_statistics: bool,
 ) -> Source:
     """Returns a source whose images are decoded when they are read; scans the splits first."""
     shape, name = (*size, spec.shape[2]), spec.name
-    reference = _statistics_split(spec, pieces)
+    reference = _statistics_split(spec, pieces, own_statistics)
     folders, scanned = {}, {}
     for part in _stored_splits(pieces, reference):
         folders[part] = root / spec.cache_key / f"{part}-{size[0]}x{size[1]}-known" if spec.cache_key else None

@@ -1,0 +1,87 @@
+"""What `vit-jax evaluate --init` does: a model of a weights file, scored by its own head on a dataset."""
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from vit_jax import commands, paths, terminal
+from vit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from vit_jax.data.sources import Source
+    from vit_jax.evaluation.per_class import Predictions
+    from vit_jax.inference import Classifier
+
+OF_RUN = ("step", "best", "weights")  # flags that only --workdir uses
+OF_INIT = ("data", "label", "classes", "image_size", "normalize")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that only `--init` uses, but for those that `commands.add_flags` adds."""
+    parser.add_argument("--data", metavar="NAME", help="with --init: digits, folder, arrays or a TFDS dataset")
+    parser.add_argument(
+        "--label", metavar="KIND", help="with --init: which labels to use, if there are several kinds (default: label)"
+    )
+    parser.add_argument(
+        "--classes", metavar="TXT", help="with --init: text file with one class name per line (default: as in the file)"
+    )
+
+
+def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Predictions"], "Source"]:
+    """Returns the metrics on the split, the predictions by head, and the examples, labelled as the model's classes.
+
+    Raises:
+        UserError: the weights or the data cannot be read, the weights have no head, or their classes differ.
+    """
+    import jax
+
+    from vit_jax import inference, sharding
+    from vit_jax.data import pipeline, sources
+    from vit_jax.data.labels import read_names
+    from vit_jax.data.spec import LABEL
+    from vit_jax.evaluation import exact
+    from vit_jax.objectives.classification import Classification
+    from vit_jax.runtime import compilation_cache
+
+    commands.start_jax()
+    compilation_cache.cache_compilations()
+    name, data_dir, _, held_out = commands.dataset_of(flags, (flags.split,))
+    where = {"data_dir": data_dir, "held_out": held_out, "labels": (flags.label or LABEL,)}
+    with commands.flags_named(commands.DATA_FLAGS):  # before the weights, which may have to be downloaded
+        sources.check(name, (flags.split,), image_size=flags.image_size or 1, **where)
+    names = read_names(paths.expand(flags.classes, "--classes"), "--classes") if flags.classes else None
+    model = inference.of_file(flags.init, class_names=names, image_size=flags.image_size, normalize=flags.normalize)
+    with commands.flags_named(commands.DATA_FLAGS):
+        source = sources.load(name, flags.split, image_size=model.inputs.image_shape[:2], own_statistics=True, **where)
+    source = _for_model(source, model, flags.init)
+    mesh = sharding.make_mesh(None)
+    batch_size = -(-(flags.batch_size or inference.BATCH_SIZE) // mesh.size) * mesh.size
+    objective = Classification({source.label: 1.0}, model.loss)
+    scorer = exact.make_scorer(model.model, model.augment, mesh, objective)
+    parameters = jax.device_put(model.parameters, sharding.replicated(mesh))
+    batches = pipeline.make(source, mesh)
+    return *exact.evaluate(scorer, parameters, batches, batch_size, flags.split, objective), source
+
+
+def _for_model(source: "Source", model: "Classifier", init: str) -> "Source":
+    """Returns the examples with the channels that the model takes, and labels that are indices of its classes.
+
+    Raises:
+        UserError: the classes or the channels differ.
+    """
+    import numpy as np
+
+    from vit_jax.evaluation import class_names
+
+    (ours,) = model.inputs.classes.values()
+    index_of, line = class_names.match(ours, source.class_names, init, source.name)
+    terminal.warn(line)
+    images, channels = source.images, model.inputs.image_shape[2]
+    if images.shape[3] == 1:
+        images = np.broadcast_to(images, (*images.shape[:3], channels))  # a view, not a copy
+    if images.shape[3] != channels:
+        raise UserError(
+            f"--data={source.name} has images of {images.shape[3]} channels, the model of {init} takes {channels}\n"
+            "  use a dataset or a model with the same channels"
+        )
+    return dataclasses.replace(source, images=images, labels=index_of[source.labels], class_names=ours)
