@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from vit_jax import arguments, inference
 from vit_jax.data.user_images import Image
 from vit_jax.errors import UserError
 from vit_jax.evaluation import tokens
+from vit_jax.evaluation.tokens import Layers
 from vit_jax.inference import Classifier, Predictor, Unreadable
 from vit_jax.models.vit import token_grid
 from vit_jax.weights import hub, native
@@ -96,7 +97,7 @@ class Backbone:
     def __call__(
         self,
         images: Float[Array | np.ndarray, "batch height width channels"] | Image | Iterable[Image],
-        layers: Sequence[int] | None = None,
+        layers: Layers = None,
         dense: bool | np.bool_ = True,
     ) -> Tokens:
         """Returns tokens in float32, by kind: 'patches', 'class' and 'pooled', as `tokens.apply` describes them.
@@ -123,7 +124,7 @@ class Backbone:
         return arrays if layers is not None else {name: array[0] for name, array in arrays.items()}
 
     def stream(
-        self, images: Iterable[Image], layers: Sequence[int] | None = None, dense: bool | np.bool_ = True
+        self, images: Iterable[Image], layers: Layers = None, dense: bool | np.bool_ = True
     ) -> Iterator[tuple[str | int, Tokens] | Unreadable]:
         """Yields each picture's path or index and its tokens [layers, ...], computed in batches.
 

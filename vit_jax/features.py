@@ -4,15 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from vit_jax import commands, paths, terminal
+from vit_jax import commands, features_of_images, paths, terminal
 from vit_jax.errors import UserError
 
 DESCRIPTION = """\
-Computes the features of every image of a split with a trained backbone, and stores them with labels and ids.
+Computes the features of every image of a split, or of images without labels, and stores them with labels and ids.
 
   %(prog)s --workdir=runs/digits --split=train
   %(prog)s --workdir=runs/digits --split=test
   %(prog)s --workdir=runs/digits --split='train[:1000]' --out=first.npz
+  %(prog)s --init=dinov2-s14 --images=album --layers=-1,-4 --dense --out=album.npz
+  %(prog)s --init=dinov2-s14 --images=album --nearest=3 --csv=similar.csv
 
 Features are the input of the head. Images are not augmented. The file has these arrays:
 
@@ -24,16 +26,31 @@ Features are the input of the head. Images are not augmented. The file has these
 If --out does not end in .npz, it is a directory of .npy files, which can be memory-mapped.
 
 To train heads on the stored features, set --config.data.features=DIR/features (docs/models.md).
+
+--images takes all images below a directory, sorted by path, and resizes them as predict does. What cannot be read is
+reported on standard error and skipped; the exit status is then 1. ids are the paths, there are no labels, and
+features of a model that does not pool its tokens are those of its class token, or the mean of its patches. With
+--layers, features are [images, layers, width]: the final LayerNorm is applied to the output of each block, as
+get_intermediate_layers(norm=True) of DINOv2 does. --dense adds
+
+  patches        float32 [images, rows, columns, width]; with --layers, [images, layers, rows, columns, width]
+
+--nearest=K prints the K most similar other images of each image, by the cosine similarity of their features; nothing
+is stored then, unless --out is given.
 """
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Returns the command's flags; --help and wrong flags end the process, the latter with status 2."""
     parser = commands.parser("features", DESCRIPTION)
-    commands.add_flags(parser)
+    commands.add_flags(parser, init=True)
     parser.add_argument(
-        "--out", metavar="PATH", help="output, FILE.npz or a directory (default: DIR/features/SPLIT.npz)"
+        "--out",
+        metavar="PATH",
+        help="output, FILE.npz or a directory (default: DIR/features/SPLIT.npz; of --images: DIR/features/images/"
+        "NAME.npz, with --init runs/features/INIT/NAME.npz)",
     )
+    features_of_images.add_flags(parser)
     return parser.parse_args(arguments)
 
 
@@ -80,7 +97,16 @@ def _output_path(flags: argparse.Namespace) -> Path:
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    return commands.finish(lambda: terminal.say(compute(parse(arguments))))
+
+    def run() -> int:
+        flags = parse(arguments)
+        features_of_images.check(flags)
+        if flags.images is not None:
+            return features_of_images.compute(flags)
+        terminal.say(compute(flags))
+        return 0
+
+    return commands.finish(run)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ A split is one `.npz` file, or a directory of `.npy` files, whose features are m
     labels_<kind>     int32 [examples], for each further kind of label
     ids               text [examples], '<stored split>:<index in it>'
     about             JSON text: set, split, class names, image shape, and the digest of the backbone
+
+Features of images without labels (`write_images`) have paths as ids, and possibly an axis of layers and `patches`.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,7 +20,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -119,11 +122,50 @@ def write(path: Path, shape: tuple[int, ...], blocks: Iterable[np.ndarray], sour
             features[start : start + len(block)] = block
             start += len(block)
         features.flush()
-        _finish(path, scratch, features, _metadata(source, about))
+        _finish(path, scratch, {"features": features}, _metadata(source, about))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}\n  use another --out") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_images(path: Path, parts: Iterable[tuple[str, Mapping[str, np.ndarray]]], about: dict) -> int:
+    """Writes the features of images without labels atomically, and returns their number; replaces existing features.
+
+    Args:
+        path: a file ending in .npz, or a directory.
+        parts: id and arrays of each image, which have the same names and shapes; one image is in memory at a time.
+        about: `image_shape` and `backbone`.
+
+    Raises:
+        UserError: the path cannot be written, there are no images, or features are not finite.
+    """
+    check_path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.parts")
+    ids, shapes = [], {}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir()
+        with contextlib.ExitStack() as stack:
+            files: dict[str, IO[bytes]] = {}
+            for identity, arrays in parts:
+                ids.append(identity)
+                for name, array in arrays.items():
+                    if name not in files:
+                        files[name] = stack.enter_context(open(scratch / name, "wb"))
+                        shapes[name] = array.shape
+                    _check_finite(f"{path} is not written", array.reshape(1, -1), len(ids) - 1, lambda: ids)
+                    files[name].write(np.ascontiguousarray(array, np.float32).data)
+        if not ids:
+            raise UserError(f"{path} is not written: no image could be read\n  give a directory of images")
+        raw = {n: np.memmap(scratch / n, np.float32, "r", shape=(len(ids), *s)) for n, s in shapes.items()}
+        about = {**about, "name": "images", "split": "all", "class_names": {}}
+        _finish(path, scratch, raw, {"ids": np.array(ids), "about": np.array(atomic.to_json(about))})
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}\n  use another --out") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return len(ids)
 
 
 def check_path(path: Path) -> None:
@@ -134,7 +176,7 @@ def check_path(path: Path) -> None:
     if path.suffix == SUFFIX:
         unknown = [path] if path.is_dir() else []
     elif path.is_dir():
-        ours = ("features", "labels", "ids", "about")
+        ours = ("features", "labels", "ids", "about", "patches")
         unknown = [entry for entry in path.iterdir() if entry.suffix != ".npy" or not entry.name.startswith(ours)]
     elif path.exists():
         unknown = [path]
@@ -164,13 +206,16 @@ def _metadata(source: Source, about: dict) -> dict[str, np.ndarray]:
     return {**labels, "ids": np.array(source.ids()), "about": np.array(atomic.to_json(about))}
 
 
-def _finish(path: Path, scratch: Path, features: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
+def _finish(path: Path, scratch: Path, mapped: dict[str, np.memmap], arrays: dict[str, np.ndarray]) -> None:
+    """Writes the arrays; those that are mapped are in `scratch`, as NAME.npy or without a header as NAME."""
     if path.suffix == SUFFIX:
         with atomic.replace(path) as file:
-            np.savez(file, features=features, **arrays)
+            np.savez(file, **mapped, **arrays)
         return
-    for name, array in arrays.items():
-        np.save(scratch / f"{name}.npy", array)
+    for name, array in {**mapped, **arrays}.items():
+        if not (scratch / f"{name}.npy").exists():
+            np.save(scratch / f"{name}.npy", array)
+            (scratch / name).unlink(missing_ok=True)
     before = scratch.with_name(f"{scratch.name}.before")
     if path.exists():
         os.rename(path, before)

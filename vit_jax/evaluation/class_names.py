@@ -38,16 +38,17 @@ def match(
     same = np.arange(len(theirs), dtype=np.int32)
     if [*map(_form, ours)] == [*map(_form, theirs)]:
         return same, f"all {len(ours):,} classes of {model} and of {data} have the same names in the same order"
-    if not (are_names(ours) and are_names(theirs)):
-        without = model if not are_names(ours) else data
+    index_of = _index(ours)
+    found = [index_of.get(_form(name), -1) for name in theirs]
+    named = are_names(ours), are_names(theirs)
+    if not all(named) and (not any(named) or -1 in found):
+        without = data if named[0] else model
         if len(ours) != len(theirs):
             raise UserError(
                 f"{model} has {len(ours):,} classes, {data} has {len(theirs):,}, and {without} has no class names to "
                 "match them by\n  use data with the same classes, or name those of the model with --classes=TXT"
             )
         return same, f"{without} has no class names: the {len(ours):,} classes are assumed to be in the same order"
-    index_of = _index(ours)
-    found = [index_of.get(_form(name), -1) for name in theirs]
     if unknown := [name for name, index in zip(theirs, found, strict=True) if index < 0]:
         raise UserError(
             f"{len(unknown):,} of the {len(theirs):,} classes of {data} are none of the {len(ours):,} of {model}, or "

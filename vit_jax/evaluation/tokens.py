@@ -6,7 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from vit_jax import arguments
 from vit_jax.errors import UserError
@@ -14,12 +15,15 @@ from vit_jax.models import resampling, stacking
 from vit_jax.models.encoder import EncoderBlock
 from vit_jax.models.vit import VisionTransformer, extra_tokens, token_grid
 
+# Indices of blocks, negative ones from the end; None for the last block, without an axis of layers.
+Layers = Sequence[int | np.integer] | Int[Array | np.ndarray, " layers"] | None
+
 
 def apply(
     model: VisionTransformer,
     parameters: Any,
     images: Float[Array, "batch height width channels"],
-    layers: Sequence[int] | None = None,
+    layers: Layers = None,
     dense: bool = True,
     grid: tuple[int, int] | None = None,
 ) -> dict[str, Float[Array, "..."]]:
@@ -38,7 +42,7 @@ def apply(
         model: with or without a head, which is not applied.
         parameters: of the model.
         images: normalized.
-        layers: indices of blocks, negative ones from the end; None for the last block, without the leading axis.
+        layers: see `Layers`.
         dense: whether to return 'patches'.
         grid: rows and columns of patches that the position embeddings are for, which are resampled if the images have
             others; None if they are for these images.
@@ -66,7 +70,7 @@ def apply(
     return {name: array[0] for name, array in outputs.items()} if layers is None else outputs
 
 
-def check_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+def check_layers(layers: Any, depth: int) -> tuple[int, ...]:
     """Returns the indices of blocks, from 0; None stands for the last one.
 
     Raises:
