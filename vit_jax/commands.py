@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from vit_jax.training.setup import Experiment
     from vit_jax.training.state import TrainState
 
-SPLITS = ("train", "validation", "test")
+TEST = "test"
+SPLITS = ("train", "validation", TEST)
 # The flags of commands without a config for what elsewhere are its options.
 DATA_FLAGS = {"data.dir": "--data_dir", "data.image_size": "--image_size", "data.labels": "--label"}
 
@@ -187,8 +188,8 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
 
 def add_flags(parser: argparse.ArgumentParser, init: bool = False) -> None:
     """Adds the flags that select a run, a checkpoint and a split; with `init`, also those for weights in its place."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--workdir", metavar="DIR", help="run directory")
+    source = parser.add_mutually_exclusive_group(required=True) if init else parser
+    source.add_argument("--workdir", metavar="DIR", required=not init, help="run directory")
     if init:
         source.add_argument("--init", metavar="FILE", help="or weights: a file, URL or name (docs/weights.md)")
         parser.add_argument(
@@ -202,9 +203,9 @@ def add_flags(parser: argparse.ArgumentParser, init: bool = False) -> None:
         )
     parser.add_argument(
         "--split",
-        default="test",
+        default=None if init else TEST,
         help="train, validation or test as in the run's config, or a split expression such as 'train[:1000]' "
-        "(default: %(default)s)",
+        f"(default: {TEST})",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="use the checkpoint of this step (default: the newest)")

@@ -23,7 +23,7 @@ Evaluates a model on every example of a split, each exactly once, and prints the
   %(prog)s --workdir=runs/cifar10 --split=validation --best
   %(prog)s --workdir=runs/cifar10 --split='train[:1000]'
   %(prog)s --workdir=runs/cifar10 --weights=average.safetensors
-  %(prog)s --init=augreg-b16-224 --data=folder --data_dir=PHOTOS --split=train+test
+  %(prog)s --init=augreg-b16-224 --data=folder --data_dir=PHOTOS
 
 The classes of the lowest recall, and the balanced accuracy of unbalanced classes, are printed to standard error.
 --out=DIR writes files about every class and every image:
@@ -42,7 +42,9 @@ as 'test[:1000]' takes the examples in the dataset's own order, as it is stored.
 --init evaluates a published, exported or averaged model with its own head and preprocessing. Its classes and those of
 the data are matched by name; upper and lower case, spaces and underscores make no difference. The data may have some
 of them only: a prediction is still the most probable of all classes of the model. Where one of the two has numbers or
-ids of WordNet in place of names, the classes must be equally many, and are taken in the same order.
+ids of WordNet in place of names, the classes must be equally many, and are taken in the same order. Of a folder
+without splits all images are scored, and the metrics are called all/accuracy, ...; --split=test scores the images that
+training on it holds out.
 """
 
 MAX_CLASSES = 2000  # with more, a matrix with a cell for each pair is no use
@@ -75,10 +77,12 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
             cannot be written, or the run has no classes.
     """
     commands.check_flags(flags, evaluate_weights.OF_RUN, evaluate_weights.OF_INIT)
+    flags = copy.copy(flags)
     out = None if flags.out is None else _output_directory(flags.out)
     if flags.init:
         metrics, heads, source = evaluate_weights.evaluate(flags)
         return _finish(flags, {"init": flags.init, "data": source.name}, metrics, heads, source, out)
+    flags.split = flags.split or commands.TEST
     workdir = paths.expand(flags.workdir, "--workdir")
     seeds = _seeds(workdir)
     if not seeds:

@@ -30,6 +30,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Predictions"], "Source"]:
     """Returns the metrics on the split, the predictions by head, and the examples, labelled as the model's classes.
 
+    Sets `flags.split` to the prefix of the metrics: 'all' for a folder without splits.
+
     Raises:
         UserError: the weights or the data cannot be read, the weights have no head, or their classes differ.
     """
@@ -42,17 +44,23 @@ def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Pred
     from vit_jax.evaluation import exact
     from vit_jax.objectives.classification import Classification
     from vit_jax.runtime import compilation_cache
+    from vit_jax.training import folder_config
 
     commands.start_jax()
     compilation_cache.cache_compilations()
-    name, data_dir, _, held_out = commands.dataset_of(flags, (flags.split,))
+    split = flags.split or commands.TEST
+    name, data_dir, _, held_out = commands.dataset_of(flags, (split,))
+    if flags.split is None and flags.data_dir and folder_config.fraction(name, data_dir, (split,)) is not None:
+        terminal.warn(f"{data_dir} has no splits: all images are scored (--split=test: those that training holds out)")
+        split, held_out, flags.split = "train", None, "all"
+    flags.split = flags.split or split
     where = {"data_dir": data_dir, "held_out": held_out, "labels": (flags.label or LABEL,)}
     with commands.flags_named(commands.DATA_FLAGS):  # before the weights, which may have to be downloaded
-        sources.check(name, (flags.split,), image_size=flags.image_size or 1, **where)
+        sources.check(name, (split,), image_size=flags.image_size or 1, **where)
     names = read_names(paths.expand(flags.classes, "--classes"), "--classes") if flags.classes else None
     model = inference.of_file(flags.init, class_names=names, image_size=flags.image_size, normalize=flags.normalize)
     with commands.flags_named(commands.DATA_FLAGS):
-        source = sources.load(name, flags.split, image_size=model.inputs.image_shape[:2], own_statistics=True, **where)
+        source = sources.load(name, split, image_size=model.inputs.image_shape[:2], own_statistics=True, **where)
     source = _for_model(source, model, flags.init)
     mesh = sharding.make_mesh(None)
     batch_size = -(-(flags.batch_size or inference.BATCH_SIZE) // mesh.size) * mesh.size

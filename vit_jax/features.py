@@ -101,6 +101,7 @@ def main(arguments: list[str]) -> int:
     def run() -> int:
         flags = parse(arguments)
         features_of_images.check(flags)
+        flags.split = flags.split or commands.TEST
         if flags.images is not None:
             return features_of_images.compute(flags)
         terminal.say(compute(flags))

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from vit_jax.backbones import Backbone
 
 ONLY_IMAGES = ("layers", "dense", "nearest", "csv")  # flags that only --images uses
-SPLIT = "test"  # the default of --split
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +46,7 @@ def check(flags: argparse.Namespace) -> None:
                 "  add --images=DIRECTORY; for the features of a dataset, use vit-jax transfer"
             )
         return
-    for name, value in (("split", flags.split != SPLIT), ("data_dir", flags.data_dir is not None)):
+    for name, value in (("split", flags.split is not None), ("data_dir", flags.data_dir is not None)):
         if value:
             raise UserError(f"--{name} cannot be combined with --images\n  omit one of them")
     if flags.nearest is not None and flags.nearest < 1:
@@ -75,8 +74,10 @@ def compute(flags: argparse.Namespace) -> int:
     layers, out = _layers(flags), _output_path(flags)
     if out is not None:
         feature_store.check_path(out)
-    notes: list[str] = []
-    images = list(inference.expand([paths.expand(flags.images, "--images")], notes.append))
+    directory, notes = paths.expand(flags.images, "--images"), []
+    if not directory.is_dir():
+        raise UserError(f"--images={flags.images} is not a directory\n  use a directory of images")
+    images = list(inference.expand([directory], notes.append))
     if not images:
         left_out = f"{few(notes)}\n  " if notes else ""
         raise UserError(f"no images found below {flags.images}\n  {left_out}allowed: a directory of images")

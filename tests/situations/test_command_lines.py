@@ -26,7 +26,11 @@ MISTAKES = {
     "no_value_at_the_end": (main, [DIGITS, "--config.data.dir"], "config.data.dir has no value"),
     "no_value_before_another": (main, [DIGITS, "--config.data.dir", "--workdir=x"], "config.data.dir has no value"),
     "config_without_value": (main, ["--config"], "argument --config: expected one argument"),
-    "nothing_required": (evaluate, [], "the following arguments are required: --workdir\n  see python -m vit_jax.eval"),
+    "nothing_required": (
+        evaluate,
+        [],
+        "one of the arguments --workdir --init is required\n  see python -m vit_jax.eval",
+    ),
     "not_a_number": (evaluate, ["--workdir=x", "--step=one"], "argument --step: invalid int value: 'one'\n  see"),
     "unknown_flag": (predict, ["--workdir=x", "a.png", "--no_such_flag"], "--no_such_flag\n  see python -m vit_jax.pr"),
 }

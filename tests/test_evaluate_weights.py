@@ -1,0 +1,138 @@
+"""`vit-jax evaluate --init`: a weights file with its own head and class names, on a dataset."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax import evaluate, weights
+from vit_jax.data import sources
+from vit_jax.models.parameters import nested, parameter_shapes
+from vit_jax.models.vit import VisionTransformer
+
+NAMES = ("eleven", "ten", "Nine_9", *(str(digit) for digit in range(8, -1, -1)), "nine, number")
+STATISTICS = (0.3, 0.35, 0.4), (0.5, 0.4, 0.45)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model of RGB images with more classes than there are digits, and parameters of it."""
+    made = VisionTransformer(classes=len(NAMES), patch_size=4, width=16, depth=1, heads=2, mlp_width=16)
+    generator, shapes = np.random.default_rng(5), parameter_shapes(made, (2, 2), 3)
+    return made, nested({path: generator.normal(size=shape).astype("f") for path, shape in shapes.items()})
+
+
+@pytest.fixture(scope="module")
+def file(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    weights.save(path, *model, (8, 8), 3, statistics=STATISTICS, class_names=NAMES)
+    return path.parent
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return sources.load("digits", "test")
+
+
+@pytest.fixture(scope="module")
+def predicted(model, digits):
+    """The index of the most probable class of each test digit; images are converted and normalized here."""
+    images = (np.repeat(digits.images, 3, axis=3) / 255 - STATISTICS[0]) / STATISTICS[1]
+    logits = jax.jit(model[0].apply)({"params": model[1]}, jnp.asarray(images, jnp.float32))
+    assert len(np.unique(np.argmax(logits, axis=1))) >= 3
+    return np.asarray(logits).argmax(axis=1)
+
+
+@pytest.fixture(scope="module")
+def folder(digits, tmp_path_factory):
+    """20 digits as image files in folders whose names are those of the model but for their spelling."""
+    root = tmp_path_factory.mktemp("digits")
+    for index in range(20):
+        label = digits.labels[index]
+        directory = root / ("nine 9" if label == 9 else str(label))
+        directory.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.repeat(digits.images[index], 3, axis=2)).save(directory / f"{index}.png")
+    return root
+
+
+def run(capsys, *arguments):
+    status = evaluate.main([*arguments])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_every_image_of_a_folder_is_scored_among_all_classes_of_the_model(
+    file, folder, predicted, digits, tmp_path, capsys
+):
+    arguments = ["--data=folder", f"--data_dir={folder}", "--batch_size=8", f"--out={tmp_path / 'out'}"]
+    status, output, errors = run(capsys, f"--init={file}", *arguments)
+    assert status == 0, errors
+    found = json.loads(output)
+    names = [NAMES.index("Nine_9" if label == 9 else str(label)) for label in digits.labels[:20]]
+    assert found["all/examples"] == 20 and (found["init"], found["data"]) == (str(file), "folder")
+    assert found["all/accuracy"] == pytest.approx(np.mean(predicted[:20] == names))
+    assert f"{folder} has no splits: all images are scored" in errors
+    count = len({*digits.labels[:20]})
+    assert f"accuracy is among all 13 classes of {file}, of which folder has {count}" in errors
+    with open(tmp_path / "out" / "predictions.csv", newline="") as rows:
+        for row in csv.DictReader(rows):
+            index = int(row["path"].rpartition("/")[2].removesuffix(".png"))
+            assert (row["true"], row["predicted"]) == (NAMES[names[index]], NAMES[predicted[index]])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["init"] == str(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["test", "train[3:20]"])
+def test_grey_images_and_splits_and_class_names_from_a_file(file, model, predicted, split, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["x", "y", *map(str, range(9, -1, -1)), "z"]))
+    status, output, _ = run(capsys, f"--init={file}", "--data=digits", f"--classes={names}", f"--split={split}")
+    found, source = json.loads(output), sources.load("digits", split)
+    assert status == 0 and found[f"{split}/examples"] == len(source)
+    if split == "test":
+        assert found["test/accuracy"] == pytest.approx(np.mean(predicted == 11 - source.labels))
+
+
+@pytest.mark.slow
+def test_a_converted_run_has_the_metrics_of_the_run(make_run, tmp_path, capsys):
+    from vit_jax import convert
+
+    workdir = make_run(augment={"test_flip": True})
+    assert convert.main([str(workdir), str(tmp_path / "model.safetensors")]) == 0
+    capsys.readouterr()
+    status, output, _ = run(capsys, f"--workdir={workdir}")
+    expected = json.loads(output)
+    for init in (workdir, tmp_path / "model.safetensors"):
+        status, output, errors = run(capsys, f"--init={init}", "--data=digits")
+        assert status == 0 and "10 classes" in errors
+        found = json.loads(output)
+        assert found["test/accuracy"] == expected["test/accuracy"] and found["test/examples"] == 360
+        assert found["test/loss"] == pytest.approx(expected["test/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data=digits"], "digits has no class names to match them by"),
+        ([], "--data is missing"),
+        (["--data=folder"], "--data_dir is not set"),
+        (["--data=digits", "--best"], "--best cannot be combined with --init"),
+        (["--data=digits", "--batch_size=0"], "--batch_size is 0"),
+        (["--data=digits", "--split=other"], "other"),
+    ],
+)
+def test_what_does_not_fit_is_refused(file, arguments, words, capsys):
+    status, output, errors = run(capsys, f"--init={file}", *arguments)
+    assert (status, output) == (2, "") and words in errors and errors.count("\n") <= 4
+
+
+def test_flags_of_weights_are_refused_for_a_run_and_one_of_both_is_needed(capsys):
+    assert evaluate.main(["--workdir=x", "--data=digits"]) == 2
+    assert "--data cannot be combined with --workdir" in capsys.readouterr().err
+    for arguments in ([], ["--workdir=x", "--init=y"]):
+        with pytest.raises(SystemExit):
+            evaluate.main(arguments)
