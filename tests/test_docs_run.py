@@ -40,6 +40,8 @@ NOT_RUN = {
     r"vit-jax prepare cifar100?( --from .*)?": "it needs the published file: tests/data/test_prepare.py",
     r"(vit-jax( [a-z-]+){0,2}|python -m vit_jax[.a-z]*)": "it is the name of a command",
     r".*(\[|\.\.\.|--help|\b(CONFIG|FILE|NAME|ARGS|INIT|SET|DIRECTORY|COMMAND|MODULE|DIR|IMAGE|RUN|OUT)\b).*": "a form",
+    r"vit-jax evaluate --init=augreg-b16-224 .*": "its stand-in has 10 classes: tests/test_evaluate_weights.py",
+    r".*--layers=-1,-4 .*": "its stand-in has one block: tests/test_backbones.py",
     r".*--config=pretrain:imagenet21k .*": "it holds out 50,000 images",
     r".*runs/chain/.*": "it continues what benchmarks/chain.py makes",
     r".*\$RECIPE.*": "RECIPE is a shell variable of the page",

@@ -10,11 +10,11 @@ from vit_jax.errors import UserError, nearest
 COMMANDS = {
     "train": ("vit_jax.main", "train a model from a config, or resume a run"),
     "finetune": ("vit_jax.finetune", "fine-tune a published or trained model on a dataset or a directory of images"),
-    "evaluate": ("vit_jax.evaluate", "score a run on every example of a split"),
+    "evaluate": ("vit_jax.evaluate", "score a run or a published model on every example of a split"),
     "predict": ("vit_jax.predict", "classify images"),
     "sweep": ("vit_jax.sweep", "find the learning rate"),
     "transfer": ("vit_jax.transfer", "few-shot, k-NN and linear probe on frozen features"),
-    "features": ("vit_jax.features", "compute and store the features of a split"),
+    "features": ("vit_jax.features", "compute and store the features of a split or of images without labels"),
     "reconstruct": ("vit_jax.reconstruct", "draw the reconstructions of a masked autoencoder"),
     "preview": ("vit_jax.preview", "draw the augmented images of a training step"),
     "prepare": ("vit_jax.data.prepare", "prepare CIFAR-10 or CIFAR-100 for training"),

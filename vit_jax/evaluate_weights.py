@@ -52,8 +52,8 @@ def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Pred
     name, data_dir, _, held_out = commands.dataset_of(flags, (split,))
     if flags.split is None and flags.data_dir and folder_config.fraction(name, data_dir, (split,)) is not None:
         terminal.warn(f"{data_dir} has no splits: all images are scored (--split=test: those that training holds out)")
-        split, held_out, flags.split = "train", None, "all"
-    flags.split = flags.split or split
+        split, held_out = "all", None
+    flags.split = split
     where = {"data_dir": data_dir, "held_out": held_out, "labels": (flags.label or LABEL,)}
     with commands.flags_named(commands.DATA_FLAGS):  # before the weights, which may have to be downloaded
         sources.check(name, (split,), image_size=flags.image_size or 1, **where)
