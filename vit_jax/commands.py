@@ -197,7 +197,6 @@ def add_flags(parser: argparse.ArgumentParser, init: bool = False) -> None:
         )
         parser.add_argument(
             "--normalize",
-            choices=("half", "imagenet"),
             help="with --init: normalize images by mean and std 0.5, or by those of ImageNet "
             "(default: as the file says, or half)",
         )
