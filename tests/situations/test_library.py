@@ -298,7 +298,7 @@ def calls(small, stored, predictor, run):
         *(("step", Predictor, (run,), {"step": v}) for v in (1.5, "newest", True)),
         *(("top", predictor, (GREY,), {"top": v}) for v in (0, -1, 1.5, "5", None, True)),
         *(("class_names", of_file, (stored,), {"class_names": v}) for v in ("abc", b"abc", 3, [1, 2, 3])),
-        *(("image_size", of_file, (stored,), {"image_size": v}) for v in ("8", 8.0, (8, 8), 0)),
+        *(("image_size", of_file, (stored,), {"image_size": v}) for v in ("8", 8.0, (8, 8, 3), 0)),
         *(("pooling", extraction.load, (stored,), {"pooling": v}) for v in ("max", 3, ["mean"])),
         *(("step", manager.find, (v,), {}) for v in (1.5, "newest", True, [1])),
         *(("workdir", CheckpointManager, (v,), {}) for v in (None, 3)),
