@@ -65,7 +65,7 @@ def apply(
     if model.class_token:
         outputs["class"] = tokens[:, :, 0]
     if model.pooling != "none":
-        outputs["pooled"] = found["pooled"].reshape(len(chosen), batch, -1)
+        outputs["pooled"] = found["pooled"].reshape(len(chosen), batch, found["pooled"].shape[-1])
     outputs = {name: array.astype(jnp.float32) for name, array in outputs.items()}
     return {name: array[0] for name, array in outputs.items()} if layers is None else outputs
 
