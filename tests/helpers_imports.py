@@ -17,7 +17,7 @@ LAYERS = (
     ("checkpoint",),
     ("weights",),
     ("optim", "objectives"),
-    ("evaluation", "training", "inference"),
+    ("evaluation", "training", "classifier", "inference"),
     ("config.check",),
     (COMMANDS,),
 )

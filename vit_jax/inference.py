@@ -14,17 +14,13 @@ import jax
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-from vit_jax import arguments, paths, sharding, weights
-from vit_jax.checkpoint import input_spec
-from vit_jax.checkpoint.input_spec import InputSpec
-from vit_jax.data import listing, normalization, user_images
-from vit_jax.data.augment import Augment
+from vit_jax import arguments, sharding
+from vit_jax.classifier import Classifier, of_file, of_run
+from vit_jax.data import listing, user_images
 from vit_jax.data.user_images import Image, expand
 from vit_jax.errors import UserError, few
-from vit_jax.evaluation import extraction
 from vit_jax.models.vit import VisionTransformer, extra_tokens
 from vit_jax.objectives import losses
-from vit_jax.training import run_directory, setup
 
 BATCH_SIZE = 64
 TOP = 5
@@ -103,30 +99,6 @@ class Unreadable:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Classifier:
-    """A model and its preprocessing.
-
-    Attributes:
-        model: its `classes` is None if it has no head.
-        parameters: of the model.
-        augment: normalizes images, and makes the views that evaluation averages over.
-        inputs: the shape of the images, and the class names of each head.
-        loss: the key of `losses.LOSSES` that the model was trained with: 'softmax' (one class per image) or 'sigmoid'
-            (each class independently).
-        source: where the parameters come from, in a few words.
-        no_head: why there is no head, if there is none.
-    """
-
-    model: VisionTransformer
-    parameters: dict[str, Any]
-    augment: Augment
-    inputs: InputSpec
-    loss: str = "softmax"
-    source: str = ""
-    no_head: str = "the model has no head"
-
-
 class Predictor:
     """Applies a trained model to images: arrays, or files of any size and format that Pillow reads.
 
@@ -175,6 +147,10 @@ class Predictor:
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images that the model takes, in pixels."""
         return self.inputs.image_shape[:2]
+
+    def pixels(self, image: Image) -> Float[np.ndarray, "height width channels"]:
+        """Returns the input of the model for one image of any size: resized, cropped and normalized."""
+        return self._classifier.pixels(image)
 
     @property
     def _has_several_heads(self) -> bool:
@@ -312,7 +288,7 @@ class Predictor:
             while True:
                 while len(pending) <= _BATCHES_AHEAD and (chunk := list(itertools.islice(numbered, self._batch_size))):
                     names = [os.fspath(image) if isinstance(image, str | Path) else index for index, image in chunk]
-                    jobs = [threads.submit(user_images.read, image, self.inputs.image_shape) for _, image in chunk]
+                    jobs = [threads.submit(self._classifier.read, image) for _, image in chunk]
                     pending.append((names, jobs))
                 if not pending:
                     return
@@ -355,96 +331,3 @@ def _sigmoid(logits: Float[np.ndarray, "*rows classes"]) -> Float[np.ndarray, "*
 
 
 _TO_PROBABILITIES = {"softmax": _softmax, "sigmoid": _sigmoid}
-
-
-def of_run(
-    workdir: str | bytes | os.PathLike, step: int | np.integer | str | None = None, *, needs_head: bool = True
-) -> Classifier:
-    """Returns the model of a run with its preprocessing and class names: from data.json, else from its data.
-
-    Args:
-        workdir: the run directory.
-        step: a step, or 'best'; None for the newest checkpoint.
-        needs_head: refuse a model without a head.
-
-    Raises:
-        UserError: there is no run or no such checkpoint, the model has no head, or data.json and the data are missing.
-    """
-    workdir = paths.expand(workdir, "source")
-    if step is not None:
-        step = arguments.integer("step", step, minimum=0, words=("best",))
-    config = run_directory.trained_config(workdir)
-    model, parameters, report = weights.load(workdir, **({} if step is None else {"step": step}))
-    if model.classes is None and needs_head:
-        raise UserError(
-            f"{workdir}: the model has no head, so it cannot classify\n  use a run that trained a classifier"
-        )
-    inputs = input_spec.read(workdir)
-    if inputs is None:
-        source = setup.load(config, config.data.train, config.data.labels)
-        statistics = normalization.of_source(config.data.normalization, source)
-        inputs = InputSpec(source.name, source.image_shape, *statistics, source.class_names_by_label())
-    *size, channels = inputs.image_shape
-    kernel = config.model.attention_kernel
-    model = extraction.prepare_for_device(model, config.model.dtype, tuple(size), channels, attention=kernel)
-    views = {name: config.augment[name] for name in ("test_flip", "test_shift")}
-    augment = Augment(inputs.mean, inputs.std, dtype=model.dtype, **views)
-    source = "; ".join((str(workdir), *report.notes))
-    return Classifier(model, parameters, augment, inputs, config.train.loss, source)
-
-
-def of_file(
-    file: str | bytes | os.PathLike,
-    class_names: Iterable[str] | None = None,
-    image_size: int | np.integer | tuple[int, int] | None = None,
-    normalize: str | None = None,
-    *,
-    needs_head: bool = True,
-) -> Classifier:
-    """Returns the model of a weights file with its preprocessing, for `Predictor`.
-
-    Args:
-        file: a file, directory, URL or name that `weights.load` reads.
-        class_names: one name per class; None for those beside the file, or '0', '1', ...
-        image_size: pixels, an int or (height, width); None for the size that the position embeddings are for.
-        normalize: 'half' for mean and std 0.5 (Google's models), or 'imagenet' for ImageNet's (DeiT, DINO, MAE); None
-            for what the file says, or 'half' if it says nothing.
-        needs_head: refuse a file without a head that can be used; else, its model returns features alone.
-
-    Raises:
-        UserError: the file cannot be read, has no head, or does not match the other arguments.
-    """
-    file = arguments.path("file", file)
-    if class_names is not None:
-        class_names = arguments.names("class_names", class_names)
-    if image_size is not None:
-        image_size = arguments.size("image_size", image_size)
-    overrides = {} if image_size is None else {"image_size": image_size}
-    refusal = None if needs_head else weights.recognise(file, **overrides).head_refusal
-    model, parameters, report = weights.load(file, **overrides, **({"classes": None} if refusal else {}))
-    if not isinstance(model.classes, int) and (needs_head or model.classes is not None):
-        raise UserError(f"{file}: the model has no head\n  use the weights of a classifier")
-    names = tuple(class_names or report.class_names or map(str, range(model.classes or 0)))
-    if len(names) != (model.classes or 0) and (model.classes is not None or class_names):
-        raise UserError(
-            f"{file} has {model.classes} classes, but {len(names)} class names are given\n  allowed: one per class"
-        )
-    if report.image_size is None:
-        raise UserError(f"{file} does not specify its image size\n  set image_size, in pixels")
-    if normalize is not None and normalize not in normalization.CONSTANTS:
-        raise UserError(f"normalize is {normalize!r}\n  allowed: {', '.join(normalization.CONSTANTS)}")
-    statistics = None if normalize else report.statistics
-    statistics = statistics or normalization.constants(normalize or report.normalization, report.channels, "normalize")
-    if statistics is None:
-        raise UserError(
-            f"{file}: its images were normalized by the mean and std of their dataset, which are not in the file\n"
-            "  predict with --workdir of the run; or set normalize to half or imagenet"
-        )
-    shape = (*report.image_size, report.channels)
-    model = extraction.prepare_for_device(model, "auto", report.image_size, report.channels)
-    views = {name: report.evaluation[name] for name in ("test_flip", "test_shift") if name in report.evaluation}
-    augment, loss = Augment(*statistics, dtype=model.dtype, **views), report.evaluation.get("loss", "softmax")
-    if loss not in losses.LOSSES:
-        raise UserError(f"{file}: config.json has loss {loss!r}\n  allowed: {', '.join(losses.LOSSES)}")
-    inputs, no_head = InputSpec(str(file), shape, *statistics, {"label": names}), refusal or Classifier.no_head
-    return Classifier(model, parameters, augment, inputs, loss, source=str(file), no_head=no_head)

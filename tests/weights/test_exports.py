@@ -68,7 +68,8 @@ def test_a_run_is_exported_without_flags(exported):
         "crop_mode": "center",
     }
     assert config["label_names"] == ["ant", "bee", "cat", "dog"] and config["num_classes"] == 4
-    assert config["vit_jax"] == {"loss": "sigmoid", "test_flip": True, "test_shift": 1}
+    views = {"loss": "sigmoid", "test_flip": True, "test_shift": 1}
+    assert config["vit_jax"] == {**views, "resize_rules": "vit_jax"}
 
 
 def test_what_is_exported_is_read_back(workdir, exported, tmp_path):
@@ -115,7 +116,7 @@ def test_googles_models_are_exported_with_mean_and_std_one_half(goldens, tmp_pat
     """timm would take those of ImageNet."""
     assert convert.main([str(goldens / "params_token.npz"), str(tmp_path / "model.safetensors")]) == 0
     recorded = config_of(tmp_path)["pretrained_cfg"]
-    assert (recorded["mean"], recorded["std"]) == ([0.5] * 3, [0.5] * 3) and "crop_pct" not in recorded
+    assert (recorded["mean"], recorded["std"]) == ([0.5] * 3, [0.5] * 3)
 
 
 def test_what_timm_recorded_is_kept(helpers, tmp_path):

@@ -75,6 +75,13 @@ def _to_seeds(value: Any) -> int | tuple[int, ...]:
     return seeds
 
 
+def _to_statistics(value: Any) -> str:
+    mean, std = (tuple(map(float, _items(part))) for part in _items(value, "/"))
+    if len(mean) != len(std) or not all(map(math.isfinite, mean)) or not all(0 < one < math.inf for one in std):
+        raise ValueError(value)
+    return "/".join(",".join(map(repr, part)) for part in (mean, std))
+
+
 def _seeds_text(value: int | tuple[int, ...]) -> str:
     return str(value) if isinstance(value, int) else ",".join(map(str, value)) + ("," if len(value) == 1 else "")
 
@@ -102,6 +109,7 @@ WEIGHTS = ListKind(
 )
 STEPS = ListKind("START:STOP, for example 100:110 for ten steps", _to_steps, lambda value: "{}:{}".format(*value))
 SEEDS = ListKind(f"a number of seeds (5), or different seeds from 0 to {MAX_SEED} (0,3,7)", _to_seeds, _seeds_text)
+STATISTICS = ListKind("MEAN/STD of each channel, as 0.5,0.5,0.5/0.25,0.25,0.25", _to_statistics, str)
 
 Kind = type | ListKind
 _KINDS = {int: "an integer", float: "a number", str: "a string"}

@@ -1,6 +1,6 @@
 """The options of a config's sections `data` and `augment`, and what other sections share with them."""
 
-from vit_jax.config.option import NAMES, AnyOf, Option, When, changeable, free
+from vit_jax.config.option import NAMES, STATISTICS, AnyOf, Option, When, changeable, free
 
 MAX_SIDE = 2**14
 
@@ -63,9 +63,9 @@ DATA = {
     "worker_timeout": free(120.0, float, "Time limit for reading one image, in seconds.", min=0.001),
     "normalization": Option(
         "set",
-        str,
-        "Pixel mean and std: of the training split (set), 0.5 (half), of ImageNet, or of the model in init_from.",
-        choices=("set", "half", "imagenet", "init_from"),
+        STATISTICS,
+        "Pixel mean and std: of the training split (set), 0.5 (half), of ImageNet or CLIP, of init_from, or numbers.",
+        words=("set", "half", "imagenet", "clip", "init_from"),
     ),
     "patches": Option(False, bool, "Feed normalized, flattened patches to the model instead of images."),
     "resident": free(

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import io
 import logging
-import math
 import os
 import stat
 import threading
@@ -21,14 +20,14 @@ import PIL.Image
 from jaxtyping import UInt8
 from PIL import Image
 
-from vit_jax.data import image_metadata, listing, pixel_modes
+from vit_jax.data import image_metadata, listing, pixel_modes, preparation
 from vit_jax.data.pixel_modes import ImageError
+from vit_jax.data.preparation import COVER, Preparation
 from vit_jax.errors import UserError, one_line
 
 RULES = 3  # increased whenever an image may be decoded differently: part of the key of every cache
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_MAX_EXCESS = 16  # an image that covers more than this multiple of the requested size is cropped before it is resized
 _LARGE = 2**26  # pixels; larger images are decoded one at a time, since each needs gigabytes
 _one_at_a_time = threading.Lock()
 
@@ -77,12 +76,14 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
-def decode(encoded: bytes | Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"]:
+def decode(
+    encoded: bytes | Path, shape: tuple[int, int, int], how: Preparation = COVER
+) -> UInt8[np.ndarray, "height width channels"]:
     """Returns an image in any format that Pillow reads, with the height, width and channels of `shape`.
 
     The EXIF orientation is applied. Grey, palette and CMYK images are converted to RGB if `shape` has three channels;
     transparent pixels are blended with white; integers of 12 and 16 bits are reduced to their upper 8 bits. The first
-    image of an animation or of several pages is read. See `_fit` for the size.
+    image of an animation or of several pages is read. `how` it is resized and cropped is that of training by default.
 
     Raises:
         ImageError: whatever is wrong with the image; nothing else is raised because of its content.
@@ -90,19 +91,21 @@ def decode(encoded: bytes | Path, shape: tuple[int, int, int]) -> UInt8[np.ndarr
     """
     image = load(encoded, shape[2])
     try:
-        return _fit(image, shape[:2])
+        return preparation.fit(image, shape[:2], how)
     except MemoryError as error:
         raise _explained(error, "the image") from error
 
 
-def convert(image: Image.Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"]:
+def convert(
+    image: Image.Image, shape: tuple[int, int, int], how: Preparation = COVER
+) -> UInt8[np.ndarray, "height width channels"]:
     """Returns `decode` of an image that Pillow has opened.
 
     Raises:
         ImageError, UserError: as `decode`.
     """
     try:
-        return _fit(_decode(image, shape[2]), shape[:2])
+        return preparation.fit(_decode(image, shape[2]), shape[:2], how)
     except ImageError:
         raise
     except Exception as error:
@@ -223,35 +226,4 @@ def resize_and_crop(
     if image.shape[:2] == tuple(size):
         return image
     opened = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    return _fit(opened, size)
-
-
-def _fit(image: Image.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "height width channels"]:
-    """Returns `resize_and_crop` of an image in mode L, RGB or RGBA."""
-    if (image.height, image.width) != tuple(size):
-        factor = max(size[0] / image.height, size[1] / image.width)
-        height, width = max(size[0], round(image.height * factor)), max(size[1], round(image.width * factor))
-        top, left = (height - size[0]) // 2, (width - size[1]) // 2
-        if height * width > _MAX_EXCESS * size[0] * size[1]:
-            image = _resized_window(image, (height, width), (top, left), size)
-        else:
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            image = image.crop((left, top, left + size[1], top + size[0]))
-    return np.asarray(image).reshape(*size, len(image.getbands()))
-
-
-def _resized_window(
-    image: Image.Image, resized: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
-) -> Image.Image:
-    """Returns the window of the resized image with that corner and size; the rest of it is never computed."""
-    first, last, start, stop = [], [], [], []
-    for length, new_length, offset, count in zip((image.height, image.width), resized, corner, size, strict=True):
-        scale = length / new_length
-        margin = 2 * max(scale, 1) + 1  # the bicubic kernel reaches two pixels, of the coarser grid
-        first.append(max(0, math.floor(offset * scale - margin)))
-        last.append(min(length, math.ceil((offset + count) * scale + margin)))
-        start.append(offset * scale - first[-1])
-        stop.append(min((offset + count) * scale, length) - first[-1])
-    part = image.crop((first[1], first[0], last[1], last[0]))
-    box = (start[1], start[0], stop[1], stop[0])
-    return part.resize((size[1], size[0]), Image.Resampling.BICUBIC, box)
+    return preparation.fit(opened, size)

@@ -14,6 +14,7 @@ from vit_jax import arguments, terminal
 from vit_jax.data import images as image_files
 from vit_jax.data import listing
 from vit_jax.data.listing import LeftOut
+from vit_jax.data.preparation import COVER, Preparation
 from vit_jax.errors import UserError, one_line
 
 # A path, the contents of an image file or a file opened for reading bytes, an opened image of Pillow, or an array.
@@ -21,26 +22,36 @@ Image = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | np.ndarr
 _BYTES = (bytes, bytearray, memoryview)
 
 
-def read(image: Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"] | str:
-    """Returns an image as the model takes it, resized as in training; or the reason why it cannot be read."""
+def read(
+    image: Image, shape: tuple[int, int, int], how: Preparation = COVER
+) -> UInt8[np.ndarray, "height width channels"] | str:
+    """Returns an image as the model takes it, before normalization; or the reason why it cannot be read.
+
+    Args:
+        image: as a user gives it.
+        shape: height, width and channels of the result.
+        how: it is resized and cropped; by default as in training.
+    """
     try:
         if not isinstance(image, np.ndarray):
-            return _decode_other(image, shape)
+            return _decode_other(image, shape, how)
         if image.dtype != np.uint8:
             return f"the array has dtype {image.dtype}, not uint8"
         if not _is_image_shape(image.shape):
             return f"the array has shape {image.shape}, not [height, width] or [height, width, 1, 3 or 4]"
         opened = PIL.Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
-        return image_files.convert(opened, shape)
+        return image_files.convert(opened, shape, how)
     except (image_files.ImageError, UserError) as error:
         return one_line(error)
 
 
-def _decode_other(image: Image, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"]:
+def _decode_other(
+    image: Image, shape: tuple[int, int, int], how: Preparation
+) -> UInt8[np.ndarray, "height width channels"]:
     """Returns what `read` does, of anything but an array."""
     if isinstance(image, PIL.Image.Image):
-        return image_files.convert(image, shape)
-    return image_files.decode(image if isinstance(image, bytes) else Path(image), shape)
+        return image_files.convert(image, shape, how)
+    return image_files.decode(image if isinstance(image, bytes) else Path(image), shape, how)
 
 
 def each_image(images: Image | Iterable[Image]) -> Iterator[Image]:

@@ -51,7 +51,7 @@ def complete_config(config: ConfigDict, workdir: Path | None = None) -> None:
     else:
         overrides = {"heads": config.model.heads} if config.model.heads is not None else {}
         description = weights.recognise(source, **overrides)
-        normalization, found = weights.named_normalization(source, description, "config.data.normalization"), None
+        normalization, found = description.normalization, None
         size = _image_side(description, source)
     if config.data.normalization == options.INIT_FROM:
         config.data.normalization = normalization

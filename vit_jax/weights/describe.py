@@ -13,7 +13,6 @@ from vit_jax.weights import other_arrays
 from vit_jax.weights.rules import Rule
 
 OVERRIDE = "override"
-OTHER = "other"
 SHOWN = 6
 
 # Heads of published models have 64 channels, except at these widths: H, g, G and So400m.
@@ -44,10 +43,10 @@ class Description:
         notes: what else a user should know.
         head_refusal: why the file's head cannot be loaded, if so; the model then has no head.
         head_name: name of its only head in a model with several, if known.
-        normalization: of the images it was trained on, a value of `config.data.normalization`; by default that of
-            Google's models and most of timm's. `OTHER` if `statistics` have no name.
-        statistics: mean and std of each channel of these images, if recorded beside the file.
-        class_names: of its only head, if recorded beside the file.
+        normalization: of the images it was trained on, a value of `config.data.normalization`.
+        statistics: mean and std of each channel of these images; None if unknown, for a run without its dataset.
+        assumed: a line on what mean and std were assumed and why, if they are not recorded; else ''.
+        class_names: of its only head, if they are known.
         recorded_size: height and width of its images, if recorded beside the parameters.
         evaluation: other recorded options of evaluation (`preprocessing.EVALUATION`), such as 'crop_pct' and 'loss'.
         zeros: paths of parameters that are zero, as the file's layers have none, each with the reason.
@@ -65,6 +64,7 @@ class Description:
     head_name: str | None = None
     normalization: str = "half"
     statistics: Statistics | None = None
+    assumed: str = ""
     class_names: tuple[str, ...] | None = None
     recorded_size: tuple[int, int] | None = None
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -197,7 +197,8 @@ def _understand(
     path_or_name: str | bytes | os.PathLike, overrides: Mapping[str, Any], step: int | str | None
 ) -> tuple[str, Description, Mapping[str, np.ndarray]]:
     """The file's name for messages, its description, and its arrays."""
-    path = Path(hub.fetch(arguments.path("path_or_name", path_or_name)))
+    name = arguments.path("path_or_name", path_or_name)
+    path = Path(hub.fetch(name))
     with files.user_errors(path):
         is_run = native.recognise(path)
     if is_run and overrides.get("prefix") is not None:
@@ -215,7 +216,7 @@ def _understand(
         if native.is_ours(stored) and overrides.get("prefix") is None:
             return source, *native.describe_file(stored)
         description = towers.describe(stored, FAMILIES, overrides.get("prefix"), overrides)
-        return source, preprocessing.complete(description, stored), stored.arrays
+        return source, preprocessing.complete(description, stored, name), stored.arrays
 
 
 def _check_contradictions(description: Description, overrides: Mapping[str, Any]) -> None:
@@ -284,6 +285,9 @@ def _take(
     rows += _initialize(flat, wanted, description, seed, new_head, model.head_bias)
     if model.scan:
         flat, rows = stack_flat(flat, model.depth), stack_rows(rows)
+    evaluation = dict(description.evaluation)
+    if image_size != description.image_size():
+        evaluation.pop("input_size", None)
     report = Report(
         source,
         description.label,
@@ -295,8 +299,9 @@ def _take(
         description.decisions,
         description.notes,
         description.statistics,
+        description.assumed,
         description.class_names,
-        description.evaluation,
+        evaluation,
     )
     return nested(flat), report
 

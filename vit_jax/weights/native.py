@@ -23,6 +23,7 @@ from vit_jax.weights import files
 from vit_jax.weights import rules as forms
 from vit_jax.weights.describe import Choices, Description, check_names, pixels_per_patch
 from vit_jax.weights.files import Stored
+from vit_jax.weights.preprocessing import AS_IN_TRAINING
 from vit_jax.weights.rules import Rule
 
 LABEL = "a run of vit_jax"
@@ -257,7 +258,7 @@ def _evaluation(config: Mapping[str, Any]) -> dict[str, Any]:
     options = {**(config.get("augment") or {}), **(config.get("train") or {})}
     unusual = {"loss": options.get("loss") != "softmax", **dict.fromkeys(("test_flip", "test_shift"), True)}
     found = {name: options[name] for name, is_unusual in unusual.items() if options.get(name) and is_unusual}
-    return {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center", **found}
+    return {**AS_IN_TRAINING, **found}
 
 
 def check_depth(depth: int, shapes: Mapping[str, tuple[int, ...]]) -> None:

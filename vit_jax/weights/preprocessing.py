@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,42 +13,93 @@ import numpy as np
 
 from vit_jax.data import normalization
 from vit_jax.data.normalization import Statistics
+from vit_jax.data.preparation import COVER, Preparation
 from vit_jax.errors import UserError
-from vit_jax.weights.describe import OTHER, Description, config_value
+from vit_jax.weights import class_names, families, image_processors
+from vit_jax.weights.describe import Description, config_value, pair
 from vit_jax.weights.files import CONFIG, PREPROCESSOR, Stored, read_json
-from vit_jax.weights.report import Report
 
-OURS = "vit_jax"  # key of config.json for what timm has no name for
+OURS = "vit_jax"  # key of config.json for what timm has no name for, and of the header of files that we write
 # Options of evaluation that a file may record, and their types: timm's in `pretrained_cfg`, ours in `OURS`.
 _OF_TIMM = {"interpolation": str, "crop_pct": float, "crop_mode": str}
-_OF_OURS = {"loss": str, "test_flip": bool, "test_shift": int}
+_OF_OURS = {"loss": str, "test_flip": bool, "test_shift": int, "resize_rules": str, "input_size": list}
 EVALUATION = {**_OF_TIMM, **_OF_OURS}
+AS_IN_TRAINING = {
+    "interpolation": COVER.interpolation,
+    "crop_pct": COVER.crop_pct,
+    "crop_mode": COVER.crop_mode,
+    "resize_rules": COVER.resize_rules,
+}
+DEFAULTS_OF_TIMM = {"interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
 
 
-def complete(description: Description, stored: Stored) -> Description:
+def complete(description: Description, stored: Stored, source: str) -> Description:
     """Returns a description with the normalization, class names and `EVALUATION` that are recorded beside the file.
 
     timm records them in config.json (`pretrained_cfg` or the top level, `label_names`), Hugging Face in
-    preprocessor_config.json and config.json (`id2label`).
+    preprocessor_config.json and config.json (`id2label`). Mean and std that are not recorded are those of its family.
+
+    Args:
+        description: of the file.
+        stored: the file.
+        source: its path or name, as the user wrote it.
 
     Raises:
         UserError: a recorded value has the wrong type, or is not a mean or std.
     """
-    config, path = stored.config or {}, stored.path.parent / PREPROCESSOR
-    statistics = _of_timm(config)
-    if statistics is None and path.is_file():
-        statistics = _of_hugging_face(read_json(path), description.channels)
-    if statistics is not None:
-        description = dataclasses.replace(description, normalization=_name(statistics), statistics=statistics)
-    if evaluation := _evaluation(config):
-        description = dataclasses.replace(description, evaluation=evaluation)
-    names, classes = _class_names(config), description.model.classes
-    if names is None or not isinstance(classes, int):
-        return description
-    if len(names) != classes:
-        note = f"{CONFIG} has {len(names)} class names, but the head has {classes} classes: the names are not used"
-        return dataclasses.replace(description, notes=(*description.notes, note))
-    return dataclasses.replace(description, class_names=names)
+    config, path = _config(stored), stored.path.parent / PREPROCESSOR
+    names = families.names_of(stored.path, source)
+    statistics, evaluation, notes = _of_timm(config), _evaluation(config), description.notes
+    if "pretrained_cfg" not in config and path.is_file():
+        found = read_json(path)
+        statistics = statistics or _of_hugging_face(found, description.channels)
+        resizing, note = image_processors.evaluation(found, config.get("model_type"), description.image_size())
+        evaluation, notes = {**resizing, **evaluation}, (*notes, note) if note else notes
+    if statistics is not None and len(statistics[0]) != description.channels:
+        what = f"{len(statistics[0])} channels, but its images have {description.channels}"
+        statistics, notes = None, (*notes, f"the recorded mean and std are of {what}: they are not used")
+    statistics, assumed = statistics or description.statistics, ""
+    if statistics is None:
+        statistics, assumed = families.statistics(stored, names, description.channels)
+    preparation(evaluation, statistics)  # checks the values
+    labels, note = _class_names(description.model.classes, config, names)
+    return dataclasses.replace(
+        description,
+        statistics=statistics,
+        assumed=assumed,
+        normalization=normalization.text(statistics),
+        evaluation=evaluation,
+        class_names=labels,
+        notes=(*notes, note) if note else notes,
+    )
+
+
+def _config(stored: Stored) -> dict[str, Any]:
+    """The config.json beside a file; that in the header of a file of ours, if it has none or that of another model."""
+    config = stored.config or {}
+    return config if _is_own(config) or OURS not in stored.metadata else json.loads(stored.metadata[OURS])
+
+
+def _is_own(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one that `weights.save` has written."""
+    return "layer_norm_epsilon" in config and "architecture" in config
+
+
+def preparation(evaluation: Mapping[str, Any], statistics: Statistics) -> Preparation:
+    """Returns how images are resized and cropped for a model, by the `evaluation` of its report.
+
+    Args:
+        evaluation: values of some of `EVALUATION`.
+        statistics: mean and std; timm pads with the mean.
+
+    Raises:
+        UserError: a value is not one that is supported.
+    """
+    recorded = {key: evaluation[key] for key in (*_OF_TIMM, "resize_rules") if key in evaluation}
+    if not recorded:
+        return COVER
+    fill = tuple(round(255 * value) for value in statistics[0]) if recorded.get("crop_mode") == "border" else ()
+    return Preparation(**{"resize_rules": "timm", **recorded}, fill=fill)
 
 
 def for_timm(
@@ -60,27 +112,14 @@ def for_timm(
         class_names: of the head.
         evaluation: values of some of `EVALUATION`.
     """
+    if not set(_OF_TIMM) & set(evaluation):
+        evaluation = {**evaluation, **AS_IN_TRAINING}
     recorded = {key: evaluation[key] for key in _OF_TIMM if key in evaluation}
     if statistics is not None:
         recorded |= {"mean": list(statistics[0]), "std": list(statistics[1])}
     ours = {key: evaluation[key] for key in _OF_OURS if key in evaluation}
     names = {} if class_names is None else {"label_names": list(class_names)}
     return {**names, "pretrained_cfg": recorded, **({OURS: ours} if ours else {})}
-
-
-def named_normalization(source: str, found: Description | Report, option: str) -> str:
-    """Returns the normalization of a file's images, a value of `config.data.normalization`.
-
-    Raises:
-        UserError: it has no name; `option` is to be set instead.
-    """
-    if found.normalization == OTHER:
-        mean, std = found.statistics
-        raise UserError(
-            f"{source}: its images were normalized by mean {list(mean)} and std {list(std)}, which {option} cannot "
-            f"express\n  choose another normalization: {option}=half, imagenet or set"
-        )
-    return found.normalization
 
 
 def _of_timm(config: Mapping[str, Any]) -> Statistics | None:
@@ -91,22 +130,28 @@ def _of_timm(config: Mapping[str, Any]) -> Statistics | None:
 
 
 def _evaluation(config: Mapping[str, Any]) -> dict[str, Any]:
-    timm = config_value(config, "pretrained_cfg", dict) or config
-    ours = config_value(config, OURS, dict) or {}
-    found = {key: config_value(timm, key, kind) for key, kind in _OF_TIMM.items()}
+    of_timm, ours = config_value(config, "pretrained_cfg", dict), config_value(config, OURS, dict) or {}
+    recorded = of_timm or config
+    found = {key: config_value(recorded, key, kind) for key, kind in _OF_TIMM.items()}
     found |= {key: config_value(ours, key, kind) for key, kind in _OF_OURS.items()}
     for key, value in found.items():
         if isinstance(value, int | float) and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"{CONFIG} has {key} {value}: it must not be negative\n  correct it, or remove it")
-    return {key: value for key, value in found.items() if value is not None}
+    found = {key: value for key, value in found.items() if value is not None}
+    if not of_timm or "architecture" not in config or _is_own(config):
+        return found
+    size = pair((config_value(of_timm, "input_size", list) or [])[1:])
+    return {**DEFAULTS_OF_TIMM, **found, **({"input_size": list(size)} if size else {})}
 
 
 def _of_hugging_face(config: Mapping[str, Any], channels: int) -> Statistics | None:
-    if config.get("do_normalize") is False:  # pixels stay in [0, 1]
-        return (0.0,) * channels, (1.0,) * channels
+    scale = image_processors.pixel_scale(config)
+    if config.get("do_normalize") is False:
+        return (0.0,) * channels, (1 / scale,) * channels
     if config.get("image_mean") is None or config.get("image_std") is None:
         return None
-    return _checked(config["image_mean"], config["image_std"], f"{PREPROCESSOR}: image_mean and image_std")
+    found = _checked(config["image_mean"], config["image_std"], f"{PREPROCESSOR}: image_mean and image_std")
+    return tuple(tuple(value / scale for value in part) for part in found)
 
 
 def _checked(mean: Any, std: Any, where: str) -> Statistics:
@@ -120,20 +165,20 @@ def _checked(mean: Any, std: Any, where: str) -> Statistics:
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
-def _name(statistics: Statistics) -> str:
-    """The value of `config.data.normalization` for statistics, or `OTHER`."""
-    channels = len(statistics[0])
-    for name in normalization.CONSTANTS:
-        same_channels = name != "imagenet" or channels == len(normalization.IMAGENET[0])
-        if same_channels and np.allclose(statistics, normalization.constants(name, channels), atol=1e-3):
-            return name
-    return OTHER
-
-
-def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The class names in the order of the labels; None if there are none, or not one for each of 0, 1, ..."""
-    names = config_value(config, "label_names", list)
-    if names is None and (by_label := config_value(config, "id2label", dict)) is not None:
-        wanted = [str(label) for label in range(len(by_label))]
-        names = [by_label[label] for label in wanted] if set(by_label) == set(wanted) else None
-    return tuple(names) if names and all(isinstance(name, str) for name in names) else None
+def _class_names(
+    classes: Any, config: Mapping[str, Any], names: tuple[str, ...]
+) -> tuple[tuple[str, ...] | None, str | None]:
+    """The class names of the head, and a note if those that are recorded are not its."""
+    if not isinstance(classes, int):
+        return None, None
+    found = class_names.recorded(config)
+    if found is not None and len(found) == classes:
+        return found, None
+    if found is not None:
+        return (
+            None,
+            f"{CONFIG} has {len(found)} class names, but the head has {classes} classes: the names are not used",
+        )
+    known = class_names.imagenet1k()
+    is_known = classes == len(known) and class_names.is_imagenet1k(config, _is_own(config), names)
+    return (known if is_known else None), None

@@ -44,12 +44,13 @@ class Report:
         model: the loaded model.
         image_size: height and width of the images that its position embedding is for; None for any size.
         channels: number of channels of its images.
-        normalization: of the images it was trained on, a value of `config.data.normalization`, or `describe.OTHER`.
+        normalization: of the images it was trained on, a value of `config.data.normalization`.
         rows: one per rule, and one per array that was ignored or initialized.
         decisions: options of the model that the arrays do not determine, and where their values come from.
         notes: what else a user should know.
-        statistics: mean and std of each channel of these images, if recorded beside the file.
-        class_names: of its only head, if recorded beside the file.
+        statistics: mean and std of each channel of these images; None if unknown, for a run without its dataset.
+        assumed: a line on what mean and std were assumed and why, if they are not recorded; else ''.
+        class_names: of its only head, if they are known.
         evaluation: other recorded options of evaluation (`preprocessing.EVALUATION`), such as 'crop_pct' and 'loss'.
     """
 
@@ -63,6 +64,7 @@ class Report:
     decisions: tuple[Decision, ...] = ()
     notes: tuple[str, ...] = ()
     statistics: Statistics | None = None
+    assumed: str = ""
     class_names: tuple[str, ...] | None = None
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -78,13 +80,16 @@ class Report:
         parameters = sum(len(row.paths) for row in self.rows)
         lines += [f"{parameters} parameters; rows {self._counts()}"]
         lines += self._rows([row for row in self.rows if verbose or row.action not in PLAIN], verbose)
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return "\n".join(lines + [f"note: {note}" for note in self._all_notes()])
 
     def changes(self, source: str) -> str:
         """The report without what describes the model, for one that is known; `source` is what the user wrote."""
         lines = [f"initial parameters: {source}, {self.label}, {self._arrays()} arrays: {self._counts()}"]
         lines += self._rows([row for row in self.rows if row.action not in PLAIN], verbose=False)
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return "\n".join(lines + [f"note: {note}" for note in self._all_notes()])
+
+    def _all_notes(self) -> tuple[str, ...]:
+        return (*self.notes, self.assumed) if self.assumed else self.notes
 
     def _arrays(self) -> int:
         return sum(len(row.names) for row in self.rows)
