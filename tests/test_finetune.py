@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 
 import jax
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 from helpers import finish, flags, num_records, read_metrics, run_command, start_command, tiny_config, wait_until
 
-from vit_jax import commands, evaluate, weights
+from vit_jax import commands, convert, evaluate, inference, weights
 from vit_jax import config as options
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.config.check import check_config
+from vit_jax.data import normalization
 from vit_jax.errors import UserError
 from vit_jax.models.variants import fields_of_options
+from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import build_model, setup, train
 
 
@@ -137,6 +140,29 @@ def test_the_model_of_a_published_file(goldens):
     assert config.data.normalization == "half"
 
 
+def file_with(path, statistics, channels=1):
+    """A weights file of a tiny model that records the mean and std of its images; the path."""
+    fields = {"classes": 3, "patch_size": 4, "width": 12, "depth": 1, "heads": 3, "mlp_width": 24}
+    model = VisionTransformer(**fields)
+    parameters = setup.init_parameters(model, (8, 8, channels), 0)
+    weights.save(path, model, parameters, 8, channels, statistics=statistics)
+    return path
+
+
+def test_any_mean_and_std_of_a_file_is_taken(tmp_path):
+    """Those of CLIP by their name, others as numbers, which config.json keeps."""
+    clip, others = normalization.RED_GREEN_BLUE["clip"], ((0.1, 0.2, 0.25), (0.3, 0.2, 1.0))
+    file = file_with(tmp_path / "model.safetensors", others, channels=3)
+    record = json.loads((tmp_path / "config.json").read_text())
+    for name, statistics in {"0.1,0.2,0.25/0.3,0.2,1.0": others, "clip": clip}.items():
+        record["pretrained_cfg"] |= {"mean": statistics[0], "std": statistics[1]}
+        (tmp_path / "config.json").write_text(json.dumps(record))
+        config = commands.make_config("configs/finetune.py:cifar10", [f"checkpoint.init_from={file}"])
+        assert config.data.normalization == name
+        again = options.from_dict(json.loads(json.dumps(config.to_dict())))
+        assert normalization.constants(again.data.normalization, 3) == statistics
+
+
 def fine_tuned(config, workdir, **sections):
     """The summary of a short run on the digits."""
     config.update({"data": {"name": "digits"}, "log": {"tensorboard": False}, "mesh": {"devices": 1}})
@@ -219,6 +245,27 @@ def test_an_average_of_checkpoints_is_evaluated_and_started_from(learned, tmp_pa
     assert evaluate.main([f"--workdir={workdir}", f"--weights={tmp_path / 'other'}"]) == 2
     error = capsys.readouterr().err
     assert "head/logits" in error or "its model differs" in error
+
+
+@pytest.mark.slow
+def test_a_run_needs_the_file_with_its_mean_and_std_only_once(tmp_path):
+    """The numbers are in the run: it resumes, predicts and is exported without the file that it started from."""
+    file, workdir, numbers = tmp_path / "init" / "model.safetensors", tmp_path / "run", ((0.3,), (0.7,))
+    file_with(file, numbers)
+    start = [f"checkpoint.init_from={file}", "train.batch_size=8", "data.name=digits", "data.image_size=8"]
+    steps = {"train": {"steps": 1}, "checkpoint": {"every": 1}, "data": {"image_size": 8}}
+    config = commands.make_config("configs/finetune.py:cifar10", start, workdir)
+    fine_tuned(config, workdir, **steps)
+    shutil.rmtree(file.parent)
+    resumed = commands.make_config("configs/finetune.py:cifar10", start, workdir)
+    assert resumed.data.normalization == config.data.normalization == "0.3/0.7"
+    assert fine_tuned(resumed, workdir, **(steps | {"train": {"steps": 2}}))["steps"] == 2
+    inputs = inference.Predictor(workdir).inputs
+    assert (inputs.mean, inputs.std) == numbers
+    (workdir / "data.json").unlink()  # config.json has them too
+    assert inference.of_run(workdir).augment.mean == numbers[0]
+    assert convert.main([str(workdir), str(tmp_path / "export.safetensors")]) == 0
+    assert weights.recognise(tmp_path / "export.safetensors").statistics == numbers
 
 
 # --- every config file, on synthetic images --------------------------------------------------------------------------

@@ -209,10 +209,9 @@ def load(
     Args:
         source: a run directory; or weights: a file, directory, URL, or the name of a published model.
         step: for a run: a step, or 'best'; None for the newest checkpoint.
-        class_names: for weights: one per class; None for those beside the file, or '0', '1', ...
-        image_size: for weights: pixels, an int or (height, width); None for the size that the position embeddings are
-            for.
-        normalize: for weights: 'half' (Google's models) or 'imagenet' (DeiT, DINO, MAE); None for what the file says.
+        class_names: for weights: one per class; 'imagenet'; None for those of the file, or '0', '1', ...
+        image_size: for weights: pixels, an int or (height, width); None for that of the file.
+        normalize: for weights: 'half', 'imagenet', 'clip' or numbers; None for what the file says.
         batch_size: images per batch; does not change the result.
 
     Raises:

@@ -115,7 +115,8 @@ def of_file(
     Args:
         file: a file, directory, URL or name that `weights.load` reads.
         class_names: one name per class; 'imagenet' for those of ImageNet-1k; None for those of the file, or '0', '1'.
-        image_size: pixels, an int or (height, width); None for the size of images that the file records, or that its positions are for.
+        image_size: pixels, an int or (height, width); None for the size of images that the file records, or that its
+            positions are for.
         normalize: 'half' for mean and std 0.5, 'imagenet', 'clip', or numbers (`normalization.text`); None for what the
             file says, or what its family had.
         needs_head: refuse a file without a head that can be used; else, its model returns features alone.

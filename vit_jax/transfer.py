@@ -94,8 +94,8 @@ def _add_data_flags(group: Any) -> None:
     )
     group.add_argument(
         "--normalize",
-        help="normalize images by the mean and std of the dataset (set), by 0.5 (half), or by those of ImageNet "
-        "(imagenet) (default: as in the backbone's training)",
+        help="normalize images by mean and std of the dataset (set), 0.5 (half), those of ImageNet (imagenet) or CLIP "
+        "(clip), or numbers, 0.5,0.5,0.5/0.25,0.25,0.25 (default: as in the backbone's training)",
     )
     group.add_argument("--batch_size", type=int, default=256, help="images per batch (default: %(default)s)")
 
@@ -244,7 +244,6 @@ def _compute_features(flags: argparse.Namespace, settings: "Settings") -> Proble
         image_size=flags.image_size,
         channels=channels,
     )
-    normalize = flags.normalize or backbone.normalization
     size = flags.image_size or backbone.image_size or trained_size
     with commands.flags_named(commands.DATA_FLAGS):
         loaded = [sources.load(name, split, data_dir=data_dir, image_size=size, **selected) for split in splits]
@@ -253,7 +252,7 @@ def _compute_features(flags: argparse.Namespace, settings: "Settings") -> Proble
     for role, source in zip(("train", "test"), loaded, strict=True):
         path = out / "features" / f"{role}.npz"
         stored = extraction.load_or_compute(
-            path, backbone, source, mesh, normalize=normalize, batch_size=flags.batch_size
+            path, backbone, source, mesh, normalize=flags.normalize, batch_size=flags.batch_size
         )
         features = extraction.after_pre_logits(backbone, stored.features)
         examples.append(frozen_features.Examples(features, source.labels))
@@ -267,7 +266,7 @@ def _compute_features(flags: argparse.Namespace, settings: "Settings") -> Proble
         "test": flags.test,
         "label": flags.label,
         "image_size": list(loaded[0].images.shape[1:3]),
-        "normalize": normalize,
+        "normalize": flags.normalize or backbone.normalization,
     }
     return Problem(out, about, *examples, loaded[0].class_names)
 

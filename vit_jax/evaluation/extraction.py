@@ -40,7 +40,8 @@ class Backbone:
         image_size: height and width that the position embeddings are for; None if any size works.
         normalization: of the images in training, a value of `config.data.normalization`.
         description: one line about the origin of the parameters.
-        statistics: mean and std of these images, if recorded beside the file.
+        statistics: mean and std of these images; None for those of the dataset that the features are of.
+        assumed: `Report.assumed`: what mean and std were assumed, if the file does not record them.
     """
 
     model: VisionTransformer
@@ -50,6 +51,7 @@ class Backbone:
     normalization: str
     description: str
     statistics: normalization.Statistics | None = None
+    assumed: str = ""
 
 
 def load(
@@ -105,7 +107,8 @@ def load(
     description = f"{report.label} ({notes})" if notes else report.label
     # 'set' is the mean and std of the dataset that the features are of, also if those of the backbone's are recorded.
     statistics = None if report.normalization == "set" else report.statistics
-    return Backbone(model, parameters, layer, report.image_size, report.normalization, description, statistics)
+    known = report.image_size, report.normalization, description, statistics, report.assumed
+    return Backbone(model, parameters, layer, *known)
 
 
 def prepare_for_device(
@@ -189,7 +192,8 @@ def load_or_compute(
         backbone: what computes the features.
         source: of the images; they are not augmented.
         mesh: the devices.
-        normalize: one of `normalization.NAMES`; None for the normalization of the backbone's training.
+        normalize: one of `normalization.NAMES`, or numbers (`normalization.text`); None for the normalization of the
+            backbone's training.
         batch_size: images per batch, rounded up to a multiple of the number of devices.
 
     Raises:
@@ -197,6 +201,8 @@ def load_or_compute(
     """
     path, batch_size = paths.expand(path, "path"), arguments.integer("batch_size", batch_size)
     recorded = None if normalize else backbone.statistics
+    if recorded and backbone.assumed:
+        terminal.warn(backbone.assumed)
     mean, std = recorded or normalization.of_source(normalize or backbone.normalization, source, "--normalize")
     if mean == source.mean and (note := normalization.note(source.mean, source.std)):
         terminal.warn(note)

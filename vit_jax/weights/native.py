@@ -224,7 +224,7 @@ def _description(
         if not name.startswith(prefix)
     }
     check_names([*parameters, *ignored], rules, ignored, (), label)
-    labels = data.get("labels") or ()
+    labels, name = data.get("labels") or (), data.get("normalization", "set")
     names = labels.split(",") if isinstance(labels, str) else labels  # older configs have 'label,parity'
     return Description(
         label,
@@ -236,16 +236,19 @@ def _description(
         decisions=tuple(choices.made),
         notes=notes,
         head_name=names[0] if len(names) == 1 else None,
-        normalization=data.get("normalization", "set"),
+        normalization=name,
         recorded_size=image_size,
         evaluation=_evaluation(config),
-        **_recorded(inputs, model, channels),
+        **_recorded(inputs, model, channels, name),
     )
 
 
-def _recorded(inputs: InputSpec | None, model: VisionTransformer, channels: int) -> dict[str, Any]:
-    """The fields of `Description` that come from data.json, where it is that of the model."""
-    found = {}
+def _recorded(inputs: InputSpec | None, model: VisionTransformer, channels: int, name: str) -> dict[str, Any]:
+    """The fields of `Description` that come from data.json, where it is that of the model, and the config's `name`."""
+    try:
+        found = {"statistics": normalization.constants(name, channels)}
+    except UserError:  # of another number of channels: the config was changed
+        found = {}
     if inputs is not None and len(inputs.mean) == channels:
         found["statistics"] = inputs.mean, normalization.divisors(inputs.std)
     if inputs is not None and list(map(len, inputs.classes.values())) == [model.classes]:
