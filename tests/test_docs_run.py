@@ -203,7 +203,6 @@ def base(patched, tmp_path_factory):
     for split in ("train", "test"):
         images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
         np.savez(root / "arrays" / f"{split}.npz", images=images, labels=np.arange(40) % 10)
-    (root / "imagenet.txt").write_text("".join(f"class {index}\n" for index in range(10)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for spec in ("digits", "cifar10:cpu", "pretrain:mae-cpu"):

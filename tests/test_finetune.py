@@ -250,8 +250,8 @@ def test_an_average_of_checkpoints_is_evaluated_and_started_from(learned, tmp_pa
 @pytest.mark.slow
 def test_a_run_needs_the_file_with_its_mean_and_std_only_once(tmp_path):
     """The numbers are in the run: it resumes, predicts and is exported without the file that it started from."""
-    file, workdir, numbers = tmp_path / "init" / "model.safetensors", tmp_path / "run", ((0.3,), (0.7,))
-    file_with(file, numbers)
+    file, workdir, recorded = tmp_path / "init" / "model.safetensors", tmp_path / "run", ((0.3,), (0.7,))
+    file_with(file, recorded)
     start = [f"checkpoint.init_from={file}", "train.batch_size=8", "data.name=digits", "data.image_size=8"]
     steps = {"train": {"steps": 1}, "checkpoint": {"every": 1}, "data": {"image_size": 8}}
     config = commands.make_config("configs/finetune.py:cifar10", start, workdir)
@@ -261,11 +261,11 @@ def test_a_run_needs_the_file_with_its_mean_and_std_only_once(tmp_path):
     assert resumed.data.normalization == config.data.normalization == "0.3/0.7"
     assert fine_tuned(resumed, workdir, **(steps | {"train": {"steps": 2}}))["steps"] == 2
     inputs = inference.Predictor(workdir).inputs
-    assert (inputs.mean, inputs.std) == numbers
+    assert (inputs.mean, inputs.std) == recorded
     (workdir / "data.json").unlink()  # config.json has them too
-    assert inference.of_run(workdir).augment.mean == numbers[0]
+    assert inference.of_run(workdir).augment.mean == recorded[0]
     assert convert.main([str(workdir), str(tmp_path / "export.safetensors")]) == 0
-    assert weights.recognise(tmp_path / "export.safetensors").statistics == numbers
+    assert weights.recognise(tmp_path / "export.safetensors").statistics == recorded
 
 
 # --- every config file, on synthetic images --------------------------------------------------------------------------

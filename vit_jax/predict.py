@@ -20,7 +20,7 @@ Classifies images with a trained model and prints the most probable classes of e
   %(prog)s --workdir=runs/photos --best --top=1 --csv=predictions.csv album/
   %(prog)s --workdir=runs/photos --picture=predictions.png album/
   %(prog)s --workdir=runs/photos --json album/ | jq .predictions[0]
-  %(prog)s --init=augreg-b16-224 --classes=imagenet.txt holiday.jpg
+  %(prog)s --init=augreg-b16-224 holiday.jpg
 
 Images can have any size and any format that Pillow reads; they are resized as in training. A directory stands for all
 images below it, sorted by path. Images that cannot be read are reported on standard error and skipped. The exit status

@@ -141,6 +141,8 @@ def _evaluation(config: Mapping[str, Any]) -> dict[str, Any]:
     if not of_timm or "architecture" not in config or _is_own(config):
         return found
     size = pair((config_value(of_timm, "input_size", list) or [])[1:])
+    if (config_value(config, "model_args", dict) or {}).get("img_size"):  # timm's models are for this size alone
+        size = None
     return {**DEFAULTS_OF_TIMM, **found, **({"input_size": list(size)} if size else {})}
 
 
