@@ -23,7 +23,7 @@ TIMM = {
     "timm squash": {"input_size": [3, 32, 32], "interpolation": "bilinear", "crop_mode": "squash", **CLIP},
     "timm border": {"input_size": [3, 40, 40], "crop_pct": 0.95, "crop_mode": "border", **IMAGENET},
     "timm wide": {"input_size": [3, 24, 40], "interpolation": "lanczos", "crop_pct": 0.8, **IMAGENET},
-    "timm defaults": {"input_size": [3, 32, 32], **HALF},
+    "timm defaults": {"input_size": [3, 24, 24], **HALF},
     "timm nearest": {"input_size": [3, 36, 36], "interpolation": "nearest", "crop_pct": 1.0, **HALF},
     "timm padded": {"input_size": [3, 33, 33], "crop_pct": 1.25, **HALF},
 }
@@ -44,7 +44,7 @@ TRANSFORMERS = {
     "old ViT": {"feature_extractor_type": "ViTFeatureExtractor", "size": 32, "image_mean": [0.5] * 3}
     | {"image_std": [0.5] * 3},
     "DeiT": _processor("DeiTImageProcessor", {"height": 38, "width": 38}, 3, IMAGENET, **_cropped(33)),
-    "DINOv2": _processor("BitImageProcessor", {"shortest_edge": 37}, 3, IMAGENET, **_cropped(32)),
+    "DINOv2": _processor("BitImageProcessor", {"shortest_edge": 35}, 3, IMAGENET, **_cropped(32)),
     "CLIP": _processor("CLIPImageProcessor", 40, 3, CLIP, do_center_crop=True, crop_size=40),
     "SigLIP": _processor("SiglipImageProcessor", {"height": 40, "width": 40}, 3, HALF),
     "lanczos, nothing rescaled": _processor("ViTImageProcessor", 32, 1, CLIP, do_rescale=False),
