@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -232,3 +233,17 @@ def test_the_command_runs_in_a_process(digits_run, tmp_path):
     arguments = [f"--init={digits_run}", f"--out={tmp_path}", "--draws=2"]
     assert "linear probe" in run_command("vit_jax.transfer", *arguments, stderr=subprocess.PIPE)
     assert json.loads((tmp_path / "transfer.json").read_text())["seed"] == 0
+
+
+def test_what_is_assumed_of_a_backbone_is_said_once(tmp_path, capsys):
+    """A DINOv2 file without JSON is normalized by ImageNet's mean and std, here of images with three channels."""
+    path = Path(__file__).parent / "weights" / "references" / "hf_dinov2_registers"
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        images = rng.integers(0, 256, (12, 12, 12, 3), np.uint8)
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=np.arange(12) % 2)
+    arguments = [f"--init={path}", "--data=arrays", f"--data_dir={tmp_path}", f"--out={tmp_path / 'out'}"]
+    assert transfer.main([*arguments, "--methods=knn", "--neighbours=1"]) == 0
+    assert capsys.readouterr().err.count("are not recorded; assumed: imagenet") == 1
+    about = feature_store.read(tmp_path / "out" / "features" / "test.npz").about
+    assert about["normalized_by"] == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]

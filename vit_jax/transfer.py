@@ -244,6 +244,8 @@ def _compute_features(flags: argparse.Namespace, settings: "Settings") -> Proble
         image_size=flags.image_size,
         channels=channels,
     )
+    if flags.normalize is None and backbone.assumed:
+        terminal.warn(f"{flags.init}: {backbone.assumed}")
     size = flags.image_size or backbone.image_size or trained_size
     with commands.flags_named(commands.DATA_FLAGS):
         loaded = [sources.load(name, split, data_dir=data_dir, image_size=size, **selected) for split in splits]

@@ -201,8 +201,6 @@ def load_or_compute(
     """
     path, batch_size = paths.expand(path, "path"), arguments.integer("batch_size", batch_size)
     recorded = None if normalize else backbone.statistics
-    if recorded and backbone.assumed:
-        terminal.warn(backbone.assumed)
     mean, std = recorded or normalization.of_source(normalize or backbone.normalization, source, "--normalize")
     if mean == source.mean and (note := normalization.note(source.mean, source.std)):
         terminal.warn(note)
