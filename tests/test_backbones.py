@@ -40,10 +40,11 @@ def album(pixels, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(pixels):
-    """Tokens of both layers by kind, [layers, images, ...], of the images normalized here by mean and std 0.5."""
+    """Tokens of both layers by kind, [layers, images, ...], of the images normalized here by ImageNet's mean and std."""
     model, parameters, _ = weights.load(FILE)
     assert (model.registers, model.depth) == (4, 2)
-    images = jnp.asarray((pixels / 255 - 0.5) / 0.5, jnp.float32)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    images = jnp.asarray((pixels / 255 - mean) / std, jnp.float32)
     apply = jax.jit(lambda x: tokens.apply(model, parameters, x, (0, 1)))
     return jax.tree.map(np.asarray, apply(images)), images
 

@@ -158,7 +158,7 @@ BAD = {
     "model.variant=Ti/0": ["'Ti/0'"],
     "model.heads=5": ["heads is 5", "width 64"],
     "model.dropout=1.0": ["config.model.dropout", "below 1"],
-    "model.pooling=max": ["config.model.pooling", "'max'", "'token', 'mean' or 'map'"],
+    "model.pooling=max": ["config.model.pooling", "'max'", "'token', 'mean', 'token_mean', 'token_register' or 'map'"],
     "model.position=rotory": ["position is 'rotory'", "rotary"],
     "model.position=rotary model.width=12 model.heads=4": ["rotary"],
     "model.position_at=nowhere": ["position_at", "nowhere", "'shared'"],

@@ -126,7 +126,7 @@ def of_file(
     """
     file = arguments.path("file", file)
     if class_names is not None:
-        is_imagenet = class_names == class_name_lists.IMAGENET
+        is_imagenet = isinstance(class_names, str) and class_names == class_name_lists.IMAGENET
         class_names = class_name_lists.imagenet1k() if is_imagenet else arguments.names("class_names", class_names)
     if image_size is not None:
         image_size = arguments.size("image_size", image_size)
