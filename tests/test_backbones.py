@@ -40,7 +40,7 @@ def album(pixels, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(pixels):
-    """Tokens of both layers by kind, [layers, images, ...], of the images normalized here by ImageNet's mean and std."""
+    """Tokens of both layers by kind, [layers, images, ...], of the images, normalized here by ImageNet's statistics."""
     model, parameters, _ = weights.load(FILE)
     assert (model.registers, model.depth) == (4, 2)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
