@@ -108,6 +108,12 @@ TIMMS_OWN = [
     {"mlp": "swiglu", "layer_scale": 0.1, "mlp_width": 37},
     {"pooling": "none", "class_token": False, "qkv_bias": False, "mlp_width": 37},
     {"position": "none", "scan": True},
+    {"input_norm": "tokens", "gelu": "quick", "layer_norm_epsilon": 1e-5},
+    {"attention_norm": True, "mlp_norm": True, "final_norm": False, "classes": None},
+    {"mlp": "swiglu", "mlp_norm": True, "mlp_width": 36},
+    {"position": "dinov3", "registers": 4, "layer_scale": 0.1, "gelu": "exact", "heads": 3, "width": 36}
+    | {"layer_norm_epsilon": 1e-5},
+    {"position": "dinov3", "mlp": "swiglu", "pooling": "mean", "heads": 3, "width": 36, "layer_norm_epsilon": 1e-5},
 ]
 
 

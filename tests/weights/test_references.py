@@ -143,7 +143,7 @@ def test_dinov3_in_the_names_of_its_code(references, helpers, tmp_path, name):
 
 ROUND = [
     *("timm_vit", "timm_registers", "timm_map", "timm_fc_norm", "timm_gap", "timm_qk_norm", "timm_swiglu"),
-    "timm_wide",
+    *("timm_wide", "timm_clip", "timm_clip_quickgelu", "timm_beit3", "timm_dinov3", "timm_dinov3_qkvb"),
 ]
 
 

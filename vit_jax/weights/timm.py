@@ -88,7 +88,7 @@ def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
             )
     recorded, choices = _recorded(stored), Choices(overrides)
     pooling = _pooling(names, recorded, choices)
-    parts, refusal = _parts(names, pooling), odd_head(names, "head.", bias=not names.any(r"norm_pre\."))
+    parts, refusal = _parts(names, pooling, recorded), odd_head(names, "head.", bias=not names.any(r"norm_pre\."))
     two_heads = names.any(r"head_dist\.")
     if two_heads and pooling != "token_register":
         refusal = TWO_HEADS
@@ -150,7 +150,7 @@ def _needs_table(names: Names, recorded: Mapping[str, Any]) -> bool:
     """Whether a file with these arrays is not complete without pos_embed."""
     with_registers = "storage_tokens" in names or ("reg_token" in names and names.any(r"blocks\.\d+\.gamma_1"))
     relative = names.any(rf"(rel_pos_bias\.|blocks\.\d+\.attn\.){TABLE}")
-    return not (with_registers or relative or re.match(r".*_rope_\d", recorded.get("architecture", "")))
+    return not (with_registers or relative or re.match(r".*(_rope_\d|dinov3)", recorded.get("architecture", "")))
 
 
 def _optional_biases(parts: Parts) -> str:
@@ -198,6 +198,7 @@ def _recorded(stored: Stored) -> dict[str, Any]:
         "activation": config_value(arguments, "act_layer", str) or _activation(name),
         "pooling": config_value(config if "global_pool" in config else arguments, "global_pool", str),
         "no_embed_class": config_value(arguments, "no_embed_class", bool),
+        "final_norm": config_value(arguments, "final_norm", bool),
         "image_size": arguments.get("img_size") or size[1:],
         "layer_norm_epsilon": config_value(config, "layer_norm_epsilon", float),
     }
@@ -227,11 +228,11 @@ def _pooling(names: Names, recorded: Mapping[str, Any], choices: Choices) -> str
     return choices.decide("pooling", convention, None if word is None else POOLINGS[word], family=FAMILY)
 
 
-def _parts(names: Names, pooling: str) -> Parts:
+def _parts(names: Names, pooling: str, recorded: Mapping[str, Any]) -> Parts:
     block = r"blocks\.\d+\."
     gated = names.any(rf"{block}mlp\.(fc1_g|w12|w1)\.") or _packed(names)
     layer_norm = not names.any(rf"{block}norm1\.") or names.any(rf"({block}norm[12]|patch_embed\.norm|norm)\.bias")
-    final_norm = names.any(r"(fc_)?norm\.") or names.any(r"head\.") or not _may_end_without_norm(names)
+    no_norm = recorded.get("final_norm") is False or (not names.any(r"head\.") and _may_end_without_norm(names))
     return Parts(
         depth=names.count(r"blocks\.(\d+)\."),
         class_token="cls_token" in names,
@@ -250,7 +251,7 @@ def _parts(names: Names, pooling: str) -> Parts:
         input_norm="tokens" if names.any(r"norm_pre\.") else "patches" if names.any(r"patch_embed\.norm\.") else None,
         attention_norm=names.any(rf"{block}attn\.norm\."),
         mlp_norm=names.any(rf"{block}mlp\.norm\."),
-        final_norm=final_norm,
+        final_norm=names.any(r"(fc_)?norm\.") or not no_norm,
     )
 
 

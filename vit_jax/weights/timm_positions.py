@@ -73,6 +73,8 @@ def _with_table(parts: Parts, spelling: Spelling, side: int | None, architecture
 def _without_table(parts: Parts, spelling: Spelling, side: None, architecture: str) -> Implied | None:
     if spelling.relative is not None:
         return Implied("relative_class")
+    if "dinov3" in architecture:
+        return Implied("dinov3")
     if not parts.layer_scale:
         return None
     if parts.registers:
