@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import ROOT, flags, read_json_lines, run_command
+from helpers import ROOT, THOROUGH, flags, read_json_lines, run_command
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +26,7 @@ def test_a_run_on_the_prepared_files_learns_and_scores_every_test_image(run, tmp
     assert scored["test/examples"] == 10_000
 
 
+@pytest.mark.skipif(not THOROUGH, reason="six minutes: with VIT_JAX_TEST_THOROUGH=1")
 def test_fine_tuning_gains_more_than_the_spread_between_seeds(run, tmp_path):
     """The paper's method at a tenth of its length: pre-train on CIFAR-100, fine-tune on CIFAR-10, score features."""
     script = ROOT / "benchmarks" / "chain.py"

@@ -8,7 +8,17 @@ import signal
 import jax
 import numpy as np
 import pytest
-from helpers import finish, flags, num_records, read_metrics, run_command, start_command, tiny_config, wait_until
+from helpers import (
+    THOROUGH,
+    finish,
+    flags,
+    num_records,
+    read_metrics,
+    run_command,
+    start_command,
+    tiny_config,
+    wait_until,
+)
 
 from vit_jax import commands, convert, evaluate, inference, weights
 from vit_jax import config as options
@@ -290,7 +300,7 @@ TUNED += ["finetune.py:cifar100,probe", "finetune.py:oxford_iiit_pet,adamw"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [*SCRATCH, *TUNED])
+@pytest.mark.parametrize("spec", [*SCRATCH, *TUNED][:: 1 if THOROUGH else 2])
 def test_every_config_trains_and_evaluates(spec, synthetic, tmp_path):
     """With a tiny model, few small images and a hundredth of its steps; everything else as in the file."""
     overrides = [f"data.dir={synthetic}", "data.name=arrays", "data.test=test", f"data.cache_dir={tmp_path / 'cache'}"]
