@@ -1,4 +1,4 @@
-"""Safe reading and atomic writing of .npz and .safetensors files.
+"""Safe reading of files of weights (.npz, .safetensors, torch.save, Flax's .msgpack); atomic writing of the first two.
 
 `open_file` reads and checks names, shapes and dtypes only; an array is read when it is looked up. Code in a file is
 never executed, and rejecting an invalid file needs little memory, whatever sizes it claims.
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,16 +22,20 @@ import psutil
 
 from vit_jax import atomic, paths
 from vit_jax.errors import UserError, few
-from vit_jax.weights import npz, pickles, safetensors
+from vit_jax.weights import flax_files, npz, pickles, safetensors, torch_files, torch_refusal
 
 SAFETENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"  # of Hugging Face: how images are resized and normalized
 SUFFIXES = (".safetensors", ".npz")
+ALL_SUFFIXES = (*SUFFIXES, *torch_refusal.SUFFIXES, ".msgpack")
+_USUAL = (  # file names of the Hugging Face hub
+    *(SAFETENSORS, INDEX),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin", "flax_model.msgpack"),
+)
 _UNSUPPORTED = {
     **dict.fromkeys((".h5", ".hdf5", ".keras"), "HDF5"),
-    ".msgpack": "MessagePack",
     ".npy": "a single array",
     ".onnx": "ONNX",
     ".gguf": "GGUF",
@@ -54,7 +58,7 @@ class Stored:
 
     Attributes:
         path: the file, or the index of a sharded file.
-        format: 'npz' or 'safetensors'.
+        format: 'npz', 'safetensors', 'torch' or 'flax'.
         arrays: by name; each look-up reads the array from the file and raises UserError if that fails.
         shapes, dtypes: of the arrays, by name, in the machine's byte order.
         config: the config.json in the same directory, or None.
@@ -72,10 +76,13 @@ class Stored:
     prefix: str = ""
 
 
+Entry = npz.Entry | safetensors.Entry | torch_files.Entry
+
+
 class _Arrays(Mapping):
     """The arrays of one or several files by name, each read when it is looked up."""
 
-    def __init__(self, entries: Mapping[str, tuple[Path, npz.Entry | safetensors.Entry]]):
+    def __init__(self, entries: Mapping[str, tuple[Path, Entry]]):
         self._entries = entries
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -95,9 +102,11 @@ class _Arrays(Mapping):
         return len(self._entries)
 
 
-def _read(file: BinaryIO, entry: npz.Entry | safetensors.Entry, out: np.ndarray) -> np.ndarray:
+def _read(file: BinaryIO, entry: Entry, out: np.ndarray) -> np.ndarray:
     if isinstance(entry, npz.Entry):
         array = npz.read(file, entry, out)
+    elif isinstance(entry, torch_files.Entry):
+        array = torch_files.read(file, entry, out)
     else:
         file.seek(entry.start)
         npz.fill(file, out)
@@ -116,11 +125,12 @@ def _aligned(nbytes: int) -> np.ndarray:
 def open_file(path: str | os.PathLike[str]) -> Stored:
     """The content of a file, or of the weights file in a directory, after checking its headers against the file.
 
-    A directory must contain model.safetensors, or model.safetensors.index.json and the shards it names, or a single
-    .safetensors or .npz file. The format is determined by the content of the file, not by its name.
+    A directory must contain a file with a name that the Hugging Face hub uses, such as model.safetensors or
+    pytorch_model.bin, or a single file of weights, also in several shards; .safetensors and .npz have precedence. The
+    format is determined by the content of the file, not by its name.
 
     Raises:
-        UserError: the file is missing, corrupt, inconsistent, of an unsupported format, or could execute code.
+        UserError: the file is missing, corrupt, inconsistent, or of an unsupported format.
     """
     path = paths.expand(path, "weights")
     with user_errors(path):
@@ -155,15 +165,14 @@ def _open_one(path: Path) -> tuple[str, dict[str, Any], dict[str, str]]:
         kind = _kind(path, file.read(64), file)
         if kind == "safetensors":
             return kind, *safetensors.header(file, size)
-        try:
-            return kind, npz.entries(file, size), {}
-        except npz.PickledError:
-            raise
-        except ValueError as error:
-            if path.suffix.lower() in pickles.SUFFIXES:
-                again = "download it again; the error for the whole file says how to convert it"
-                raise ValueError(f"{error}\n  {again}") from error
-            raise
+        if kind == "zip":
+            members = npz.members(file, size)
+            if not torch_files.is_torch(members):
+                return "npz", npz.entries(file, members), {}
+            return "torch", torch_files.entries(file, members, size), {}
+        if kind == "torch":
+            return kind, torch_files.legacy_entries(file, size), {}
+        return kind, flax_files.entries(file, size), {}
 
 
 def _index(path: Path) -> dict[str, set[str]]:
@@ -181,9 +190,9 @@ def _index(path: Path) -> dict[str, set[str]]:
 
 def _shards(path: Path) -> list[str]:
     """The names of all shards if the file is one of several, by its name; else none."""
-    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", path.name)
+    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pth|pt)", path.name)
     count = int(match[3]) if match else 1
-    return [f"{match[1]}-{i + 1:05}-of-{match[3]}.safetensors" for i in range(count)] if 1 < count < 10_000 else []
+    return [f"{match[1]}-{i + 1:05}-of-{match[3]}.{match[4]}" for i in range(count)] if 1 < count < 10_000 else []
 
 
 def _open_parts(path: Path, shards: Mapping[str, set[str] | None]) -> Stored:
@@ -194,53 +203,53 @@ def _open_parts(path: Path, shards: Mapping[str, set[str] | None]) -> Stored:
             f"{path}: its shard {few(missing)} is missing: there is no such file in its directory\n"
             "  the model is in all of its shards together: download the missing ones too"
         )
-    entries, metadata = {}, {}
+    entries, metadata, kinds = {}, {}, set()
     for part, listed in sorted(shards.items()):
         with user_errors(path.parent / part):
             kind, found, more = _open_one(path.parent / part)
-        if kind != "safetensors":
-            raise ValueError(f"the shard {part} is not a .safetensors file")
+        kinds.add(kind)
+        if len(kinds) > 1:
+            raise ValueError(f"the shard {part} is of another format than the others")
         wrong = set(found) & set(entries) if listed is None else set(found) ^ listed
         if wrong:
             raise ValueError(f"it disagrees with its shard {part} about {min(wrong)[:80]!r}")
         entries |= {name: (path.parent / part, entry) for name, entry in found.items()}
         metadata |= more
-    return _stored(path, "safetensors", entries, metadata)
+    return _stored(path, kinds.pop(), entries, metadata)
 
 
 def find(directory: Path) -> Path:
     """The weights file in a directory.
 
     Raises:
-        UserError: there is none, or there are several and none has the name that the Hugging Face hub uses.
+        UserError: there is none, or there are several and none has a name that the Hugging Face hub uses.
     """
-    for name in (SAFETENSORS, INDEX):
-        if (directory / name).is_file():
-            return directory / name
     names = sorted(entry.name for entry in directory.iterdir())
-    found = [name for name in names if name.endswith(SUFFIXES)]
-    if len({tuple(_shards(directory / name)) or name for name in found}) == 1:
+    found = candidates(names)
+    if len(found) == 1:
         return directory / found[0]
-    others = [name for name in names if name.lower().endswith((*pickles.SUFFIXES, *_UNSUPPORTED))]
-    others = [] if found else [name for name in others if not re.match(_NO_WEIGHTS, name)]
-    for name in sorted(others, key=_is_unsupported):
-        with user_errors(directory / name):
-            _open_one(directory / name)  # by its content, it may be of another format than its name says
-    if len(others) == 1:
-        return directory / others[0]
-    if found or others:
-        raise UserError(
-            f"{directory} has several weights files: {few(map(_short, found or others), 4)}\n  give one of them"
-        )
+    if found:
+        raise UserError(f"{directory} has several weights files: {few(map(_short, found), 4)}\n  give one of them")
     within = itertools.chain(directory.glob("*/*"), directory.glob("*/*/*"))
-    below = [str(path.relative_to(directory)) for path in itertools.islice(within, 10_000) if path.suffix in SUFFIXES]
+    below = [path for path in itertools.islice(within, 10_000) if path.suffix in (*SUFFIXES, ".pth", ".msgpack")]
+    below = sorted(str(path.relative_to(directory)) for path in below)
     contents = few(map(_short, names), 4) or "nothing"
-    way_out = f"give one of: {few(sorted(below), 4)}" if below else f"it contains: {contents}"
-    raise UserError(f"{directory} has no .safetensors or .npz file\n  {way_out}")
+    way_out = f"give one of: {few(below, 4)}" if below else f"it contains: {contents}"
+    raise UserError(f"{directory} has no file of weights (.safetensors, .npz, .pth, .bin, .msgpack)\n  {way_out}")
 
 
-def _is_unsupported(name: str) -> bool:
-    return name.lower().endswith(tuple(_UNSUPPORTED))
+def candidates(names: Iterable[str]) -> list[str]:
+    """The files of a directory, given by name, that may contain its model: of several shards one, or their index.
+
+    Files of the first format in `SUFFIXES`, PyTorch, Flax, others hide those of the later ones.
+    """
+    names = sorted(name for name in names if not re.match(_NO_WEIGHTS, name))
+    for endings in (SUFFIXES, torch_refusal.SUFFIXES, (".msgpack",), tuple(_UNSUPPORTED)):
+        usual = [name for name in _USUAL if name in names and name.removesuffix(".index.json").endswith(endings)]
+        found = {tuple(_shards(Path(name))) or name: name for name in reversed(names) if name.lower().endswith(endings)}
+        if found or usual:
+            return usual[:1] or sorted(found.values())
+    return []
 
 
 def _short(name: str) -> str:
@@ -249,7 +258,7 @@ def _short(name: str) -> str:
 
 def holds_weights(directory: Path) -> bool:
     """Whether a directory has a file of weights, of a format that is read or one that is refused by name."""
-    endings = (*SUFFIXES, *pickles.SUFFIXES, *_UNSUPPORTED, ".index.json")
+    endings = (*ALL_SUFFIXES, *_UNSUPPORTED, ".index.json")
     return any(entry.name.lower().endswith(endings) for entry in directory.iterdir())
 
 
@@ -296,12 +305,15 @@ def check_finite(name: str, array: np.ndarray) -> None:
 
 
 def _kind(path: Path, head: bytes, file: BinaryIO) -> str:
-    """'npz' or 'safetensors', from the first bytes of the file; UserError or ValueError for other formats."""
+    """'zip', 'safetensors', 'torch' (its old format) or 'flax'; UserError or ValueError for other formats.
+
+    From the first bytes of the file; 'flax' has none, and is recognized by the suffix.
+    """
     if not head:
         raise ValueError("the file is empty")
     if head.startswith(b"PK"):
-        return "npz"
-    if head[8:9] == b"{":
+        return "zip"
+    if head[8:9] == b"{" and path.suffix.lower() != ".msgpack":
         return "safetensors"
     if head.startswith(b"version https://git-lfs"):
         raise ValueError("a git-lfs pointer instead of the file: run git lfs pull")
@@ -310,28 +322,27 @@ def _kind(path: Path, head: bytes, file: BinaryIO) -> str:
     for start, kind in _FIRST_BYTES.items():
         if head.startswith(start):
             raise _other(path, kind)
-    if re.match(rb"\x80[\x02-\x05]", head) or pickles.is_pickle(file):
-        raise pickles.refusal(path)
-    if path.suffix.lower() in _UNSUPPORTED:
-        check_suffix(path)
-    corrupt = ", or is corrupt" if path.suffix.lower() in (*SUFFIXES, *pickles.SUFFIXES) else ""
+    if path.suffix.lower() == ".msgpack":
+        return "flax"
+    if re.match(rb"\x80[\x02-\x05]", head) or torch_files.is_pickle(file):
+        return "torch"
+    check_suffix(path)
+    corrupt = ", or is corrupt" if path.suffix.lower() in ALL_SUFFIXES else ""
     is_text = head.isascii() and head.decode().replace("\n", " ").isprintable()
     begins = f": it begins with the text {head.decode().splitlines()[0]!r}" if is_text else ""
-    raise ValueError(f"the file is neither .npz nor .safetensors{corrupt}{begins}")
+    raise ValueError(f"the file is neither .npz nor .safetensors nor of torch.save{corrupt}{begins}")
 
 
 def check_suffix(path: Path, shown: object = None) -> None:
     """Raises UserError if the suffix is of an unsupported format; `shown` is the name in the message."""
-    suffix = path.suffix.lower()
-    if suffix in pickles.SUFFIXES:
-        raise pickles.refusal(path, shown)
-    if suffix in _UNSUPPORTED:
-        raise _other(shown or path, _UNSUPPORTED[suffix])
+    if path.suffix.lower() in _UNSUPPORTED:
+        raise _other(shown or path, _UNSUPPORTED[path.suffix.lower()])
 
 
 def _other(shown: object, kind: str) -> UserError:
     return UserError(
-        f"{shown} is {kind}, which is not supported\n  supported: .safetensors, .npz, run directories\n"
+        f"{shown} is {kind}, which is not supported\n"
+        "  supported: .safetensors, .npz, .pth, .bin, .msgpack, run directories\n"
         "  use the .safetensors file of the same model if there is one"
     )
 
@@ -341,8 +352,8 @@ def user_errors(path: Path, where: str = "") -> Iterator[None]:
     """Turns errors about a file into UserErrors that name it."""
     try:
         yield
-    except npz.PickledError as error:
-        raise pickles.refusal(path) from error
+    except pickles.UnsupportedError as error:
+        raise torch_refusal.refusal(path, error, error.names) from error
     except ValueError as error:
         raise UserError(f"{path} cannot be loaded: {where}{error}\n  download or export it again") from error
     except MemoryError as error:

@@ -1,7 +1,7 @@
 """Finds or downloads weights: a path, a URL, the name of a published model, or a model on the Hugging Face hub.
 
-Only JSON files beside the weights and files of arrays (.safetensors, .npz) are downloaded. Downloaded files are cached,
-and used from there without asking the server again.
+Only JSON files beside the weights and the weights are downloaded, of several formats the preferred one
+(`files.candidates`). Downloaded files are cached, and used from there without asking the server again.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from vit_jax import atomic, paths, terminal
 from vit_jax.errors import UserError, few, nearest, one_line
-from vit_jax.weights import files
+from vit_jax.weights import files, pickles
 from vit_jax.weights.published import LIST, PUBLISHED, nearest_models
 
 HUB = "https://huggingface.co"
@@ -31,8 +31,7 @@ _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _VARIANT = re.compile(r"(vit-?)?(ti|s|m|b|l|h|g)/\d+", re.IGNORECASE)  # B/16 and ViT-B/16 are no models on the hub
 _EXAMPLES = ("augreg-b16-in21k", "dinov2-b14")
-_SHARDS = "model-*-of-*.safetensors"
-_SUFFIXES = (".npz", ".safetensors", ".json")
+_SUFFIXES = (*files.ALL_SUFFIXES, ".json")
 _STALL_SECONDS = 30  # a download that receives no data for this long fails
 _CONFIG_BYTES = 10**6
 
@@ -186,7 +185,7 @@ def _snapshot(huggingface_hub, identifier: str, revision: str | None) -> Path:
         return Path(path)
 
     with contextlib.suppress(errors.LocalEntryNotFoundError, UserError):
-        directory = snapshot([files.SAFETENSORS, files.INDEX, _SHARDS], local_files_only=True)
+        directory = snapshot(["*"], local_files_only=True)
         files.open_file(directory)  # unless it is incomplete
         return directory
     found = huggingface_hub.HfApi().model_info(
@@ -205,18 +204,16 @@ def _weights_among(names: Mapping[str, int], identifier: str, revision: str | No
     Raises:
         UserError: there is none, or there are several models.
     """
-    if files.SAFETENSORS in names:
-        return [files.SAFETENSORS]
-    if files.INDEX in names:
-        return [files.INDEX, *(name for name in names if fnmatch.fnmatch(name, _SHARDS))]
-    found = [name for name in names if name.endswith(files.SUFFIXES)]
+    found = files.candidates(names)
     if len(found) != 1:
-        contents = f"several weights files: {few(found, 4)}" if found else "no .safetensors or .npz file"
+        contents = f"several weights files: {few(found, 4)}" if found else "no file of weights"
         way_out = "give the URL of one" if found else "download another file, to convert it"
         raise UserError(
             f"{identifier} on the hub has {contents}\n  {way_out}: {HUB}/{identifier}/resolve/{revision or 'main'}/FILE"
         )
-    return found
+    files.check_suffix(Path(found[0]), f"{HUB}/{identifier}/resolve/{revision or 'main'}/{found[0]}")
+    shards = re.sub(r"(?:-\d+-of-\d+(\.\w+)|(\.\w+)\.index\.json)$", r"-*-of-*\1\2", found[0])
+    return [*found, *(name for name in names if fnmatch.fnmatch(name, shards) and name not in found)]
 
 
 def _by_hand(name: str, identifier: str, reason: str) -> UserError:
@@ -277,7 +274,7 @@ def _from_url(url: str) -> Path:
 
 def _download(url: str, target: Path, part: BinaryIO) -> None:
     """Completes `part`, renames it to `target` and checks that it is a file of arrays."""
-    if target.suffix == ".safetensors":
+    if target.suffix != ".npz":
         _download_config(url, target.parent)
     terminal.warn(f"downloading {url} to {target}")
     with _network(url):
@@ -291,6 +288,8 @@ def _download(url: str, target: Path, part: BinaryIO) -> None:
     try:
         files.open_file(target)
     except UserError as error:
+        if isinstance(error.__cause__, pickles.UnsupportedError):  # the file is intact, and may be converted
+            raise
         target.unlink()
         raise UserError(f"{url}: {str(error).replace(f'{target} ', '')}") from error
 

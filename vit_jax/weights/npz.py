@@ -33,8 +33,22 @@ _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 
 
-class PickledError(ValueError):
-    """The archive was written by torch.save."""
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """The position of a member's data in the archive.
+
+    Attributes:
+        start, size: of the (possibly compressed) data in the file, bytes.
+        expanded: number of bytes of the expanded data.
+        compressed: with deflate; otherwise uncompressed.
+        crc: the CRC-32 of the expanded data.
+    """
+
+    start: int
+    size: int
+    expanded: int
+    compressed: bool
+    crc: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +59,16 @@ class Entry:
         shape, dtype: of the array as it is returned, in the machine's byte order.
         stored: the dtype in the file.
         fortran_order: the first axis varies fastest.
-        start, size: of the member's (possibly compressed) data in the file, bytes.
         header: bytes of the .npy header at the beginning of the (expanded) member.
-        compressed: with deflate; otherwise uncompressed.
-        crc: the CRC-32 of the expanded member.
+        member: where the header and the array are.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     stored: np.dtype
     fortran_order: bool
-    start: int
-    size: int
     header: int
-    compressed: bool
-    crc: int
+    member: Member
 
     @property
     def nbytes(self) -> int:
@@ -67,53 +76,64 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def entries(file: BinaryIO, size: int) -> dict[str, Entry]:
+def entries(file: BinaryIO, members: Mapping[str, Member]) -> dict[str, Entry]:
     """The arrays of the archive by name (without .npy), in the order of its directory.
 
     Raises:
-        ValueError: the archive is corrupt, inconsistent, or contains something other than plain arrays.
+        ValueError: a member is corrupt, inconsistent, or something other than a plain array.
     """
-    members, end = _directory(file, size)
-    expanded = sum(member.file_size for member in members if member.compress_type == zipfile.ZIP_DEFLATED)
+    for name in members:
+        _check_name(name)
+    return {name.removesuffix(".npy"): _entry(file, name, member) for name, member in members.items()}
+
+
+def members(file: BinaryIO, size: int) -> dict[str, Member]:
+    """The members of a zip archive by name, in the order of its directory, which is checked against the file.
+
+    Raises:
+        ValueError: the archive is corrupt, inconsistent, or a zip bomb.
+    """
+    listed, end = _directory(file, size)
+    check_expansion(sum(one.file_size for one in listed if one.compress_type == zipfile.ZIP_DEFLATED), size)
+    found: dict[str, Member] = {}
+    covered = 0
+    for one in sorted(listed, key=lambda one: one.header_offset):
+        start = _data_start(file, one)
+        if one.header_offset < covered or start + one.compress_size > end:
+            raise ValueError(f"member {one.filename!r} overlaps another one or the end of the archive")
+        covered = start + one.compress_size
+        compressed = one.compress_type == zipfile.ZIP_DEFLATED
+        found[one.orig_filename] = Member(start, one.compress_size, one.file_size, compressed, one.CRC)
+    return {one.orig_filename: found[one.orig_filename] for one in listed}
+
+
+def check_expansion(expanded: int, size: int) -> None:
+    """Raises ValueError if a file of `size` bytes expands to too many."""
     if expanded > _EXPANDED + _EXPANSION * size:
         raise ValueError(
             f"its {size:,} bytes expand to {expanded:,}, as in a zip bomb; "
-            "if you trust the file, write it again with numpy.savez"
+            "if you trust the file, write it again without compression"
         )
-    found: dict[str, Entry] = {}
-    covered = 0
-    for member in sorted(members, key=lambda member: member.header_offset):
-        start = _data_start(file, member)
-        if member.header_offset < covered or start + member.compress_size > end:
-            raise ValueError(f"member {member.filename!r} overlaps another one or the end of the archive")
-        covered = start + member.compress_size
-        found[member.orig_filename] = _entry(file, member, start)
-    return {member.orig_filename.removesuffix(".npy"): found[member.orig_filename] for member in members}
 
 
 def _directory(file: BinaryIO, size: int) -> tuple[list[zipfile.ZipInfo], int]:
     """The members in the archive's directory, with checked names, and the position of the directory in the file."""
     try:
-        with open_zip(file, size) as archive:
-            members, end = archive.infolist(), archive.start_dir
+        with zipfile.ZipFile(_Bounded(file, size)) as archive:
+            listed, end = archive.infolist(), archive.start_dir
     except zipfile.BadZipFile as error:
         raise ValueError("truncated or corrupt: its zip directory is missing or invalid") from error
     except (NotImplementedError, OverflowError, UnicodeError, struct.error, EOFError) as error:
         raise ValueError(f"its zip directory is corrupt ({error})") from error
     seen = set()
-    for member in members:
+    for member in listed:
         _check_member(member)
         if member.orig_filename in seen:
             raise ValueError(f"two members are named {member.orig_filename!r}")
         seen.add(member.orig_filename)
-    if not members:
+    if not listed:
         raise ValueError("it contains no arrays")
-    return members, end
-
-
-def open_zip(file: BinaryIO, size: int) -> zipfile.ZipFile:
-    """The archive in a file of `size` bytes; its directory takes little memory, whatever it claims."""
-    return zipfile.ZipFile(_Bounded(file, size))
+    return listed, end
 
 
 class _Bounded(io.RawIOBase):
@@ -139,18 +159,20 @@ class _Bounded(io.RawIOBase):
         return self._file.read(wanted)
 
 
+def _check_name(name: str) -> None:
+    """Raises ValueError unless the member's name is that of an array."""
+    if not name.endswith(".npy"):
+        raise ValueError(f"member {name[:80]!r} is not a .npy array")
+    if any(part in ("", ".", "..", ".npy") for part in name.split("/")) or ":" in name.split("/")[0]:
+        raise ValueError(f"member {name[:80]!r} has a path as its name")
+
+
 def _check_member(member: zipfile.ZipInfo) -> None:
     """Raises ValueError unless the member has a plain name and a possible size."""
     name = member.orig_filename
     shown = repr(name[:80])
-    if name.endswith(".pkl"):
-        raise PickledError
     if len(name) > 512 or not name.isprintable() or "\\" in name:
         raise ValueError(f"member {shown} has an invalid name")
-    if not name.endswith(".npy"):
-        raise ValueError(f"member {shown} is not a .npy array")
-    if any(part in ("", ".", "..", ".npy") for part in name.split("/")) or ":" in name.split("/")[0]:
-        raise ValueError(f"member {shown} has a path as its name")
     if member.flag_bits & _ENCRYPTED:
         raise ValueError(f"member {shown} is encrypted")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -174,26 +196,25 @@ def _data_start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
     raise ValueError(f"member {member.orig_filename!r} does not match the zip directory")
 
 
-def _entry(file: BinaryIO, member: zipfile.ZipInfo, start: int) -> Entry:
-    compressed = member.compress_type == zipfile.ZIP_DEFLATED
-    file.seek(start)
-    head = file.read(min(member.compress_size, _MAX_HEADER + 128))
-    if compressed:
+def _entry(file: BinaryIO, name: str, member: Member) -> Entry:
+    file.seek(member.start)
+    head = file.read(min(member.size, _MAX_HEADER + 128))
+    if member.compressed:
         try:
             head = zlib.decompressobj(-zlib.MAX_WBITS).decompress(head, _MAX_HEADER + 128)
         except zlib.error as error:
-            raise ValueError(f"member {member.filename!r} is corrupt ({error})") from error
-    shape, fortran_order, stored, header = _npy_header(head, member.filename)
-    actual = member.file_size - header
+            raise ValueError(f"member {name!r} is corrupt ({error})") from error
+    shape, fortran_order, stored, header = _npy_header(head, name)
+    actual = member.expanded - header
     expected = math.prod(shape) * stored.itemsize
     if expected != actual:
         raise ValueError(
-            f"member {member.filename!r} is inconsistent: {list(shape)} of {stored} takes {expected:,} bytes, "
+            f"member {name!r} is inconsistent: {list(shape)} of {stored} takes {expected:,} bytes, "
             f"but it has {actual:,}"
         )
     # numpy cannot name bfloat16 and writes it as two untyped bytes.
     dtype = np.dtype(ml_dtypes.bfloat16) if stored.kind == "V" else stored.newbyteorder("=")
-    return Entry(shape, dtype, stored, fortran_order, start, member.compress_size, header, compressed, member.CRC)
+    return Entry(shape, dtype, stored, fortran_order, header, member)
 
 
 def _npy_header(head: bytes, name: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
@@ -224,9 +245,13 @@ def read(file: BinaryIO, entry: Entry, out: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: the member is corrupt, or shorter or longer than its header claims.
     """
-    file.seek(entry.start)
-    crc = _inflate(file, entry, out) if entry.compressed else _copy(file, entry, out)
-    if crc != entry.crc:
+    member = entry.member
+    file.seek(member.start)
+    if member.compressed:
+        crc = inflate(file, member.size, out, entry.header)
+    else:
+        crc = copy(file, out, zlib.crc32(file.read(entry.header)))
+    if crc != member.crc:
         raise ValueError("corrupt: its checksum differs from the archive's")
     array = out.view(entry.stored)
     if not entry.stored.isnative:
@@ -235,9 +260,8 @@ def read(file: BinaryIO, entry: Entry, out: np.ndarray) -> np.ndarray:
     return array.reshape(entry.shape[::-1]).T if entry.fortran_order else array.reshape(entry.shape)
 
 
-def _copy(file: BinaryIO, entry: Entry, out: np.ndarray) -> int:
-    """Reads an uncompressed member; returns its CRC-32, computed per block while the block is in the CPU cache."""
-    crc = zlib.crc32(file.read(entry.header))
+def copy(file: BinaryIO, out: np.ndarray, crc: int = 0) -> int:
+    """Fills `out` (uint8) from the file; returns the CRC-32, computed per block while the block is in the CPU cache."""
     for start in range(0, len(out), _BLOCK):
         block = out[start : start + _BLOCK]
         fill(file, block)
@@ -255,10 +279,10 @@ def fill(file: BinaryIO, out: np.ndarray) -> None:
         done += got
 
 
-def _inflate(file: BinaryIO, entry: Entry, out: np.ndarray) -> int:
-    """Decompresses a member block by block, never beyond its claimed size; returns its CRC-32."""
+def inflate(file: BinaryIO, left: int, out: np.ndarray, skip: int = 0) -> int:
+    """Decompresses `left` bytes of the file into `out`, never beyond it, after `skip` bytes; returns the CRC-32."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    left, done, crc = entry.size, -entry.header, 0
+    done, crc = -skip, 0
     tail = b""
     while not inflater.eof:
         if not tail:
@@ -297,5 +321,6 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
                 raise ValueError(f"{name} has dtype {array.dtype}, which .npz cannot store; use .safetensors")
             member = zipfile.ZipInfo(f"{name}.npy")
             _check_member(member)
+            _check_name(member.orig_filename)
             with archive.open(member, "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)

@@ -24,7 +24,8 @@ OPTIMIZER = (
 IGNORED = {
     OPTIMIZER: "optimizer state",
     rf"^(?:extra|state|rng|callbacks|loops){_END}|{_START}(?:steps?|global_step|epoch|iteration|iter|num_updates|updates|"
-    rf"n_averaged|num_batches_tracked|decay|initted|count|lr|loss|acc|rng_state|best_\w+)$": "training state",
+    rf"n_averaged|num_batches_tracked|decay|initted|count|lr|loss|acc|best_\w+)$|"
+    rf"{_START}(?:\w+_)?rng_states?{_END}": "training state",
     rf"{_START}(?:txt|text|text_\w+|textual|language_model|token_embedding|ln_final){_END}|"
     rf"^(?:transformer\.resblocks\.|positional_embedding$|attn_mask$)": "the text tower",
     rf"{_START}(?:logit_scale|logit_bias|params\.(?:t|b|temperature|bias))$": "a parameter of the contrastive loss",

@@ -1,125 +1,223 @@
-"""Files of torch.save, which are not opened: what they hold, and how the user converts them where PyTorch is installed.
+"""Reads pickles as trees of inert values: nothing that a pickle names is imported, looked up or called.
 
-Nothing in this module unpickles. The operations of a pickle are listed, without being executed.
+A pickle is a program for a stack machine (pickletools.dis prints it). This machine has the operations that build lists,
+dictionaries, numbers and text. The operations that would import or call something only record what they would have
+used: `Global`, `Made` and `Reference` are values without behaviour. Memory and time are bounded by the size of the
+pickle and a maximum number of operations.
 """
 
 import io
 import pickletools
-import re
-import shlex
-import zipfile
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Iterable
+from typing import Any
 
-from vit_jax.errors import UserError, few
-from vit_jax.weights import npz
-
-SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar")
-_PARTS = 4  # the old format of torch.save is a sequence of pickles: three short ones, then the content
-_MAX_BYTES, _MAX_OPERATIONS = 50 * 10**6, 10**6
-_UNKNOWN = "objects that cannot be listed"
-
-# What torch.load accepts with weights_only=True; the second after add_safe_globals.
-_ARRAYS = (
-    r"(?:__builtin__|builtins)\.set|collections\.OrderedDict|"
-    r"torch\._utils\._rebuild_\w+|torch\.(?:storage\.)?\w+Storage|torch\.(?:Size|device)"
-)
-_NAMESPACE = "argparse.Namespace"
-
-# Nested dictionaries become names with dots. What is no array is left out, and so is an optimizer's state.
-_CONVERT = (
-    "import argparse, sys, torch, safetensors.torch as s; {namespace}"
-    "f = lambda p, x: {{k: t for n, v in x.items() if str(n)[:5] not in ('optim', 'sched') "
-    "for k, t in f(p + '.' + str(n), v).items()}} if isinstance(x, dict) "
-    "else f(p, x.state_dict()) if hasattr(x, 'state_dict') "
-    "else {{p[1:]: x.detach().clone().contiguous()}} if torch.is_tensor(x) else {{}}; "
-    "d = [f('', torch.load(n, map_location='cpu', weights_only={only})) for n in sys.argv[1:-1]]; "
-    "s.save_file({{k: t for x in d for k, t in x.items()}}, sys.argv[-1])"
-)
+_MAX_OPERATIONS = 10**6
+_UNSUPPORTED = {"PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_NEW = {"EMPTY_LIST": list, "EMPTY_SET": list, "EMPTY_DICT": dict}
+_PUSH_ARGUMENT = {
+    operation.name
+    for operation in pickletools.opcodes
+    if operation.arg is not None and not operation.stack_before and len(operation.stack_after) == 1
+} - {"GET", "BINGET", "LONG_BINGET", "GLOBAL", "PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER"}
+_MARK = object()
 
 
-def is_pickle(file: BinaryIO) -> bool:
-    """Whether a file, not a zip archive, is one or more pickles."""
-    file.seek(0)
-    return bool(_listed(file.read(_MAX_BYTES))[1])
+class UnsupportedError(ValueError):
+    """The pickle is well-formed, but is not or cannot be read here; `names` are the classes and functions it uses."""
+
+    def __init__(self, reason: str, names: Iterable[str] = ()):
+        super().__init__(reason)
+        self.names = frozenset(names)
 
 
-def refusal(path: Path, shown: object = None) -> UserError:
-    """The error for a file of torch.save, with a command that converts it.
+class Global:
+    """A class or function that the pickle names, such as 'collections.OrderedDict'; it is not looked up."""
 
-    Args:
-        path: the file; if it does not exist on this machine, only its name is used.
-        shown: its name in the message, by default the path.
+    __slots__ = ("name",)
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+class Made:
+    """An object that the pickle makes by calling something, which is not called.
+
+    Attributes:
+        function: the name of what would be called; '' if it is none.
+        arguments: what it would be called with.
+        state: what would become its attributes, or None.
+        items: what would be set by its keys; None if nothing is.
     """
-    more = _more_than_arrays(path)
-    others = sorted(more - {_NAMESPACE})
-    namespace = "torch.serialization.add_safe_globals([argparse.Namespace]); " if more and not others else ""
-    command = _CONVERT.format(namespace=namespace, only=not others)
-    if others:
-        how = f"it holds more than arrays ({few(others, 2)}), which weights_only=True refuses; only if you trust it,"
-    else:
-        how = "use the .safetensors file of the model; or, as only arrays are loaded here,"
-    return UserError(
-        f"{shown or path} is a pickle (torch.save), which can execute code when it is opened\n"
-        f"  {how} convert it where PyTorch and safetensors are installed:\n"
-        f'  python -c "{command}" {_sources(path)} {shlex.quote(str(_target(path)))}'
-    )
+
+    __slots__ = ("arguments", "function", "items", "state")
+
+    def __init__(self, function: Any, arguments: Any):
+        self.function = function.name if isinstance(function, Global) else ""
+        self.arguments = arguments
+        self.state = self.items = None
 
 
-def _target(path: Path) -> Path:
-    name = re.sub(r"-\d+-of-\d+(?=\.)", "", path.name)
-    while Path(name).suffix.lower() in SUFFIXES:
-        name = name.removesuffix(Path(name).suffix)
-    target = path.with_name(f"{name}.safetensors")
-    return path.with_name(f"{name}-converted.safetensors") if target.exists() else target
+class Reference:
+    """What the pickle says of data outside it (a persistent id)."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any):
+        self.value = value
 
 
-def _sources(path: Path) -> str:
-    """The file, or all parts of a file in several, as arguments of a command."""
-    parts = re.fullmatch(r"(.+-)\d+(-of-\d+\.\w+)", path.name)
-    if parts is None:
-        return shlex.quote(str(path))
-    return f"{shlex.quote(str(path.with_name(parts[1])))}*{shlex.quote(parts[2])}"
+class Content:
+    """One pickle.
+
+    Attributes:
+        value: made of None, bool, int, float, str, bytes, tuple, list (also for sets), dict with str as keys, and the
+            classes above. It may contain itself.
+        names: of all classes and functions in it.
+        references: all of its references.
+    """
+
+    def __init__(self):
+        self.value: Any = None
+        self.names: set[str] = set()
+        self.references: list[Reference] = []
 
 
-def _more_than_arrays(path: Path) -> set[str]:
-    """The classes and functions that opening the file would use, apart from those that make arrays."""
+def read(stream: io.BytesIO) -> Content:
+    """The pickle that begins at the position of the stream, which is left at its end.
+
+    Raises:
+        UnsupportedError: it has more than a million operations, or some that no file of torch.save has.
+        ValueError: it is corrupt or truncated.
+    """
+    machine = _Machine()
     try:
-        with path.open("rb", buffering=0) as file:
-            if file.read(2) != b"PK":
-                file.seek(0)
-                found = _listed(file.read(_MAX_BYTES))[0]
-            else:
-                with npz.open_zip(file, path.stat().st_size) as archive:
-                    name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                    with archive.open(name) as member:
-                        found = _listed(member.read(_MAX_BYTES))[0]
-    except FileNotFoundError:
-        return set()
-    except (OSError, ValueError, StopIteration, NotImplementedError, zipfile.BadZipFile):
-        found = {_UNKNOWN}
-    return {name for name in found if re.fullmatch(_ARRAYS, name) is None}
+        for number, (operation, argument, _) in enumerate(pickletools.genops(stream)):
+            if operation.name in _UNSUPPORTED or number == _MAX_OPERATIONS:
+                reason = f"more than {_MAX_OPERATIONS:,} operations" if number == _MAX_OPERATIONS else operation.name
+                raise UnsupportedError(f"its pickle has {reason}", {*machine.content.names, ""})
+            machine.step(operation.name, argument)
+    except UnsupportedError:
+        raise
+    except (ValueError, OverflowError, EOFError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"its pickle is corrupt or truncated ({type(error).__name__})") from error
+    return machine.content
 
 
-def _listed(data: bytes) -> tuple[set[str], int]:
-    """The names of the classes and functions that pickles use, and the number of pickles that could be listed."""
-    stream = io.BytesIO(data)
-    found, whole, operations = set(), 0, 0
-    for _ in range(_PARTS):
-        strings = ["", ""]
-        try:
-            for operation, argument, _ in pickletools.genops(stream):
-                operations += 1
-                if operation.name == "GLOBAL":
-                    found.add(argument.replace(" ", "."))
-                elif operation.name == "STACK_GLOBAL":
-                    found.add(".".join(strings[-2:]))
-                elif operation.name in ("INST", "EXT1", "EXT2", "EXT4") or operations > _MAX_OPERATIONS:
-                    found.add(_UNKNOWN)
-                    return found, whole
-                if isinstance(argument, str):
-                    strings = [strings[-1], argument]
-        except (ValueError, OverflowError, EOFError):  # ends, or was cut; what follows the pickles is data
-            return (found if whole else {_UNKNOWN}), whole
-        whole += 1
-    return found, whole
+class _Machine:
+    """The stack and the memo of a pickle; a method per kind of operation."""
+
+    def __init__(self):
+        self.content = Content()
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        """Carries out one operation; ValueError, IndexError or KeyError if the stack or the memo lack what it needs."""
+        stack = self.stack
+        if name in _PUSH_ARGUMENT:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _NEW:
+            stack.append(_NEW[name]())
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = stack[-1]
+        elif name.endswith("PUT"):
+            self.memo[argument] = stack[-1]
+        elif name.endswith("GET"):
+            stack.append(self.memo[argument])
+        elif name == "POP":
+            stack.pop()
+        elif name == "POP_MARK":
+            self._marked()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(self._popped(int(name[-1])))
+        elif name == "TUPLE":
+            stack.append(tuple(self._marked()))
+        elif name in ("LIST", "FROZENSET"):
+            stack.append(self._marked())
+        elif name == "DICT":
+            items = self._marked()
+            stack.append({})
+            _set_items(stack[-1], items)
+        elif name in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = self._popped(1) if name == "APPEND" else self._marked()
+            if type(stack[-1]) is list:
+                stack[-1].extend(items)
+            elif type(stack[-1]) is not Made:
+                raise ValueError("items of what is no list")
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self._popped(2) if name == "SETITEM" else self._marked()
+            _set_items(stack[-1], items)
+        elif name == "BINPERSID":
+            stack.append(Reference(stack.pop()))
+            self.content.references.append(stack[-1])
+        elif name == "STOP":
+            (self.content.value,) = stack
+        elif name not in ("PROTO", "FRAME"):
+            self._object(name, argument)
+
+    def _object(self, name: str, argument: Any) -> None:
+        """Carries out an operation that would import or call something."""
+        stack = self.stack
+        if name == "GLOBAL":
+            stack.append(self._global(*argument.split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            stack.append(self._global(*self._popped(2)))
+        elif name in ("REDUCE", "NEWOBJ"):
+            stack.append(Made(*self._popped(2)))
+        elif name == "NEWOBJ_EX":
+            stack.append(Made(*self._popped(3)[:2]))
+        elif name == "INST":
+            arguments = tuple(self._marked())
+            stack.append(Made(self._global(*argument.split(" ", 1)), arguments))
+        elif name == "OBJ":
+            function, *arguments = self._marked()
+            stack.append(Made(function, tuple(arguments)))
+        elif name == "BUILD":
+            (state,) = self._popped(1)
+            if type(stack[-1]) is not Made:
+                raise ValueError("state of what has none")
+            stack[-1].state = state
+        else:
+            raise ValueError(f"the operation {name}")
+
+    def _global(self, module: Any, name: Any) -> Global:
+        if type(module) is not str or type(name) is not str:
+            raise ValueError("a name that is not text")
+        self.content.names.add(f"{module}.{name}")
+        return Global(f"{module}.{name}")
+
+    def _popped(self, count: int) -> tuple[Any, ...]:
+        """The uppermost values, removed from the stack."""
+        values = tuple(self.stack[-count:])
+        if len(values) < count or any(value is _MARK for value in values):
+            raise ValueError("too few values")
+        del self.stack[-count:]
+        return values
+
+    def _marked(self) -> list[Any]:
+        """The values above the uppermost mark, removed from the stack together with it."""
+        values = []
+        while (value := self.stack.pop()) is not _MARK:
+            values.append(value)
+        return values[::-1]
+
+
+def _set_items(target: Any, items: Iterable[Any]) -> None:
+    """Sets keys and values, given in turn; keys become text, since arrays are named by them."""
+    if type(target) is Made:
+        target.items = {} if target.items is None else target.items
+        target = target.items
+    if type(target) is not dict:
+        raise ValueError("items of what is no dictionary")
+    items = list(items)
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if type(key) is not str:
+            key = str(key) if key is None or type(key) in (bool, int, float) else f"<key {len(target)}>"
+        target[key] = value
