@@ -20,11 +20,12 @@ Converts the weights of a Vision Transformer and reports what happened to every 
   %(prog)s augreg-b16-224 vit-b16/model.safetensors
   %(prog)s facebook/dinov2-base dinov2.npz --image_size=224
   %(prog)s augreg-b16-in21k wide.safetensors --image_size=160x256 --classes=10
-  %(prog)s dino.safetensors teacher.safetensors --prefix=teacher
+  %(prog)s dino.pth teacher.safetensors --prefix=teacher
 
-IN is anything that vit_jax.weights.load reads (docs/weights.md): a .npz file of Google, a .safetensors file of timm or
-Hugging Face, a directory with one, a URL, the name of a published model, or a run directory. OUT ends in .npz (Google's
-published names) or .safetensors (timm's names; a config.json is written to the same directory).
+IN is anything that vit_jax.weights.load reads (docs/weights.md): a file of Google, timm or Hugging Face (.npz,
+.safetensors, .pth, .pt, .bin, .ckpt, .msgpack), a directory with one, a URL, the name of a published model, or a run
+directory. OUT ends in .npz (Google's published names) or .safetensors (timm's names; a config.json is written to the
+same directory).
 """
 PLAIN = ("patch_size", "channels", "heads", "gelu", "pooling", "layer_norm_epsilon", "prefix")
 KEYWORDS = (*PLAIN, "classes", "image_size")

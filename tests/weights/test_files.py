@@ -11,9 +11,11 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import helpers_torch
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import serialization
 from helpers import run_command
 
 from vit_jax.errors import UserError
@@ -159,9 +161,18 @@ def test_an_inconsistent_index(tmp_path, index, words):
 
 
 def test_the_weights_file_of_a_directory(tmp_path):
-    rejected(tmp_path, "has no .safetensors or .npz file")
+    rejected(tmp_path, "has no file of weights (.safetensors, .npz, .pth, .bin, .msgpack)")
+    (tmp_path / "tf_model.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    rejected(tmp_path, "is HDF5")
+    (tmp_path / "other.msgpack").write_bytes(serialization.msgpack_serialize({"a": np.ones(2)}))
+    assert files.open_file(tmp_path).path == tmp_path / "other.msgpack"
+    helpers_torch.save({"a": np.ones(2)}, tmp_path / "a.pth")
+    (tmp_path / "optimizer.pt").write_bytes(pickle.dumps({}))
+    assert files.open_file(tmp_path).path == tmp_path / "a.pth"
+    helpers_torch.save({"a": np.ones(2)}, tmp_path / "b.ckpt")
+    rejected(tmp_path, "several weights files: a.pth, b.ckpt")
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({}))
-    rejected(tmp_path, "is a pickle")
+    rejected(tmp_path, "pytorch_model.bin is a pickle")
     files.write_npz(tmp_path / "a.npz", {"a": np.ones(2)})
     assert files.open_file(tmp_path).path == tmp_path / "a.npz"
     files.write_npz(tmp_path / "b.npz", {"b": np.ones(2)})
@@ -258,7 +269,7 @@ def test_pickles(tmp_path):
     (tmp_path / "renamed.safetensors").write_bytes(pickle.dumps(Boom(trace)))
     for suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
         (tmp_path / f"old{suffix}").write_bytes(pickle.dumps(Boom(trace), protocol=0))
-        assert "weights_only=True" in rejected(tmp_path / f"old{suffix}", "is a pickle")
+        assert "more than arrays (posix.mkdir)" in rejected(tmp_path / f"old{suffix}", "is a pickle")
     write_zip(tmp_path / "torch.npz", [("archive/data.pkl", pickle.dumps(Boom(trace))), ("archive/data/0", b"1234")])
     for name in ("renamed.npz", "renamed.safetensors", "torch.npz"):
         rejected(tmp_path / name, "is a pickle")
@@ -270,11 +281,11 @@ def test_pickles(tmp_path):
     [
         ("a.npz", b"", "the file is empty"),
         ("a.safetensors", b"", "the file is empty"),
-        ("a.npz", b"not a zip archive at all", "neither .npz nor .safetensors, or is corrupt"),
+        ("a.npz", b"not a zip archive at all", "neither .npz nor .safetensors nor of torch.save, or is corrupt"),
         ("a.txt", b"not a zip archive at all", "neither .npz nor .safetensors"),
         ("a.h5", b"\x89HDF\r\n\x1a\n", "is HDF5, which is not supported"),
         ("a.npz", b"\x89HDF\r\n\x1a\n", "is HDF5, which is not supported"),
-        ("flax_model.msgpack", b"\x81\xa6params", "is MessagePack, which is not supported"),
+        ("flax_model.msgpack", b"\x81\xa6params", "truncated or corrupt"),
         ("a.npy", b"\x93NUMPY\x01\x00", "is a single array"),
         ("a.npz", b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
         ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
@@ -555,6 +566,14 @@ def bombs(folder):
     directory = entry * 41_000
     end = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 65_535, 65_535, len(directory), 4, 0)
     (folder / "directory.npz").write_bytes(b"PK\x03\x04" + directory + end)
+    helpers_torch.write(folder / "operations.pth", b"\x80\x02" + b"}" * 19_000_000)
+    text = "\U0001f600" + "x" * 19_000_000
+    helpers_torch.write(folder / "text.pth", b"\x80\x02X" + struct.pack("<I", len(text) + 3) + text.encode() + b".")
+    with zipfile.ZipFile(folder / "many.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02N.")
+        archive.writestr("a/data/0", bytes(110_000_000))
+    (folder / "lists.msgpack").write_bytes(b"\x81\xa1a" + b"\xdd\xff\xff\xff\xff" * 10**6)
+    (folder / "maps.msgpack").write_bytes(b"\xdf\xff\xff\xff\xff\xa1a" * 10**6)
     write_safe(folder / "header.safetensors", b'{"a":[' + b"{}," * 660_000 + b"{}]}", b"")
     keys = b",".join(b'"%x":{}' % index for index in range(170_000))
     write_safe(folder / "keys.safetensors", b"{" + keys + b"}", b"")
@@ -563,7 +582,12 @@ def bombs(folder):
     return {
         "bomb.npz": "as in a zip bomb",
         "many.npz": "as in a zip bomb",
-        "directory.npz": "is not a .npy array",
+        "directory.npz": "two members are named 'aa'",
+        "operations.pth": "its pickle has more than 1,000,000 operations",
+        "text.pth": "no tensors were found",
+        "many.pth": "as in a zip bomb",
+        "lists.msgpack": "is a list",
+        "maps.msgpack": "nested too deeply",
         "header.safetensors": "no dtype, shape and data_offsets for 'a'",
         "keys.safetensors": "no dtype, shape and data_offsets for '0'",
         "shape.safetensors": "is inconsistent",
@@ -593,8 +617,11 @@ def test_reading_needs_the_memory_of_one_array(tmp_path):
     files.write_npz(tmp_path / "a.npz", arrays)
     files.write_safetensors(tmp_path / "b.safetensors", arrays)
     np.savez_compressed(tmp_path / "c.npz", a=np.random.default_rng(0).standard_normal(2**22, np.float32))
+    few = {name: arrays[name] for name in "012"}
+    helpers_torch.save(few, tmp_path / "d.pth")
+    (tmp_path / "e.msgpack").write_bytes(serialization.msgpack_serialize(few))
     found = measured(sorted(tmp_path.iterdir()))
-    assert [message for _, message in found] == ["READ"] * 3
+    assert [message for _, message in found] == ["READ"] * 5
     assert all(0.9 * 2**24 < grown < 1.5 * 2**24 for grown, _ in found), found  # an array is 2**24 bytes
 
 

@@ -13,6 +13,7 @@ import threading
 import types
 from pathlib import Path
 
+import helpers_torch
 import numpy as np
 import pytest
 from helpers import run_command
@@ -117,11 +118,10 @@ def test_paths_have_precedence_over_names(tmp_path, monkeypatch):
         ("augreg-b16", "nearest: augreg-b16-in21k"),
         ("vit_base_patch16_224", "nearest: augreg-b16-224"),
         ("ViT-B/16", "nearest: augreg-b16-in21k"),
-        ("owner/model.pth", "owner/model.pth is a pickle"),
+        ("owner/model.pth", "owner/model.pth: there is no such file"),
         ("gs://vit_models/augreg/B_16.npz", "only http and https URLs are supported"),
         ("http://[x/a.npz", "is not a valid URL"),
-        ("http://nowhere/flax_model.msgpack", "http://nowhere/flax_model.msgpack is MessagePack"),
-        ("http://nowhere/pytorch_model.bin?download=true", "is a pickle"),
+        ("http://nowhere/tf_model.h5?download=true", "http://nowhere/tf_model.h5?download=true is HDF5"),
         ("http://nowhere/model.safetensors.index.json", "index of a sharded file"),
     ],
 )
@@ -140,7 +140,7 @@ def test_without_huggingface_hub_files_are_placed_by_hand(cache, tmp_path, monke
     placed = cache / "timm--vit_small_patch16_224.dino"
     assert str(placed) in text
     placed.mkdir(parents=True)
-    assert "has no .safetensors" in message("dino-s16")
+    assert "has no file of weights" in message("dino-s16")
     content(placed)
     for name in ("dino-s16", "vit_small_patch16_224.dino", "timm/vit_small_patch16_224.dino"):
         assert hub.fetch(name) == placed
@@ -196,9 +196,10 @@ def test_errors_of_huggingface_hub(monkeypatch):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["pytorch_model.bin", "config.json"], "no .safetensors or .npz file"),
+        (["training_args.bin", "config.json"], "no file of weights"),
+        (["a.pth", "b.pth"], "several weights files: a.pth, b.pth"),
         (["a.npz", "b.npz"], "several weights files: a.npz, b.npz"),
-        (["deep/model.safetensors"], "no .safetensors or .npz file"),
+        (["deep/model.safetensors"], "no file of weights"),
     ],
 )
 def test_a_repository_without_exactly_one_weights_file(monkeypatch, tmp_path, names, words):
@@ -237,6 +238,39 @@ def test_all_shards_are_downloaded(monkeypatch, tmp_path):
     library(monkeypatch, snapshot, [files.INDEX, *shards, "pytorch_model.bin", "model-00001-of-00002.bin"])
     hub.fetch("owner/name")
     assert requests == [["config.json", files.PREPROCESSOR, files.INDEX, *shards]]
+
+
+BIN, FLAX = "pytorch_model.bin", "flax_model.msgpack"
+PARTS = [f"pytorch_model-{number:05}-of-00002.bin" for number in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ([BIN, FLAX, "tf_model.h5", "training_args.bin"], [BIN]),
+        (["open_clip_pytorch_model.bin", "model.pt"], ["open_clip_pytorch_model.bin"]),
+        (["dino_vits16.pth", FLAX], ["dino_vits16.pth"]),
+        ([FLAX, "tf_model.h5"], [FLAX]),
+        ([*PARTS, f"{BIN}.index.json", FLAX], [f"{BIN}.index.json", *PARTS]),
+        ([BIN, FLAX, "model.safetensors", "model-00001-of-00002.safetensors"], ["model.safetensors"]),
+    ],
+)
+def test_the_preferred_format_is_downloaded(monkeypatch, tmp_path, names, wanted):
+    requests = []
+
+    def snapshot(identifier, revision, allow_patterns):
+        requests.append(allow_patterns)
+        content(tmp_path)
+        return str(tmp_path)
+
+    library(monkeypatch, snapshot, [*names, "README.md"])
+    hub.fetch("owner/name")
+    assert requests == [["config.json", files.PREPROCESSOR, *wanted]]
+
+
+def test_a_repository_with_another_format_only(monkeypatch, tmp_path):
+    library(monkeypatch, lambda *_, **__: str(tmp_path), ["tf_model.h5"])
+    assert message("owner/name").startswith("https://huggingface.co/owner/name/resolve/main/tf_model.h5 is HDF5")
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -358,12 +392,14 @@ def test_huggingface_hub_itself(server, tmp_path):
     data = content(tmp_path, values=20_000)
     everything = {"config.json": b'{"n": 1}', "model.safetensors": data, "pytorch_model.bin": data, "README.md": b"#"}
     publish(server, "timm/vit_small_patch16_224.dino", everything)
-    publish(server, "owner/old", {"pytorch_model.bin": b"1", "config.json": b"{}"})
+    helpers_torch.save({"a": np.ones(3)}, tmp_path / "a.pth")
+    publish(server, "owner/old", {"pytorch_model.bin": (tmp_path / "a.pth").read_bytes(), "config.json": b"{}"})
 
     online, other = fetched(["dino-s16", "owner/old"], tmp_path, server.url)
     assert online == f"['config.json', 'model.safetensors'] {{'a': {sum(range(20_000)):.1f}}} {{'n': 1}}"
-    assert other.startswith("owner/old on the hub has no .safetensors or .npz file")
-    assert not any(path.endswith((".bin", ".md")) for _, path, _, _ in server.requests)
+    assert other == "['config.json', 'pytorch_model.bin'] {'a': 3.0} {}"
+    downloaded = [path for _, path, _, _ in server.requests if path.endswith((".bin", ".md"))]
+    assert set(downloaded) == {"/owner/old/resolve/main/pytorch_model.bin"} or not downloaded, downloaded
 
     num_requests = len(server.requests)
     with socket.socket() as silent:  # accepts connections, and never answers
@@ -398,6 +434,14 @@ def test_a_url_is_downloaded_once(server, tmp_path, cache, name):
     num_requests = len(server.requests)
     assert hub.fetch(f"{server.url}/x/{name}?download=true") == path
     assert len(server.requests) == num_requests
+
+
+def test_a_url_of_a_pickle_that_is_not_read_is_kept_for_the_printed_command(server, cache):
+    server.files["/x/a.pth"] = b"cos\nsystem\n(S'touch ran'\ntR."
+    text = message(f"{server.url}/x/a.pth")
+    (path,) = cache.rglob("a.pth")
+    assert "it holds more than arrays (os.system)" in text and f" {path} " in text
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(("text", "config"), [(b'{"n": 1}', {"n": 1}), (b"<html>", None), (b"[1]", None)])
@@ -440,7 +484,7 @@ def test_a_partial_file_that_is_complete(server, tmp_path, cache):
     ("data", "words"),
     [
         (b"<!DOCTYPE html><html>", "cannot be loaded: a web page"),
-        (b"\x80\x04\x95pickle", "is a pickle"),
+        (b"\x80\x04\x95pickle", "its pickle is corrupt"),
         (b"", "the file is empty"),
     ],
 )

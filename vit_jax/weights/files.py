@@ -134,8 +134,8 @@ def open_file(path: str | os.PathLike[str]) -> Stored:
     """
     path = paths.expand(path, "weights")
     with user_errors(path):
-        if path.is_dir():
-            path = find(path)
+        path = find(path) if path.is_dir() else path
+    with user_errors(path):
         if path.name.endswith(".index.json"):
             return _open_parts(path, _index(path))
         shards = _shards(path)

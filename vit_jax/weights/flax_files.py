@@ -18,21 +18,12 @@ _ARRAY = 1  # the type of the extension
 _MAX_DEPTH, _MAX_NAMES, _MAX_NAME = 64, 50_000, 512
 _DTYPES = {dtype.name: dtype for dtype in safetensors.DTYPES.values()}
 
-# The first byte of a value: what it is, and the number of bytes that its length has or that it takes itself.
-_SIZED = {0xD9: "text", 0xDA: "text", 0xDB: "text", 0xC4: "bytes", 0xC5: "bytes", 0xC6: "bytes"}
-_SIZED |= {
-    0xDC: "list",
-    0xDD: "list",
-    0xDE: "map",
-    0xDF: "map",
-    0xC7: "extension",
-    0xC8: "extension",
-    0xC9: "extension",
-}
-_BYTES = {0xD9: 1, 0xDA: 2, 0xDB: 4, 0xC4: 1, 0xC5: 2, 0xC6: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
-_BYTES |= {0xC7: 1, 0xC8: 2, 0xC9: 4}
-_NUMBERS = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
-_NUMBERS |= {0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
+# The first byte of a value: what it is, and how many bytes its length has; or how many bytes a scalar has.
+_SIZED = {0xD9: ("text", 1), 0xDA: ("text", 2), 0xDB: ("text", 4), 0xC4: ("bytes", 1), 0xC5: ("bytes", 2)}
+_SIZED |= {0xC6: ("bytes", 4), 0xDC: ("list", 2), 0xDD: ("list", 4), 0xDE: ("map", 2), 0xDF: ("map", 4)}
+_SIZED |= {0xC7: ("extension", 1), 0xC8: ("extension", 2), 0xC9: ("extension", 4)}
+_SCALARS = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
+_SCALARS |= {0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
 
 # Hugging Face's Flax models have the names of its PyTorch models but for the last part, and other axes.
 _HUGGING_FACE = r"(?:^|/)(?:encoder/layer/\d+/(?:attention|layernorm_before|norm1)|embeddings/patch_embeddings)/"
@@ -97,11 +88,12 @@ class _Reader:
             if start <= first < end:
                 return kind, first - start
         if first in _SIZED:
-            return _SIZED[first], self._number(_BYTES[first])
+            kind, count = _SIZED[first]
+            return kind, self._number(count)
         if 0xD4 <= first <= 0xD8:
             return "extension", 2 ** (first - 0xD4)
-        if first in _NUMBERS:
-            return "number", self._number(_NUMBERS[first])
+        if first in _SCALARS:
+            return "number", self._number(_SCALARS[first])
         if first == 0xC1:
             raise ValueError("truncated or corrupt")
         return "number", first

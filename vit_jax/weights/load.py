@@ -40,8 +40,8 @@ def load(path_or_name: str | bytes | os.PathLike, **overrides: Any) -> tuple[Vis
     """Returns the model of a file, its parameters, and a report of what was done with every array.
 
     Args:
-        path_or_name: a file (.npz, .safetensors), a directory with one, a URL, the name of a published model, or the
-            workdir of a training run.
+        path_or_name: a file (.npz, .safetensors, .pth, .msgpack, ...), a directory with one, a URL, the name of a
+            published model, or the workdir of a training run.
         **overrides: options that differ from those of the file: `classes` (a new zero head if the number differs; a
             mapping for several heads; None for features only), `image_size` (pixels, an int or (height, width)),
             `patch_size`, `channels`, `dtype` (compute dtype), `scan` (stacked blocks). Options that the arrays do not
