@@ -3,6 +3,7 @@
 import io
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -149,7 +150,7 @@ HOSTILE = {
     "an enormous text": (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f" + b"abc.", "corrupt or truncated"),
     "enormous bytes": (b"\x80\x05\x96" + b"\xff" * 7 + b"\x0fabc.", "corrupt or truncated"),
     "an enormous frame": (b"\x80\x04\x95" + b"\xff" * 8 + b"}.", "no tensors were found"),
-    "an enormous number as a key": (b"\x80\x02}\x8b" + struct.pack("<i", 10**5) + b"\x7f" * 10**5 + b"Ns.", "corrupt"),
+    "an enormous number as a key": (b"\x80\x02}\x8b" + struct.pack("<i", 10**5) + b"\x7f" * 10**5 + b"Ns.", "no tensors were found"),
     "a cycle": (b"\x80\x02}q\0U\x01xh\0s.", "no tensors were found"),
     "an empty stack": (b"\x80\x020.", "corrupt or truncated"),
     "no mark": (b"\x80\x02Nt.", "corrupt or truncated"),
@@ -185,6 +186,27 @@ def test_dictionaries_that_share_entries_do_not_multiply(tmp_path, monkeypatch, 
         entries = b"".join(b"U\x01%ch%c" % (65 + number, level) for number in range(20))
         pickled += b"}(" + entries + b"uq%c0" % (level + 1)
     refused(helpers_torch.write(tmp_path / "a.pth", pickled + b"h\x08."), words)
+
+
+MODULE = b"c__main__\nX\n)\x81}(U\x0b_parametersh%cU\x08_buffersh%cU\x08_modulesh%cub"
+
+
+def test_modules_in_place_of_their_own_parts_do_not_multiply(tmp_path):
+    pickled = b"\x80\x02}q\0" + b"".join(MODULE % (i, i, i) + b"q%c" % (i + 1) for i in range(60))
+    refused(helpers_torch.write(tmp_path / "a.pth", pickled + b"0" * 61 + b"h\x3c."), "no tensors were found")
+
+
+def test_long_names_are_kept_once(tmp_path):
+    """Of a text of 10 kB as the name of 1,500 classes, and of a long number as the key of 1,500 dictionaries."""
+    text = b"\x8d" + struct.pack("<Q", 10_000) + b"x" * 10_000 + b"\x94"
+    number = b"\x8a\xff" + b"\x7f" * 255 + b"\x94"
+    pickled = b"\x80\x04" + text + number + b"](" + b"h\0h\0\x93" * 1500 + b"}h\1Ns" * 1500 + b"e\x87."
+    path = helpers_torch.write(tmp_path / "a.pth", pickled)
+    tracemalloc.start()
+    refused(path, "objects that cannot be listed")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5e6, peak
 
 
 def test_tensors_that_share_a_storage_do_not_multiply_memory(tmp_path, monkeypatch):

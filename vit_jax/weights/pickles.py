@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 _MAX_OPERATIONS = 10**6
+_MAX_NAME = 200  # characters of a module's or a class's name; more are cut off
 _UNSUPPORTED = {"PERSID", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _NEW = {"EMPTY_LIST": list, "EMPTY_SET": list, "EMPTY_DICT": dict}
@@ -111,6 +112,7 @@ class _Machine:
         self.content = Content()
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.globals: dict[str, Global] = {}  # one per name, so that a long name is kept once
 
     def step(self, name: str, argument: Any) -> None:
         """Carries out one operation; ValueError, IndexError or KeyError if the stack or the memo lack what it needs."""
@@ -190,8 +192,9 @@ class _Machine:
     def _global(self, module: Any, name: Any) -> Global:
         if type(module) is not str or type(name) is not str:
             raise ValueError("a name that is not text")
-        self.content.names.add(f"{module}.{name}")
-        return Global(f"{module}.{name}")
+        name = f"{module[:_MAX_NAME]}.{name[:_MAX_NAME]}"
+        self.content.names.add(name)
+        return self.globals.setdefault(name, Global(name))
 
     def _popped(self, count: int) -> tuple[Any, ...]:
         """The uppermost values, removed from the stack."""
@@ -219,5 +222,6 @@ def _set_items(target: Any, items: Iterable[Any]) -> None:
     items = list(items)
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) is not str:
-            key = str(key) if key is None or type(key) in (bool, int, float) else f"<key {len(target)}>"
+            short = type(key) in (bool, float) or key is None or (type(key) is int and abs(key) < 2**63)
+            key = str(key) if short else f"<key {len(target)}>"
         target[key] = value

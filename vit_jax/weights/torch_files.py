@@ -153,17 +153,19 @@ def legacy_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
         raise UnsupportedError("it has no tensors of PyTorch", first.names)
     _, system, content, keys = (pickles.read(stream) for _ in range(4))
     little = system.value.get("little_endian", True) if type(system.value) is dict else True
-    sizes = {}
+    sizes, counts = {}, {}
     for reference in content.references:
         key, dtype, numel = _reference(reference)[:3]
-        sizes[key] = numel * dtype.itemsize
+        sizes[key], counts[key] = numel * dtype.itemsize, numel
     storages, position = {}, stream.tell()
     if type(keys.value) is not list or not all(type(key) is str for key in keys.value):
         raise ValueError("its list of storages is corrupt")
     for key in keys.value:
-        position += 8  # the number of elements, which the pickle has too
-        if key in storages or key not in sizes:
-            raise ValueError("its list of storages disagrees with its tensors")
+        file.seek(position)
+        count = int.from_bytes(file.read(8), "little")
+        if key in storages or counts.get(key) != count:
+            raise ValueError("truncated or corrupt: its storages disagree with its tensors")
+        position += 8
         if position + sizes[key] > size:
             raise ValueError(f"truncated: its tensors end after byte {position + sizes[key]:,}, the file at {size:,}")
         storages[key] = Storage(position, sizes[key], sizes[key], swapped=little is not True)
@@ -199,7 +201,8 @@ class _Walk:
     """The tensors in nested dictionaries and modules, with the keys on the way to each; other things are left out."""
 
     def __init__(self):
-        self.visited = 0
+        self._visited = 0
+        self._known: dict[int, Mapping[str, Any] | None] = {}  # what is inside each object, so that it is found once
 
     def below(
         self, value: Any, keys: tuple[str, ...] = (), above: tuple[int, ...] = ()
@@ -208,11 +211,13 @@ class _Walk:
         if type(value) is Made and _rebuilds(value):
             yield keys, value
             return
-        items = _items(value)
+        if id(value) not in self._known:
+            self._known[id(value)] = _items(value)
+        items = self._known[id(value)]
         if items is None or id(value) in above:
             return
-        self.visited += len(items)
-        if self.visited > _MAX_ENTRIES or len(keys) > _MAX_DEPTH:
+        self._visited += len(items)
+        if self._visited > _MAX_ENTRIES or len(keys) > _MAX_DEPTH:
             raise ValueError(f"its dictionaries are nested too deeply or have more than {_MAX_ENTRIES:,} entries")
         for key, one in items.items():
             if not key.startswith(_LEFT_OUT) and type(one) in (dict, Made):
@@ -224,31 +229,27 @@ def _rebuilds(made: Made) -> bool:
     return made.function.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_"))
 
 
-def _items(value: Any) -> dict[str, Any] | None:
+def _items(value: Any) -> Mapping[str, Any] | None:
     """What is inside a dictionary, an object that behaves like one, or a module; None for anything else."""
-    if type(value) is dict:
-        return value
-    if type(value) is not Made:
-        return None
-    if value.items is not None:
-        return value.items
-    state = value.state
-    if type(state) is dict and value.function.startswith("__torch__."):  # TorchScript
+    items = _dictionary(value)
+    state = value.state if type(value) is Made else None
+    if items is not None or type(state) is not dict:
+        return items
+    if value.function.startswith("__torch__."):  # TorchScript
         return state
-    if type(state) is dict and {"_parameters", "_buffers", "_modules"} <= set(state):
-        parts = [_items(state[name]) or {} for name in ("_parameters", "_buffers", "_modules")]
-        not_saved = state.get("_non_persistent_buffers_set")
-        if type(not_saved) is Made and type(not_saved.arguments) is tuple and not_saved.arguments:
-            not_saved = not_saved.arguments[0]
-        left = [name for name in not_saved if type(name) is str] if type(not_saved) is list else ()
-        return parts[0] | {name: one for name, one in parts[1].items() if name not in left} | parts[2]
-    if value.function.endswith("OrderedDict") and type(value.arguments) is tuple and value.arguments:
-        pairs = value.arguments[0]  # written by Python 2
-        if type(pairs) is list and all(
-            type(pair) is list and [type(one) for one in pair[:1]] == [str] for pair in pairs
-        ):
-            return dict(pair for pair in pairs if len(pair) == 2)
-    return None
+    if not {"_parameters", "_buffers", "_modules"} <= set(state):
+        return None
+    parameters, buffers, modules = (_dictionary(state[name]) or {} for name in ("_parameters", "_buffers", "_modules"))
+    not_saved = state.get("_non_persistent_buffers_set")
+    if type(not_saved) is Made and type(not_saved.arguments) is tuple and len(not_saved.arguments) == 1:
+        not_saved = not_saved.arguments[0]  # set([...])
+    not_saved = {name for name in not_saved if type(name) is str} if type(not_saved) is list else ()
+    return parameters | {name: one for name, one in buffers.items() if name not in not_saved} | modules
+
+
+def _dictionary(value: Any) -> dict[str, Any] | None:
+    """The items of a dictionary, or of an object to which the pickle gives items, such as an OrderedDict."""
+    return value if type(value) is dict else value.items if type(value) is Made else None
 
 
 def _entry(made: Made, storages: Mapping[str, Storage]) -> Entry:
