@@ -150,7 +150,7 @@ HOSTILE = {
     "an enormous text": (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f" + b"abc.", "corrupt or truncated"),
     "enormous bytes": (b"\x80\x05\x96" + b"\xff" * 7 + b"\x0fabc.", "corrupt or truncated"),
     "an enormous frame": (b"\x80\x04\x95" + b"\xff" * 8 + b"}.", "no tensors were found"),
-    "an enormous number as a key": (b"\x80\x02}\x8b" + struct.pack("<i", 10**5) + b"\x7f" * 10**5 + b"Ns.", "no tensors were found"),
+    "an enormous number as a key": (b"\x80\x02}\x8b\xf0\x49\2\0" + b"\x7f" * 150_000 + b"Ns.", "no tensors were found"),
     "a cycle": (b"\x80\x02}q\0U\x01xh\0s.", "no tensors were found"),
     "an empty stack": (b"\x80\x020.", "corrupt or truncated"),
     "no mark": (b"\x80\x02Nt.", "corrupt or truncated"),
