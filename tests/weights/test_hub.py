@@ -410,8 +410,8 @@ def test_huggingface_hub_itself(server, tmp_path):
             (f"http://127.0.0.1:{silent.getsockname()[1]}", "timed out"),
         ):
             variables = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_OFFLINE": "01"["OFFLINE" in reason]}
-            cached, missing = fetched(["dino-s16", "mae-b16"], tmp_path, endpoint, **variables)
-            assert cached == online
+            cached, also, missing = fetched(["dino-s16", "owner/old", "mae-b16"], tmp_path, endpoint, **variables)
+            assert (cached, also) == (online, other)
             repository = "timm/vit_base_patch16_224.mae"
             assert missing.startswith(f"mae-b16: https://huggingface.co/{repository} cannot be downloaded: ")
             assert reason in missing

@@ -31,6 +31,7 @@ _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _VARIANT = re.compile(r"(vit-?)?(ti|s|m|b|l|h|g)/\d+", re.IGNORECASE)  # B/16 and ViT-B/16 are no models on the hub
 _EXAMPLES = ("augreg-b16-in21k", "dinov2-b14")
+_SHARDS = "model-*-of-*.safetensors"
 _SUFFIXES = (*files.ALL_SUFFIXES, ".json")
 _STALL_SECONDS = 30  # a download that receives no data for this long fails
 _CONFIG_BYTES = 10**6
@@ -185,7 +186,8 @@ def _snapshot(huggingface_hub, identifier: str, revision: str | None) -> Path:
         return Path(path)
 
     with contextlib.suppress(errors.LocalEntryNotFoundError, UserError):
-        directory = snapshot(["*"], local_files_only=True)
+        # Of the preferred format all files must be in the cache; the other formats name their parts.
+        directory = snapshot([files.SAFETENSORS, files.INDEX, _SHARDS], local_files_only=True)
         files.open_file(directory)  # unless it is incomplete
         return directory
     found = huggingface_hub.HfApi().model_info(
