@@ -11,8 +11,8 @@ import math
 import re
 from typing import BinaryIO
 
-from vit_jax.weights import safetensors
-from vit_jax.weights.torch_files import Entry, Storage
+from vit_jax.weights import npz, safetensors
+from vit_jax.weights.torch_files import Entry
 
 _ARRAY = 1  # the type of the extension
 _MAX_DEPTH, _MAX_NAMES, _MAX_NAME = 64, 50_000, 512
@@ -153,7 +153,7 @@ class _Reader:
         if not expected == count == end - self.position:
             raise ValueError(f"{name!r} is inconsistent: {list(shape)} of {dtype} takes {expected:,} bytes")
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        entry = Entry(shape, _DTYPES[dtype], strides, 0, Storage(self.position, count, count))
+        entry = Entry(shape, _DTYPES[dtype], strides, 0, npz.Member(self.position, count, count, False, 0))
         self.position = end
         return entry
 

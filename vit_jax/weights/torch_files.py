@@ -53,26 +53,6 @@ _LATER = {f"torch.{name}": dtype for name, dtype in _LATER.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Storage:
-    """The position of bytes in the file.
-
-    Attributes:
-        start, size: of the (possibly compressed) bytes in the file.
-        expanded: number of bytes when they are expanded; `size` if they are not compressed.
-        compressed: with deflate.
-        crc: CRC-32 of the expanded bytes; 0 if it was not recorded.
-        swapped: whether numbers are in the other byte order than this machine's.
-    """
-
-    start: int
-    size: int
-    expanded: int
-    compressed: bool = False
-    crc: int = 0
-    swapped: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class Entry:
     """A strided array in a storage.
 
@@ -80,14 +60,16 @@ class Entry:
         shape, dtype: of the array as it is returned, in the machine's byte order.
         strides: in elements.
         begin: the first element's position in the storage, in bytes.
-        storage: where the bytes are.
+        storage: where the bytes are; its crc is 0 if it was not recorded.
+        swapped: whether numbers are in the other byte order than this machine's.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     strides: tuple[int, ...]
     begin: int
-    storage: Storage
+    storage: npz.Member
+    swapped: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -112,26 +94,17 @@ def entries(file: BinaryIO, members: Mapping[str, npz.Member], size: int) -> dic
     if len(found) != 1:
         raise ValueError(f"it has {len(found)} members called data.pkl instead of one")
     root = found[0].removesuffix("data.pkl")
-    storages = {name: _storage(member) for name, member in members.items()}
-    if storages[found[0]].expanded > _MAX_PICKLE:
+    if members[found[0]].expanded > _MAX_PICKLE:
         raise UnsupportedError(f"its pickle has more than {_MAX_PICKLE:,} bytes", {""})
     order = b"little"
     if f"{root}byteorder" in members:
-        order = bytes(_read_all(file, storages[f"{root}byteorder"], 10))
+        order = bytes(_read_all(file, members[f"{root}byteorder"], 10))
         if order not in (b"little", b"big"):
             raise ValueError("its byte order is neither little nor big")
-    content = pickles.read(io.BytesIO(_read_all(file, storages[found[0]], _MAX_PICKLE)))
+    content = pickles.read(io.BytesIO(_read_all(file, members[found[0]], _MAX_PICKLE)))
     start = f"{root}data/"
-    storages = {
-        name.removeprefix(start): dataclasses.replace(storage, swapped=order == b"big")
-        for name, storage in storages.items()
-        if name.startswith(start)
-    }
-    return _tensors(content, storages, size)
-
-
-def _storage(member: npz.Member) -> Storage:
-    return Storage(member.start, member.size, member.expanded, member.compressed, member.crc)
+    storages = {name.removeprefix(start): member for name, member in members.items() if name.startswith(start)}
+    return _tensors(content, storages, order == b"big", size)
 
 
 def is_pickle(file: BinaryIO) -> bool:
@@ -168,15 +141,17 @@ def legacy_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
         position += 8
         if position + sizes[key] > size:
             raise ValueError(f"truncated: its tensors end after byte {position + sizes[key]:,}, the file at {size:,}")
-        storages[key] = Storage(position, sizes[key], sizes[key], swapped=little is not True)
+        storages[key] = npz.Member(position, sizes[key], sizes[key], False, 0)
         position += sizes[key]
-    return _tensors(content, storages, size)
+    return _tensors(content, storages, little is not True, size)
 
 
 # --- from the pickle's content to arrays ------------------------------------------------------------------------------
 
 
-def _tensors(content: pickles.Content, storages: Mapping[str, Storage], size: int) -> dict[str, Entry]:
+def _tensors(
+    content: pickles.Content, storages: Mapping[str, npz.Member], swapped: bool, size: int
+) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for keys, made in _Walk().below(content.value):
         name = ".".join(key[:_MAX_NAME] for key in keys)
@@ -187,7 +162,7 @@ def _tensors(content: pickles.Content, storages: Mapping[str, Storage], size: in
         if len(found) == _MAX_TENSORS:
             raise ValueError(f"it has more than {_MAX_TENSORS:,} tensors")
         try:
-            found[name] = _entry(made, storages)
+            found[name] = _entry(made, storages, swapped)
         except (ValueError, TypeError, IndexError) as error:
             reason = str(error) if type(error) is ValueError else "its description is corrupt"
             raise ValueError(f"the tensor {name!r}: {reason}") from error
@@ -252,7 +227,7 @@ def _dictionary(value: Any) -> dict[str, Any] | None:
     return value if type(value) is dict else value.items if type(value) is Made else None
 
 
-def _entry(made: Made, storages: Mapping[str, Storage]) -> Entry:
+def _entry(made: Made, storages: Mapping[str, npz.Member], swapped: bool) -> Entry:
     """The array that a tensor or parameter is, after checking that it is inside its storage."""
     for _ in range(4):  # a parameter contains a tensor
         arguments, function = made.arguments, made.function.rpartition(".")[2]
@@ -276,7 +251,7 @@ def _entry(made: Made, storages: Mapping[str, Storage]) -> Entry:
         raise ValueError("its shape, strides or offset are invalid")
     if key not in storages:
         raise ValueError("its storage is missing")
-    entry = Entry(shape, dtype, strides, (first + offset) * dtype.itemsize, storages[key])
+    entry = Entry(shape, dtype, strides, (first + offset) * dtype.itemsize, storages[key], swapped)
     end = entry.begin + entry.extent
     if end > numel * dtype.itemsize or end > entry.storage.expanded or entry.nbytes > entry.storage.expanded:
         raise ValueError(
@@ -323,7 +298,7 @@ def read(file: BinaryIO, entry: Entry, out: np.ndarray) -> np.ndarray:
     _read_part(file, entry, part)
     if part is not out:
         array[...] = np.lib.stride_tricks.as_strided(part.view(entry.dtype), entry.shape, _bytes(entry))
-    if entry.storage.swapped:
+    if entry.swapped:
         unit = entry.dtype.itemsize // (2 if entry.dtype.kind == "c" else 1)
         out.view(f"u{unit}").byteswap(inplace=True)
     return array
@@ -344,7 +319,7 @@ def _read_part(file: BinaryIO, entry: Entry, out: np.ndarray) -> None:
         raise ValueError("corrupt: its checksum differs from the archive's")
 
 
-def _read_all(file: BinaryIO, storage: Storage, at_most: int) -> np.ndarray:
+def _read_all(file: BinaryIO, storage: npz.Member, at_most: int) -> np.ndarray:
     """All bytes of a storage, expanded."""
     out = np.empty(min(storage.expanded, at_most), np.uint8)
     file.seek(storage.start)
