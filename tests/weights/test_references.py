@@ -58,12 +58,11 @@ def test_the_libraries_numbers(references, helpers, name):
 
 
 @pytest.mark.parametrize("name", mostly_slow(["timm_dinov3", "timm_dinov3_qkvb", "timm_dinov3_swiglu"], 1))
-def test_dinov3_at_other_sizes(references, name):
+def test_dinov3_at_other_sizes(references, helpers, name):
     model, parameters, _ = weights.load(references / name, pooling="none")
     recorded = np.load(references / name / "sizes.npz")
     for size in ("48x64", "24x40"):
-        with jax.default_matmul_precision("highest"):
-            found = model.apply({"params": parameters}, jax.numpy.asarray(recorded[f"inputs_{size}"]))
+        found = helpers.outputs(model, parameters, recorded[f"inputs_{size}"])
         np.testing.assert_allclose(found, recorded[f"outputs_{size}"], rtol=0, atol=1e-5)
 
 
