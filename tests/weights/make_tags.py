@@ -16,7 +16,7 @@ from make_references import stub_torchvision
 TABLE = Path(__file__).resolve().parent / "timm_tags.json.gz"
 FILES = ("vision_transformer", "deit", "eva", "beit", "vision_transformer_hybrid", "vision_transformer_relpos")
 FORMS = {"GELU": "exact", "GELUTanh": "tanh", "QuickGELU": "quick"}
-PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode", "num_classes")
+KEPT = ("tag", "input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode", "num_classes")
 
 
 def build(timm, tag):
@@ -33,11 +33,12 @@ def row(timm, tag):
     norms = {layer.eps for name, layer in layers.items() if "norm" in name and hasattr(layer, "eps")}
     stem = any(name.startswith("patch_embed.backbone") for name in layers)
     activation = type(layers.get("blocks.0.mlp.act")).__name__
+    if "natively QuickGELU" in str(recorded.get("notes")):  # also where the architecture has another
+        activation = "QuickGELU"
     config = {"architecture": tag.split(".")[0], "num_features": model.num_features}
     config["global_pool"] = model.global_pool if isinstance(model.global_pool, str) else ""
     return {
-        "config": config
-        | {"pretrained_cfg": {key: recorded[key] for key in PREPROCESSING if recorded.get(key) is not None}},
+        "config": config | {"pretrained_cfg": {key: recorded[key] for key in KEPT if recorded.get(key) is not None}},
         "shapes": {name: list(array.shape) for name, array in model.state_dict().items()},
         "heads": getattr(getattr(model.blocks[0], "attn", None), "num_heads", None),
         "gelu": FORMS.get(activation),

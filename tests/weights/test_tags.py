@@ -56,7 +56,7 @@ def check(tag, row):
 def walk(table):
     models, kinds = {}, {}
     for tag, row in table.items():  # many tags are of one architecture
-        kind = json.dumps([row["config"]["architecture"], row["shapes"]])
+        kind = json.dumps([row["config"]["architecture"], row["gelu"], row["shapes"]])
         if kind not in kinds:
             kinds[kind] = check(tag, row)
         models[tag] = kinds[kind]

@@ -42,7 +42,10 @@ EPSILON = 1e-6
 # Architectures of timm 1.0.31 whose number of heads does not follow from the width, or whose GELU is the tanh form.
 HEADS = {r"test_vit2?$": 2, r"test_vit[34]$": 3, "vit_giantopt_": 16, "vit_base_patch16_gap_": 16}
 TANH = r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip|vit_large_patch16_siglip_(gap_)?512"
-QUICK = r".*quickgelu"
+# Those whose GELU is the quick one, and tags of others whose weights were trained with it, as timm's notes say.
+QUICK = r".*quickgelu|.*_clip_\d+\.(openai|metaclip_400m|metaclip_2pt5b|dfn5b)$"
+QUICK += r"|vit_base_patch32_clip_224\.laion400m_e32$|vit_large_patch14_clip_224\.dfn2b$"
+QUICK += r"|vit_huge_patch14_clip_224\.metaclip2_worldwide$"
 REFUSED = {
     r".*_rpn_|eva02_enormous": "its blocks have LayerNorms after attention and MLP",
     r".*rope_mixed": "the frequencies of its rotary positions are learned",
@@ -195,7 +198,7 @@ def _recorded(stored: Stored) -> dict[str, Any]:
         "reg_tokens": None if "dist_token" in stored.shapes else config_value(arguments, "reg_tokens", int),
         "positions": False if arguments.get("pos_embed") in ("", "none") else None,
         "heads": config_value(arguments, "num_heads", int) or heads,
-        "activation": config_value(arguments, "act_layer", str) or _activation(name),
+        "activation": config_value(arguments, "act_layer", str) or _activation(name, config),
         "pooling": config_value(config if "global_pool" in config else arguments, "global_pool", str),
         "no_embed_class": config_value(arguments, "no_embed_class", bool),
         "final_norm": config_value(arguments, "final_norm", bool),
@@ -204,8 +207,11 @@ def _recorded(stored: Stored) -> dict[str, Any]:
     }
 
 
-def _activation(architecture: str) -> str:
-    return "gelu_tanh" if re.match(TANH, architecture) else "quick_gelu" if re.match(QUICK, architecture) else "gelu"
+def _activation(architecture: str, config: Mapping[str, Any]) -> str:
+    """The activation that a model was trained with, by timm's name for it."""
+    tag = config_value(config_value(config, "pretrained_cfg", dict) or {}, "tag", str) or ""
+    quick = re.match(QUICK, f"{architecture}.{tag}")
+    return "gelu_tanh" if re.match(TANH, architecture) else "quick_gelu" if quick else "gelu"
 
 
 def _pooling(names: Names, recorded: Mapping[str, Any], choices: Choices) -> str:
