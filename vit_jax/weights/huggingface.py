@@ -19,11 +19,12 @@ from vit_jax.weights.rules import Parts, Rule, dense, norm
 LABEL = "Hugging Face's naming"
 KINDS = ("vit", "vit_msn", "ijepa", "deit", "dinov2", "dinov2_with_registers", "vit_mae")
 GELUS = {"gelu": "exact", "gelu_python": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+GELUS |= {"quick_gelu": "quick"}
 LAYER = r"(?:encoder\.layer|layers)\.(\d+)\."
 
 # How a model is recognized in a file, as in timm.py. In models with a head, the encoder is below one of INNER.
 BLOCK = r"(?:encoder\.layer|layers)\.\d+\.(?:attention|layernorm_before|norm1)\."
-EMBEDDING, CLASSIFIER = r"(?:\w+\.)?embeddings\.patch_embeddings\.", r"(\w+_)?classifier\."
+EMBEDDING, CLASSIFIER = r"(?:\w+\.)?embeddings\.patch_embeddings\.projection\.", r"(\w+_)?classifier\."
 SEPARATOR, INNER = ".", ("vit", "vit_msn", "ijepa", "deit", "dinov2", "dinov2_with_registers", "vit_mae")
 
 IGNORED = {r"pooler\.dense\.": "a layer of the pooled output, which the classifier does not use"}

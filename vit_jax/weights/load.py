@@ -22,12 +22,12 @@ from vit_jax.models.parameters import heads, nested, parameter_shapes
 from vit_jax.models.positions import POSITIONS
 from vit_jax.models.stacking import stack_flat
 from vit_jax.models.vit import VisionTransformer, position_at, token_grid
-from vit_jax.weights import files, fit, google, hub, huggingface, native, preprocessing, timm, towers
+from vit_jax.weights import files, fit, google, hub, huggingface, namings, native, preprocessing, timm, towers
 from vit_jax.weights.describe import Description, pair
 from vit_jax.weights.report import Report, Row, stack_rows
 from vit_jax.weights.rules import Rule
 
-FAMILIES = (google, timm, huggingface)
+FAMILIES = (google, timm, huggingface, *namings.NAMINGS)
 FITTED = ("patch_size", "position_grid")  # may differ: parameters are converted, or a note says how to keep it
 FUNCTION = tuple(name for name in options_that_affect(VisionTransformer, "function") if name not in FITTED)
 NOT_IN_ARRAYS = ("heads", *FUNCTION, "position")  # options that the arrays need not determine

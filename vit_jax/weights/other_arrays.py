@@ -28,6 +28,7 @@ IGNORED = {
     rf"{_START}(?:\w+_)?rng_states?{_END}": "training state",
     rf"{_START}(?:txt|text|text_\w+|textual|language_model|token_embedding|ln_final){_END}|"
     rf"^(?:transformer\.resblocks\.|positional_embedding$|attn_mask$)": "the text tower",
+    rf"{_START}position_ids$": "indices, which follow from the number of positions",
     rf"{_START}(?:logit_scale|logit_bias|params\.(?:t|b|temperature|bias))$": "a parameter of the contrastive loss",
     rf"{_START}(?:mask_token|masked_embed|mask_embedding)$": "only used in masked pre-training",
     rf"{_START}(?:decoder\w*|regressor|enc_to_dec_proj){_END}": "a decoder",
@@ -45,14 +46,12 @@ _CLASSIFIER = (
 
 # Models that are not supported, by the names of some of their arrays.
 UNSUPPORTED = {
-    r"resblocks\.\d+\.": "CLIP in the naming of OpenAI and open_clip",
-    r"layers\.\d+\.self_attn\.": "CLIP or SigLIP in Hugging Face's naming",
     r"layers\.\d+\.blocks\.\d+\.": "a Swin Transformer",
     r"relative_position_bias_table|rel_pos(?:_[hw]$|\.)": "a model with relative positions",
     r"(?:^|\.)rope\w*\.": "a model with rotary positions",
-    r"(?:^|\.)layer\.\d+\.attention\.[qk]_proj\.": "DINOv3 in Hugging Face's naming",
     r"blocks\.\d+\.attn\.[qv]_bias$": "a BEiT or EVA of timm",
     r"(?:^|\.)stages\.\d+\.blocks\.\d+\.conv_dw\.": "a ConvNeXt",
+    r"(?:^|\.)attnpool\.": "a ResNet of CLIP",
     r"(?:^|\.)layer4\.\d+\.conv\d\.": "a ResNet",
     r"(?:^|\.)layer\.\d+\.attention\..*\.kernel$": "a Flax model in Hugging Face's naming",
     r"encoder\.(?:block_\d+|blocks)\.attention\.qkv\.kernel$": "a run of vit_jax, without its config",

@@ -106,6 +106,10 @@ def _joined(arrays: Arrays, axis: int) -> np.ndarray:
 
 SAME = _one("loaded", lambda array: array, lambda array, model: array)
 
+# Vectors that other projects keep without our axis of the batch.
+VECTOR = _one("reshaped", lambda array: array.reshape(1, 1, -1), lambda array, model: array.reshape(-1))
+ROWS = _one("reshaped", lambda array: array.reshape(1, -1, array.shape[-1]), lambda array, model: array[0])
+
 # torch.nn.Linear's weight is [outputs, inputs].
 LINEAR = _one("transposed", lambda array: array.T, lambda array, model: array.T)
 
@@ -196,6 +200,13 @@ MEAN_OF_HEADS = Form(
     lambda ours, model: [2 * part.T for part in np.split(ours[0], 2, axis=0)],
 )
 MEAN_OF_BIASES = Form("fused", lambda arrays: [(arrays[0] + arrays[1]) / 2], lambda ours, model: [ours[0], ours[0]])
+
+# torch.nn.MultiheadAttention's in_proj_weight (or in_proj_bias): queries apart from keys and values.
+QUERY_APART = Form(
+    "split",
+    lambda arrays: [part.T for part in np.split(arrays[0], [len(arrays[0]) // 3])],
+    lambda ours, model: [_joined([part.T for part in ours], 0)],
+)
 
 
 def deinterleaved(form: Form, size: int, parts: int = 3) -> Form:

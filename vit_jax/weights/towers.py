@@ -17,10 +17,12 @@ from vit_jax.errors import UserError, few
 from vit_jax.weights import other_arrays
 from vit_jax.weights.describe import Description
 from vit_jax.weights.files import Stored
+from vit_jax.weights.naming import Naming
 
 # Parts of names that DistributedDataParallel, torch.compile, FSDP and recomputed layers insert, at any depth.
 _INSERTED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module")
 _MAX_MODELS = 100
+Family = ModuleType | Naming
 _AVERAGES = r"teacher|ema|momentum|target|average"  # the usual choice among several models
 
 
@@ -34,7 +36,7 @@ class Tower:
         prefix: all that stands before its blocks in the file, with dots.
     """
 
-    family: ModuleType
+    family: Family
     base: tuple[str, ...]
     prefix: str
 
@@ -56,13 +58,13 @@ class Tower:
 
 
 def describe(
-    stored: Stored, families: Sequence[ModuleType], prefix: str | None, overrides: Mapping[str, Any]
+    stored: Stored, families: Sequence[Family], prefix: str | None, overrides: Mapping[str, Any]
 ) -> Description:
     """The description of the only model in a file, or of the one whose names start with `prefix`.
 
     Args:
         stored: the file.
-        families: modules that each read one naming convention.
+        families: modules or namings that each read one naming convention.
         prefix: as the user gave it; None for the only model.
         overrides: as for the families' `describe`.
 
@@ -109,22 +111,23 @@ def _parts(name: str) -> list[str]:
     return re.split(r"[./]", name)
 
 
-def _find(shapes: Iterable[str], families: Sequence[ModuleType]) -> list[Tower]:
+def _find(shapes: Iterable[str], families: Sequence[Family]) -> list[Tower]:
     """The models in a file, in the order of their prefixes.
 
     A model without a patch embedding is one only if it is alone, so that the family can say what is missing.
     """
-    names, roots = sorted(shapes), {}
+    names, found = sorted(shapes), {}
     for name in names:
         for family in families:
             root = _root(name, family)
             if root is not None:
-                roots.setdefault(root, family)
-    if len(roots) > _MAX_MODELS:
+                found.setdefault(root, {}).setdefault(id(family), family)
+    if len(found) > _MAX_MODELS:
         raise UserError(
-            f"it has blocks below more than {_MAX_MODELS} prefixes: {few(map('.'.join, sorted(roots)))}\n"
+            f"it has blocks below more than {_MAX_MODELS} prefixes: {few(map('.'.join, sorted(found)))}\n"
             "  use the file of one model"
         )
+    roots = _families(names, {root: list(some.values()) for root, some in found.items()})
     bases = collections.Counter(_base(root, family) for root, family in roots.items())
     towers = []
     for root, family in sorted(roots.items()):
@@ -133,7 +136,21 @@ def _find(shapes: Iterable[str], families: Sequence[ModuleType]) -> list[Tower]:
     return [tower for tower in towers if tower.has_embedding(names)] or (towers if len(towers) == 1 else [])
 
 
-def _root(name: str, family: ModuleType) -> tuple[str, ...] | None:
+def _families(names: Sequence[str], found: Mapping[tuple[str, ...], list[Family]]) -> dict[tuple[str, ...], Family]:
+    """The family of each root, of those whose blocks have such names: the first whose patch embedding is there.
+
+    Roots without one are omitted, unless there is none with one.
+    """
+    roots = {}
+    for root, families in found.items():
+        with_embedding = (one for one in families if Tower(one, _base(root, one), "").has_embedding(names))
+        family = next(with_embedding, None)
+        if family is not None:
+            roots[root] = family
+    return roots or {root: families[0] for root, families in found.items()}
+
+
+def _root(name: str, family: Family) -> tuple[str, ...] | None:
     """The parts before those of a block, if the name is of one; None for an optimizer, whose arrays have such names."""
     parts = _parts(name)
     kept = [index for index, part in enumerate(parts) if part not in _INSERTED]
@@ -143,7 +160,7 @@ def _root(name: str, family: ModuleType) -> tuple[str, ...] | None:
     return tuple(parts[: kept[match[1].count(".")]])
 
 
-def _base(root: tuple[str, ...], family: ModuleType) -> tuple[str, ...]:
+def _base(root: tuple[str, ...], family: Family) -> tuple[str, ...]:
     """The root without the family's own part, next to which the head is: vit. next to classifier."""
     end = len(root)
     while end and root[end - 1] in _INSERTED:
@@ -204,7 +221,8 @@ def _sort(
         other = next((other for other in others if other.has(name) and len(other.base) >= len(tower.base)), None)
         inside = tower.has(name) and other is None
         short = tower.short(name) if inside else _relative(name, tower)
-        why = other_arrays.why_ignored(short, stored.shapes[name], stored.dtypes[name])
+        own = inside and re.match(getattr(tower.family, "OWN", "(?!)"), short)
+        why = None if own else other_arrays.why_ignored(short, stored.shapes[name], stored.dtypes[name])
         if why is None and other is None and not inside:
             other = next((other for other in others if other.has(name)), None)
         if other is not None and (other.base or why is None):

@@ -1,0 +1,258 @@
+"""The names of other projects' image towers: a `Naming` for each, and what their JSON files say."""
+
+import functools
+import operator
+import re
+from typing import Any
+
+from vit_jax.data import normalization
+from vit_jax.errors import UserError
+from vit_jax.weights.describe import config_value
+from vit_jax.weights.files import Stored, read_json
+from vit_jax.weights.huggingface import GELUS
+from vit_jax.weights.naming import Naming, Recorded
+
+CLIP_STATISTICS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TRANSFORMERS = "default of transformers, as config.json does not say"
+OPEN_CLIP = "open_clip_config.json"
+PROJECTION = "the head is the projection to image embeddings, which are not normalized to length 1"
+
+_KINDS = {"hidden_size": int, "num_hidden_layers": int, "num_attention_heads": int, "num_register_tokens": int}
+_KINDS |= {"hidden_act": str, "layer_norm_eps": float}
+_SIZES = {"width": "hidden_size", "depth": "num_hidden_layers", "registers": "num_register_tokens"}
+_OPTIONS = {"heads": "num_attention_heads", "gelu": "hidden_act", "layer_norm_epsilon": "layer_norm_eps"}
+
+
+def _hugging_face(stored: Stored, kinds: tuple[str, ...], defaults: dict[str, Any], fixed: dict[str, Any]) -> Recorded:
+    """What config.json says of an image tower, alone or in `vision_config`.
+
+    Args:
+        stored: the file.
+        kinds: values of `model_type` that are read.
+        defaults: of transformers, for keys that config.json does not have.
+        fixed: values that other keys must have, if they are there.
+
+    Raises:
+        UserError: the config is of another kind of model, or has values that are not supported.
+    """
+    config = stored.config or {}
+    inner = [config[key] for key in ("vision_config", "vision_config_dict") if isinstance(config.get(key), dict)]
+    if inner:  # the second one is of old files, and has precedence
+        config = functools.reduce(operator.or_, inner, {"model_type": config.get("model_type")})
+    if not isinstance(config.get("model_type"), str):
+        return Recorded()
+    if config["model_type"] not in kinds:
+        raise UserError(f"config.json has model_type {config['model_type']!r}\n  allowed: {', '.join(kinds)}")
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise UserError(
+                f"config.json has {key} {config[key]!r}\n  allowed: {value!r}; use a model of docs/weights.md"
+            )
+    values = {key: config_value(config, key, kind) for key, kind in _KINDS.items()}
+    options = {ours: defaults.get(key) if values[key] is None else values[key] for ours, key in _OPTIONS.items()}
+    activation = options["gelu"]
+    if activation not in (None, "silu", *GELUS):
+        raise UserError(f"config.json has hidden_act {activation!r}\n  allowed: {', '.join(GELUS)}")
+    options["gelu"] = GELUS.get(activation, activation)
+    return Recorded(
+        values={**options, "image_size": config.get("image_size", defaults.get("image_size"))},
+        sizes={ours: (key, values[key]) for ours, key in _SIZES.items()},
+        by={ours: TRANSFORMERS for ours, key in _OPTIONS.items() if values[key] is None},
+    )
+
+
+def _recorded(kinds: tuple[str, ...], fixed: dict[str, Any] | None = None, **defaults: Any) -> functools.partial:
+    return functools.partial(_hugging_face, kinds=kinds, defaults=defaults, fixed=fixed or {})
+
+
+def _open_clip(stored: Stored) -> Recorded:
+    """What OPEN_CLIP beside the file says; without it, models of OpenAI have three numbers next to the arrays.
+
+    Raises:
+        UserError: it has options that are not supported.
+    """
+    path = stored.path.parent / OPEN_CLIP
+    if not path.is_file():
+        ours = any(re.search(r"(^|\.)(input_resolution|context_length)$", name) for name in stored.arrays)
+        return Recorded({"gelu": "quick"}, by={"gelu": "convention of OpenAI's CLIP"}) if ours else Recorded()
+    config = read_json(path)
+    model = config_value(config, "model_cfg", dict) or {}
+    vision, images = config_value(model, "vision_cfg", dict) or {}, config_value(config, "preprocess_cfg", dict) or {}
+    for key, value in {"pool_type": "tok", "final_ln_after_pool": False, "attentional_pool": False}.items():
+        if vision.get(key, value) != value:
+            raise UserError(
+                f"{OPEN_CLIP} has {key} {vision[key]!r}\n  allowed: {value!r}; use a model of docs/weights.md"
+            )
+    width, size = config_value(vision, "width", int), config_value(vision, "head_width", int) or 64
+    values = {"image_size": vision.get("image_size")}
+    values["gelu"] = "quick" if model.get("quick_gelu") else _activation(vision)
+    values["heads"] = width // size if width else None
+    values["layer_norm_epsilon"] = config_value(config_value(vision, "norm_kwargs", dict) or {}, "eps", float)
+    mean, std = images.get("mean"), images.get("std")
+    return Recorded(
+        values,
+        {"width": ("width", width), "depth": ("layers", config_value(vision, "layers", int))},
+        dict.fromkeys(values, OPEN_CLIP),
+        (tuple(mean), tuple(std)) if isinstance(mean, list) and isinstance(std, list) else None,
+    )
+
+
+def _activation(vision: dict[str, Any]) -> str:
+    return "tanh" if (vision.get("act_kwargs") or {}).get("approximate") == "tanh" else "exact"
+
+
+_HUGGING_FACE_BLOCK = {
+    "block/norm_attention": "layer_norm1.",
+    "block/attention/qkv": "self_attn.q_proj. self_attn.k_proj. self_attn.v_proj.",
+    "block/attention/out": "self_attn.out_proj.",
+    "block/norm_mlp": "layer_norm2.",
+    "block/mlp/up": "mlp.fc1.",
+    "block/mlp/down": "mlp.fc2.",
+}
+CLIP = Naming(
+    LABEL="Hugging Face's naming of CLIP",
+    BLOCK=r"encoder\.layers\.\d+\.self_attn\.",
+    embedding=r"embeddings\.class_embedding$",
+    INNER=("vision_model",),
+    family="Hugging Face's CLIP",
+    block="encoder.layers.{}.",
+    names={
+        "embedding/projection": "embeddings.patch_embedding.",
+        "class_token": "embeddings.class_embedding",
+        "positions/table": "embeddings.position_embedding.weight",
+        "norm_input": "pre_layrnorm.",
+        **_HUGGING_FACE_BLOCK,
+        "encoder/norm": "post_layernorm.",
+        "head/logits": "visual_projection.",
+    },
+    biasless="embedding/projection|head/logits",
+    classifier="classifier.",
+    unread="encoder/norm",  # the mean of the patches is that of the last block
+    fields={"input_norm": "tokens"},
+    gelu="quick",
+    epsilon=1e-5,
+    recorded=_recorded(
+        ("clip", "clip_vision_model", "metaclip_2", "metaclip_2_vision_model"),
+        num_attention_heads=12,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+    ),
+    statistics=CLIP_STATISTICS,
+    head_note=PROJECTION,
+)
+SIGLIP = Naming(
+    LABEL="Hugging Face's naming of SigLIP",
+    BLOCK=CLIP.BLOCK,
+    embedding=r"embeddings\.patch_embedding\.bias$",
+    INNER=CLIP.INNER,
+    family="Hugging Face's SigLIP",
+    block=CLIP.block,
+    names={
+        "embedding/projection": "embeddings.patch_embedding.",
+        "positions/table": "embeddings.position_embedding.weight",
+        **_HUGGING_FACE_BLOCK,
+        "encoder/norm": "post_layernorm.",
+        "pooling/probe": "head.probe",
+        "pooling/qkv": "head.attention.in_proj_",
+        "pooling/out": "head.attention.out_proj.",
+        "pooling/norm": "head.layernorm.",
+        "pooling/mlp/up": "head.mlp.fc1.",
+        "pooling/mlp/down": "head.mlp.fc2.",
+    },
+    optional="pooling/.*",
+    classifier="classifier.",
+    unread="pooling/.*",
+    gelu="tanh",
+    recorded=_recorded(
+        ("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"),
+        num_attention_heads=12,
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=1e-6,
+    ),
+)
+OPENAI = Naming(
+    LABEL="OpenAI's naming of CLIP",
+    BLOCK=r"transformer\.resblocks\.\d+\.",
+    embedding=r"conv1\.",
+    family="OpenCLIP's models",
+    block="transformer.resblocks.{}.",
+    names={
+        "embedding/projection": "conv1.",
+        "class_token": "class_embedding",
+        "positions/table": "positional_embedding",
+        "norm_input": "ln_pre.",
+        "block/norm_attention": "ln_1.",
+        "block/attention/qkv": "attn.in_proj_",
+        "block/attention/out": "attn.out_proj.",
+        "block/scale_attention/scale": "ls_1.gamma",
+        "block/norm_mlp": "ln_2.",
+        "block/mlp/up": "mlp.c_fc.",
+        "block/mlp/down": "mlp.c_proj.",
+        "block/scale_mlp/scale": "ls_2.gamma",
+        "encoder/norm": "ln_post.",
+        "head/logits/kernel": "proj",
+    },
+    optional="head/.*|block/scale_.*",
+    biasless="embedding/projection",
+    fields={"input_norm": "tokens"},
+    epsilon=1e-5,
+    recorded=_open_clip,
+    statistics=CLIP_STATISTICS,
+    head_note=PROJECTION,
+)
+DINOV3 = Naming(
+    LABEL="Hugging Face's naming of DINOv3",
+    BLOCK=r"layers?\.\d+\.(?:attention|norm1)\.",
+    INNER=("model", "encoder"),
+    embedding=r"embeddings\.patch_embeddings\.weight$",
+    family="Hugging Face's DINOv3",
+    block="layer.{}.|model.layer.{}.|layers.{}.|encoder.layer.{}.",
+    names={
+        "embedding/projection": "embeddings.patch_embeddings.",
+        "class_token": "embeddings.cls_token",
+        "registers": "embeddings.register_tokens",
+        "block/norm_attention": "norm1.",
+        "block/attention/qkv": "attention.q_proj. attention.k_proj. attention.v_proj.",
+        "block/attention/out": "attention.o_proj.",
+        "block/scale_attention/scale": "layer_scale1.lambda1",
+        "block/norm_mlp": "norm2.",
+        "block/mlp/up": "mlp.up_proj.",
+        "block/mlp/gate_up": "mlp.gate_proj. mlp.up_proj.",
+        "block/mlp/down": "mlp.down_proj.",
+        "block/scale_mlp/scale": "layer_scale2.lambda1",
+        "encoder/norm": "norm.",
+    },
+    optional="registers",
+    biasless=r"encoder/block_\d+/(attention/out|mlp/\w+)",
+    fields={"position": "dinov3"},
+    epsilon=1e-5,
+    heads={4096: 32},
+    recorded=_recorded(
+        ("dinov3_vit",), {"rope_theta": 100.0}, num_attention_heads=6, hidden_act="gelu", layer_norm_eps=1e-5
+    ),
+    statistics=normalization.IMAGENET,
+)
+TORCHVISION = Naming(
+    LABEL="torchvision's naming",
+    BLOCK=r"encoder\.layers\.encoder_layer_\d+\.",
+    embedding=r"conv_proj\.",
+    family="torchvision's models",
+    block="encoder.layers.encoder_layer_{}.",
+    names={
+        "embedding/projection": "conv_proj.",
+        "class_token": "class_token",
+        "positions/table": "encoder.pos_embedding",
+        "block/norm_attention": "ln_1.",
+        "block/attention/qkv": "self_attention.in_proj_",
+        "block/attention/out": "self_attention.out_proj.",
+        "block/norm_mlp": "ln_2.",
+        "block/mlp/up": "mlp.0.|mlp.linear_1.",
+        "block/mlp/down": "mlp.3.|mlp.linear_2.",
+        "encoder/norm": "encoder.ln.",
+        "head/pre_logits": "heads.pre_logits.",
+        "head/logits": "heads.head.",
+    },
+    statistics=normalization.IMAGENET,
+)
+
+NAMINGS = (CLIP, SIGLIP, OPENAI, DINOV3, TORCHVISION)
