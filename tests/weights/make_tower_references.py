@@ -98,6 +98,19 @@ def hugging_face():
     write("dinov3_swiglu_state_dict", tower.state_dict(), None, numbers)
 
 
+def heads_on_two_features():
+    """The logits of models whose recordings have only features."""
+    import transformers as hf
+
+    kinds = {
+        "hf_deit_teacher": (hf.DeiTForImageClassificationWithTeacher, hf.DeiTConfig(**HUGGING_FACE)),
+        "hf_dinov2_classifier": (hf.Dinov2ForImageClassification, hf.Dinov2Config(**HUGGING_FACE, mlp_ratio=2)),
+    }
+    for name, (kind, config) in kinds.items():
+        model = kind.from_pretrained(FOLDER / name, config=config).eval()
+        np.savez(FOLDER / name / "logits.npz", logits=model(images()).logits.detach().numpy())
+
+
 def torchvision():
     from torchvision.models.vision_transformer import VisionTransformer
 
@@ -146,5 +159,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.modules["torchvision._meta_registrations"] = types.ModuleType("no compiled operators")
     hugging_face()
+    heads_on_two_features()
     torchvision()
     open_clip()

@@ -28,8 +28,7 @@ EMBEDDING, CLASSIFIER = r"(?:\w+\.)?embeddings\.patch_embeddings\.projection\.",
 SEPARATOR, INNER = ".", ("vit", "vit_msn", "ijepa", "deit", "dinov2", "dinov2_with_registers", "vit_mae")
 
 IGNORED = {r"pooler\.dense\.": "a layer of the pooled output, which the classifier does not use"}
-TEACHER = "its logits are the mean of two heads, on class token and distillation token, which is not supported"
-BOTH = "its head reads both the class token and the mean of the patches, which is not supported"
+HEADS = ("cls_classifier", "distillation_classifier")  # their logits are averaged
 KNOWN = ("embeddings.cls_token", "embeddings.position_embeddings", "embeddings.register_tokens", "classifier.weight")
 
 
@@ -63,14 +62,17 @@ def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
     names = Names(stored.shapes, _prefix(stored.shapes), LABEL)
     config, choices = _config(stored), Choices(overrides)
     spelling, heads = _spelling(names), [name for name in stored.shapes if re.match(CLASSIFIER, name)]
-    refusal = _refusal(stored.shapes, names, heads)
+    own = Names(stored.shapes, "", LABEL)
+    two = any(f"{start}.weight" in own for start in HEADS)
+    odd = (odd_head(own, f"{start}.") for start in (HEADS if two else ("classifier",)))
+    refusal = next((why for why in odd if why is not None), None)
     parts = _parts(names, spelling, bool(heads) and refusal is None)
     ignored = {
         f"{names.prefix}{name}": why for name in names for pattern, why in IGNORED.items() if re.match(pattern, name)
     }
     if refusal is not None:
         ignored |= dict.fromkeys(heads, "a head that is not supported: " + refusal.split(", which")[0])
-    table = _rules(parts, spelling)
+    table = _rules(parts, spelling, two)
     check_names(stored.shapes, table, ignored, [names.prefix + name for name in KNOWN], LABEL)
     model, channels = _model(names, stored.shapes, parts, spelling, config, choices)
     rows = names.shape("embeddings.position_embeddings", 3)[1] - int(parts.class_token)
@@ -123,14 +125,6 @@ def _spelling(names: Names) -> Spelling:
     )
 
 
-def _refusal(shapes: Mapping[str, tuple[int, ...]], names: Names, heads: list[str]) -> str | None:
-    if any(not name.startswith("classifier.") for name in heads):
-        return TEACHER
-    width = names.shape("embeddings.patch_embeddings.projection.weight", 4)[0]
-    both = shapes.get("classifier.weight", ())[1:] == (2 * width,)
-    return BOTH if both else odd_head(Names(shapes, "", LABEL), "classifier.")
-
-
 def _parts(names: Names, spelling: Spelling, head: bool) -> Parts:
     return Parts(
         depth=names.count(LAYER),
@@ -158,9 +152,13 @@ def _model(
     first = {"dense": "intermediate.dense", "fc": "mlp.fc1", "packed": "mlp.weights_in", "apart": "mlp.gate_proj"}
     hidden = names.shape(f"{spelling.block.format(0)}{first[spelling.mlp]}.weight", 2)[0]
     family = "Hugging Face's " + ("DINOv2" if spelling.dinov2 else "ViT and DeiT")
-    convention = "token" if parts.class_token else "mean"
+    convention, classes = "token" if parts.class_token else "mean", None
+    if parts.head:
+        one = "classifier.weight" in shapes
+        classes, reads = Names(shapes, "", LABEL).shape("classifier.weight" if one else f"{HEADS[0]}.weight", 2)
+        convention = "token_register" if not one else "token_mean" if reads == 2 * width else convention
     fields = {
-        "classes": Names(shapes, "", LABEL).shape("classifier.weight", 2)[0] if parts.head else None,
+        "classes": classes,
         "patch_size": patch,
         "width": width,
         "depth": parts.depth,
@@ -193,7 +191,7 @@ def _notes(spelling: Spelling, parts: Parts) -> tuple[str, ...]:
     return ()
 
 
-def _rules(parts: Parts, spelling: Spelling) -> list[Rule]:
+def _rules(parts: Parts, spelling: Spelling, two_heads: bool) -> list[Rule]:
     p = f"{spelling.prefix}embeddings."
     table = dense(f"{p}patch_embeddings.projection.", "embedding/projection", rules.PATCH_CONVOLUTION)
     if parts.class_token:
@@ -209,7 +207,9 @@ def _rules(parts: Parts, spelling: Spelling) -> list[Rule]:
         table += _attention_rules(name, f"encoder/block_{index}", parts, spelling)
         table += _mlp_rules(name, f"encoder/block_{index}", parts, spelling)
     table += norm(f"{spelling.prefix}layernorm.", "encoder/norm")
-    if parts.head:
+    if parts.head and two_heads:
+        table += dense("{}.", "head/logits", rules.MEAN_OF_HEADS, rules.MEAN_OF_BIASES, HEADS)
+    elif parts.head:
         table += dense("classifier.", "head/logits", rules.LINEAR)
     return table
 

@@ -14,7 +14,7 @@ from vit_jax.data.normalization import Statistics
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules
-from vit_jax.weights.describe import OTHER, Choices, Description, Names, check_config, check_names
+from vit_jax.weights.describe import OTHER, Choices, Description, Names, check_config, check_names, pair
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Rule, dense, norm
 
@@ -148,6 +148,7 @@ class Naming:
             ignored,
             decisions=tuple(choices.made),
             notes=(self.head_note,) if self.head_note and model.classes is not None and not classifies else (),
+            recorded_size=pair(recorded.values.get("image_size")) if grid is None else None,
             normalization=_normalization(statistics),
             statistics=statistics,
             zeros=zeros,
@@ -282,9 +283,11 @@ class Naming:
     def _decide(self, field: str, convention: Any, recorded: Recorded, choices: Choices) -> Any:
         """As `Choices.decide`, but an override that contradicts what is recorded is an error."""
         value, by = recorded.values.get(field), recorded.by.get(field, "config.json")
-        if value is not None and by.endswith(".json") and choices.overrides.get(field, value) != value:
+        is_open = value is None or by.startswith("convention")
+        if not is_open and choices.overrides.get(field, value) != value:
             raise UserError(
-                f"{field} is {choices.overrides[field]!r}, but {by} says {value!r}\n  omit {field}, or correct {by}"
+                f"{field} is {choices.overrides[field]!r}, but it is {value!r} by {by}\n"
+                f"  omit {field}, or correct the JSON file"
             )
         return choices.decide(field, convention, value, by, self.family)
 

@@ -13,7 +13,7 @@ from vit_jax.weights.huggingface import GELUS
 from vit_jax.weights.naming import Naming, Recorded
 
 CLIP_STATISTICS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-TRANSFORMERS = "default of transformers, as config.json does not say"
+TRANSFORMERS = "transformers' default, which config.json does not change"
 OPEN_CLIP = "open_clip_config.json"
 PROJECTION = "the head is the projection to image embeddings, which are not normalized to length 1"
 
