@@ -199,16 +199,22 @@ def without(arrays, *names):
     return {name: array for name, array in arrays.items() if name not in names}
 
 
-def clip(layer):
-    return dict.fromkeys([f"{layer}.ln_1.weight", "positional_embedding", "token_embedding.weight", "logit_scale"], ONE)
+def clip(*names):
+    """The names of a CLIP of OpenAI, with those of its image tower."""
+    text = ("transformer.resblocks.0.attn.in_proj_weight", "positional_embedding", "token_embedding.weight")
+    return dict.fromkeys([*text, *(f"visual.{name}" for name in names)], ONE)
 
 
 # Each with what the message says, and what it must not say.
 REFUSED = {
-    "CLIP": (lambda: clip("visual.transformer.resblocks.0"), "CLIP in the naming of OpenAI", "renamed"),
-    "CLIP of Hugging Face": (
+    "a ResNet of CLIP": (
+        lambda: clip("conv1.weight", "layer4.0.conv1.weight", "attnpool.k_proj.weight"),
+        "a ResNet of CLIP, which is not supported",
+        "renamed",
+    ),
+    "CLIP without most of its arrays": (
         lambda: {"vision_model.encoder.layers.0.self_attn.k_proj.weight": ONE},
-        "CLIP or SigLIP in Hugging Face's naming",
+        "not a complete model in Hugging Face's naming of CLIP: missing: ",
         "renamed",
     ),
     "Swin": (lambda: {"layers.0.blocks.0.attn.qkv.weight": ONE, "layers.1.blocks.0.attn.qkv.weight": ONE}, "Swin", ""),

@@ -23,14 +23,14 @@ TEXT |= {"max_position_embeddings": 6, "bos_token_id": 0, "eos_token_id": 1}
 SIZES = (32, 32), (48, 64), (24, 40)  # of models for images of any size
 
 
-def write(name, arrays, config, numbers, config_name="config.json"):
+def write(name, arrays, config, recorded, config_name="config.json"):
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.detach().clone().contiguous() for key, value in arrays.items()}, folder / "model.safetensors")
     if config is not None:
         (folder / config_name).write_text(json.dumps(config, indent=1) + "\n")
-    numbers = {"inputs": images().permute(0, 2, 3, 1), **numbers}
-    np.savez(folder / "numbers.npz", **{key: value.detach().numpy() for key, value in numbers.items()})
+    recorded = {"inputs": images().permute(0, 2, 3, 1), **recorded}
+    np.savez(folder / "numbers.npz", **{key: value.detach().numpy() for key, value in recorded.items()})
 
 
 def save(model, name):
@@ -51,12 +51,12 @@ def hugging_face():
     clip = randomise(hf.CLIPModel(hf.CLIPConfig(**both, projection_dim=6)), 300)
     outputs = clip.vision_model(pictures)
     tokens = clip.vision_model.post_layernorm(outputs.last_hidden_state)
-    numbers = {"outputs": clip.visual_projection(outputs.pooler_output), "pooled": outputs.pooler_output}
+    recorded = {"outputs": clip.visual_projection(outputs.pooler_output), "pooled": outputs.pooler_output}
     arrays, config = save(clip, "clip")
     # As in files of old, with the buffer of positions; keys with transformers' default values are not there.
     arrays["vision_model.embeddings.position_ids"] = torch.arange(10)[None]
     config["vision_config"] = {key: config["vision_config"][key] for key in (*VISION, "projection_dim")}
-    write("clip", arrays, config, {**numbers, "tokens": tokens})
+    write("clip", arrays, config, {**recorded, "tokens": tokens})
 
     tower = randomise(hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION, hidden_act="gelu")), 301)
     outputs = tower(pictures)
@@ -68,8 +68,8 @@ def hugging_face():
 
     siglip = randomise(hf.SiglipModel(hf.SiglipConfig(**both)), 303)
     outputs = siglip.vision_model(pictures)
-    numbers = {"outputs": outputs.pooler_output, "tokens": outputs.last_hidden_state}
-    write("siglip", *save(siglip, "siglip"), numbers)
+    recorded = {"outputs": outputs.pooler_output, "tokens": outputs.last_hidden_state}
+    write("siglip", *save(siglip, "siglip"), recorded)
 
     model = randomise(hf.SiglipForImageClassification(hf.SiglipConfig(**both, num_labels=5)), 304)
     write("siglip_classifier", *save(model, "siglip_classifier"), {"outputs": model(pictures).logits})
@@ -78,24 +78,24 @@ def hugging_face():
     tower = randomise(hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**flexible, num_patches=9)), 305)
     patches = pictures.permute(0, 2, 3, 1).reshape(2, 3, 4, 3, 4, 3).transpose(2, 3).reshape(2, 9, 48)
     outputs = tower(patches, torch.ones(2, 9, dtype=torch.long), torch.tensor([[3, 3]] * 2))
-    numbers = {"outputs": outputs.pooler_output, "tokens": outputs.last_hidden_state}
-    write("siglip2_naflex", *save(tower, "siglip2_naflex"), numbers)
+    recorded = {"outputs": outputs.pooler_output, "tokens": outputs.last_hidden_state}
+    write("siglip2_naflex", *save(tower, "siglip2_naflex"), recorded)
 
     kinds = {"dinov3": {}, "dinov3_swiglu": {"use_gated_mlp": True, "hidden_act": "silu", "num_register_tokens": 4}}
     for seed, (name, fields) in enumerate(kinds.items(), start=306):
         fields = {**VISION, "image_size": 32, "patch_size": 8, "num_register_tokens": 2, **fields}
         tower = randomise(hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**fields)), seed)
-        generator, numbers = torch.Generator().manual_seed(seed), {}
+        generator, recorded = torch.Generator().manual_seed(seed), {}
         for height, width in SIZES if name == "dinov3" else SIZES[:1]:
             pictures = torch.randn(2, 3, height, width, generator=generator)
-            numbers |= {f"inputs_{height}x{width}": pictures.permute(0, 2, 3, 1)}
-            numbers |= {f"tokens_{height}x{width}": tower(pictures).last_hidden_state}
+            recorded |= {f"inputs_{height}x{width}": pictures.permute(0, 2, 3, 1)}
+            recorded |= {f"tokens_{height}x{width}": tower(pictures).last_hidden_state}
         first = f"{SIZES[0][0]}x{SIZES[0][1]}"
-        numbers |= {"inputs": numbers[f"inputs_{first}"], "outputs": numbers[f"tokens_{first}"][:, 0]}
+        recorded |= {"inputs": recorded[f"inputs_{first}"], "outputs": recorded[f"tokens_{first}"][:, 0]}
         arrays, config = save(tower, name)
-        write(name, arrays, config, numbers)
+        write(name, arrays, config, recorded)
     # The names that the modules of transformers 5 have themselves, without a config.json.
-    write("dinov3_swiglu_state_dict", tower.state_dict(), None, numbers)
+    write("dinov3_swiglu_state_dict", tower.state_dict(), None, recorded)
 
 
 def heads_on_two_features():
@@ -120,8 +120,8 @@ def torchvision():
     ):
         model = randomise(VisionTransformer(**size, num_classes=5, **fields), 310 + seed)
         tokens = torch.cat([model.class_token.expand(2, -1, -1), model._process_input(images())], dim=1)
-        numbers = {"outputs": model(images()), "tokens": model.encoder(tokens)}
-        write(name, model.state_dict(), None, numbers)
+        recorded = {"outputs": model(images()), "tokens": model.encoder(tokens)}
+        write(name, model.state_dict(), None, recorded)
 
 
 def open_clip():
@@ -150,8 +150,8 @@ def open_clip():
         arrays |= {"transformer.resblocks.0.attn.in_proj_weight": torch.ones(24, 8), "ln_final.weight": torch.ones(8)}
         arrays |= {"positional_embedding": torch.ones(6, 8), "token_embedding.weight": torch.ones(20, 8)}
         if name == "openai":
-            numbers = {"input_resolution": 12, "context_length": 6, "vocab_size": 20}
-            arrays |= {key: torch.tensor(value) for key, value in numbers.items()}
+            recorded = {"input_resolution": 12, "context_length": 6, "vocab_size": 20}
+            arrays |= {key: torch.tensor(value) for key, value in recorded.items()}
         write(name, arrays, config, {"outputs": embeddings, "patches": patches}, "open_clip_config.json")
 
 

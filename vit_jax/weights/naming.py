@@ -266,10 +266,10 @@ class Naming:
         if "pooling/probe" in found:
             return VisionTransformer(**fields, pooling="map"), channels
         convention = "token" if fields["class_token"] and not classifies else "mean"
-        given = choices.overrides.get("pooling", convention)
-        if fields["classes"] is not None and given not in (convention, "none"):
+        wanted = choices.overrides.get("pooling", convention)
+        if fields["classes"] is not None and wanted not in (convention, "none"):
             raise UserError(
-                f"pooling is {given!r}, but the file's head reads {convention!r}\n  omit pooling, or give 'none'"
+                f"pooling is {wanted!r}, but the file's head reads {convention!r}\n  omit pooling, or give 'none'"
             )
         fields["pooling"] = self._decide("pooling", convention, recorded, choices)
         return VisionTransformer(**fields), channels
