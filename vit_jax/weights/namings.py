@@ -97,6 +97,16 @@ def _open_clip(stored: Stored) -> Recorded:
     )
 
 
+def trunk_config(stored: Stored) -> dict[str, Any] | None:
+    """A config as of timm for a tower of timm in a file of OpenCLIP, by OPEN_CLIP; None if there is none."""
+    path = stored.path.parent / OPEN_CLIP
+    vision = (config_value(read_json(path), "model_cfg", dict) or {}).get("vision_cfg") if path.is_file() else None
+    if not isinstance(vision, dict) or not isinstance(vision.get("timm_model_name"), str):
+        return None
+    pooling = config_value(vision, "timm_pool", str)
+    return {"architecture": vision["timm_model_name"], **({"global_pool": pooling} if pooling else {})}
+
+
 def _activation(vision: dict[str, Any]) -> str:
     return "tanh" if (vision.get("act_kwargs") or {}).get("approximate") == "tanh" else "exact"
 
@@ -112,7 +122,7 @@ _HUGGING_FACE_BLOCK = {
 CLIP = Naming(
     LABEL="Hugging Face's naming of CLIP",
     BLOCK=r"encoder\.layers\.\d+\.self_attn\.",
-    embedding=r"embeddings\.class_embedding$",
+    embedding=r"(?:embeddings\.class_embedding$|pre_layrnorm\.)",
     INNER=("vision_model",),
     family="Hugging Face's CLIP",
     block="encoder.layers.{}.",
@@ -143,7 +153,7 @@ CLIP = Naming(
 SIGLIP = Naming(
     LABEL="Hugging Face's naming of SigLIP",
     BLOCK=CLIP.BLOCK,
-    embedding=r"embeddings\.patch_embedding\.bias$",
+    embedding=r"(?:embeddings\.patch_embedding\.bias$|head\.probe$)",
     INNER=CLIP.INNER,
     family="Hugging Face's SigLIP",
     block=CLIP.block,

@@ -14,10 +14,11 @@ from types import ModuleType
 from typing import Any
 
 from vit_jax.errors import UserError, few
-from vit_jax.weights import other_arrays
+from vit_jax.weights import namings, other_arrays
 from vit_jax.weights.describe import Description
 from vit_jax.weights.files import Stored
 from vit_jax.weights.naming import Naming
+from vit_jax.weights.rules import LINEAR, Rule
 
 # Parts of names that DistributedDataParallel, torch.compile, FSDP and recomputed layers insert, at any depth.
 _INSERTED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module")
@@ -83,6 +84,9 @@ def describe(
         shapes={short: stored.shapes[name] for short, name in names.items()},
         dtypes={short: stored.dtypes[name] for short, name in names.items()},
     )
+    is_trunk = tower.base[-1:] == ("trunk",)
+    if is_trunk:
+        view = dataclasses.replace(view, config=namings.trunk_config(stored) or stored.config)
     below = f"below {view.prefix}: " if tower.base else ""
     try:
         other_arrays.refuse_parts(view.shapes, view.dtypes)
@@ -96,15 +100,32 @@ def describe(
             f"\n  to load it without them: {_how(stored, tower.prefix)}"
         )
     refusal = found.head_refusal
+    rules = tuple(dataclasses.replace(rule, names=tuple(names[short] for short in rule.names)) for rule in found.rules)
+    if is_trunk and found.model.classes is None and refusal is None:
+        projection = [name for name in heads if _parts(name) == [*tower.base[:-1], "head", "proj", "weight"]]
+        found, more = _with_projection(found, projection, stored)
+        rules, heads = rules + more, [name for name in heads if name not in projection]
     if heads:
         ignored |= dict.fromkeys(heads, "a head that is not supported: it is outside the model")
         if found.model.classes is None and refusal is None:
             refusal = f"{few(heads, 2)}: a head outside the model, so that what it reads is unknown"
     ignored |= {names[short]: why for short, why in found.ignored.items()}
-    rules = (dataclasses.replace(rule, names=tuple(names[short] for short in rule.names)) for rule in found.rules)
     return dataclasses.replace(
-        found, rules=tuple(rules), ignored={name: ignored[name] for name in sorted(ignored)}, head_refusal=refusal
+        found, rules=rules, ignored={name: ignored[name] for name in sorted(ignored)}, head_refusal=refusal
     )
+
+
+def _with_projection(found: Description, projection: list[str], stored: Stored) -> tuple[Description, tuple[Rule, ...]]:
+    """A tower of timm in a file of OpenCLIP, with the projection next to it as its head, if there is one."""
+    if not projection or len(stored.shapes[projection[0]]) != 2:
+        return found, ()
+    found = dataclasses.replace(
+        found,
+        model=found.model.clone(classes=stored.shapes[projection[0]][0]),
+        zeros={**found.zeros, "head/logits/bias": "the file's layers have no such bias"},
+        notes=(*found.notes, namings.PROJECTION),
+    )
+    return found, (Rule((projection[0],), ("head/logits/kernel",), LINEAR),)
 
 
 def _parts(name: str) -> list[str]:
