@@ -12,7 +12,7 @@ from helpers import mostly_slow
 
 from vit_jax import weights
 from vit_jax.errors import UserError
-from vit_jax.weights import files
+from vit_jax.weights import files, registry
 from vit_jax.weights.save import flattened
 
 # What a recording without a config.json is of.
@@ -24,6 +24,16 @@ NAMES = [
     *("dinov3", "dinov3_swiglu", "dinov3_swiglu_state_dict"),
     *("openai", "openclip", "openclip_quickgelu", "torchvision", "torchvision_pre_logits"),
 ]
+
+
+def test_every_recording_is_that_of_one_family(references):
+    recorded = [name for family in registry.FAMILIES for name in family.recordings]
+    assert sorted(recorded) == sorted(folder.name for folder in references.iterdir())
+    assert {name for name in recorded if not name.startswith(("timm_", "hf_"))} == set(NAMES)
+    for family in registry.FAMILIES:
+        assert all((family.models, family.naming, family.examples, family.recordings, family.licence)), family
+        assert family.checked_against in ("timm", "transformers", "open_clip", "torchvision")
+        assert family.tolerance <= 1e-5
 
 
 @pytest.mark.parametrize("name", mostly_slow(NAMES, 4))
