@@ -98,6 +98,32 @@ def hugging_face():
     write("dinov3_swiglu_state_dict", tower.state_dict(), None, recorded)
 
 
+def hugging_face_kin():
+    import transformers as hf
+
+    relative = {**HUGGING_FACE, "use_relative_position_bias": True, "use_mean_pooling": True}
+    shared = {**VISION, "use_shared_relative_position_bias": True, "use_mean_pooling": False}
+    kinds = {
+        "beit": (hf.BeitForImageClassification, hf.BeitConfig(**relative)),
+        "beit_shared": (hf.BeitModel, hf.BeitConfig(**shared)),
+        "data2vec": (hf.Data2VecVisionForImageClassification, hf.Data2VecVisionConfig(**relative)),
+        "aimv2": (hf.Aimv2VisionModel, hf.Aimv2VisionConfig(**VISION, use_head=False)),
+        "internvl": (hf.InternVLVisionModel, hf.InternVLVisionConfig(**VISION, attention_bias=True)),
+    }
+    for seed, (name, (kind, config)) in enumerate(kinds.items(), start=330):
+        model = randomise(kind(config), seed)
+        outputs = model(images())
+        if "logits" in outputs:
+            recorded = {"outputs": outputs.logits}
+        else:
+            tokens = outputs.last_hidden_state
+            pooled = {"beit_shared": tokens[:, 0], "aimv2": tokens.mean(1), "internvl": tokens[:, 1:].mean(1)}[name]
+            recorded = {"outputs": pooled, "tokens": tokens}
+        write(name, *save(model, name), recorded)
+        if name == "beit":
+            write(f"{name}_state_dict", model.state_dict(), None, recorded)
+
+
 def heads_on_two_features():
     """The logits of models whose recordings have only features."""
     import transformers as hf
@@ -159,6 +185,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.modules["torchvision._meta_registrations"] = types.ModuleType("no compiled operators")
     hugging_face()
+    hugging_face_kin()
     heads_on_two_features()
     torchvision()
     open_clip()

@@ -17,11 +17,13 @@ from vit_jax.weights.save import flattened
 
 # What a recording without a config.json is of.
 OVERRIDES = {
-    name: {"heads": 3} for name in ("torchvision", "torchvision_pre_logits", "openai", "dinov3_swiglu_state_dict")
+    name: {"heads": 3}
+    for name in ("torchvision", "torchvision_pre_logits", "openai", "dinov3_swiglu_state_dict", "beit_state_dict")
 }
 NAMES = [
     *("clip", "clip_vision", "clip_classifier", "siglip", "siglip_classifier", "siglip2_naflex"),
     *("dinov3", "dinov3_swiglu", "dinov3_swiglu_state_dict"),
+    *("beit", "beit_state_dict", "beit_shared", "data2vec", "aimv2", "internvl"),
     *("openai", "openclip", "openclip_quickgelu", "torchvision", "torchvision_pre_logits"),
 ]
 
@@ -43,7 +45,8 @@ def test_the_libraries_numbers(references, helpers, name):
     helpers.covers(report, files.open_file(references / name).shapes, flattened(parameters))
     features = model.clone(classes=None, pre_logits=None)
     models = {"outputs": model, "pooled": features}
-    models |= dict.fromkeys(("tokens", "patches"), features.clone(pooling="none"))
+    if any(key.startswith(("tokens", "patches")) for key in recorded):
+        models |= dict.fromkeys(("tokens", "patches"), features.clone(pooling="none"))
 
     @functools.partial(jax.jit, static_argnums=2)
     def outputs(parameters, images, kinds):
@@ -92,6 +95,34 @@ def test_other_spellings_of_the_names(references, tmp_path, helpers, name):
         references, source = tmp_path, "towers"
     _, wanted, _ = weights.load(references / source, heads=3)
     _, found, _ = weights.load(renamed(tmp_path / "renamed", references / source, *change), heads=3)
+    helpers.same(found, wanted)
+
+
+def test_the_names_of_internvits_own_code(references, tmp_path, helpers):
+    """As of InternVL in transformers, with fused queries, keys and values."""
+    names = {
+        "encoder.layer.": "encoder.layers.",
+        "lambda_": "ls",
+        "layernorm_before": "norm1",
+        "cls_token": "class_embedding",
+    }
+    names |= {
+        "layernorm_after": "norm2",
+        "patch_embeddings.projection": "patch_embedding",
+        "embeddings.position_embeddings": "embeddings.position_embedding",
+    }
+    names |= {"attention.projection_layer": "attn.proj"}
+    arrays = dict(files.open_file(references / "internvl").arrays)
+    for name in [name for name in arrays if "q_proj" in name]:
+        parts = [arrays.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        arrays[name.replace("attention.q_proj", "attn.qkv")] = np.concatenate(parts)
+    for old, new in names.items():
+        arrays = {f"{name.replace(old, new)}": array for name, array in arrays.items()}
+    arrays = {f"vision_model.{name}": array for name, array in arrays.items()}
+    files.write_safetensors(tmp_path / "model.safetensors", arrays)
+    model, found, _ = weights.load(tmp_path, heads=3)
+    same, wanted, _ = weights.load(references / "internvl")
+    assert model == same
     helpers.same(found, wanted)
 
 

@@ -27,7 +27,7 @@ from vit_jax.weights.describe import Description, pair
 from vit_jax.weights.report import Report, Row, stack_rows
 from vit_jax.weights.rules import Rule
 
-FAMILIES = (google, timm, huggingface, *namings.NAMINGS)
+FAMILIES = (google, timm, *namings.NAMINGS, huggingface)
 FITTED = ("patch_size", "position_grid")  # may differ: parameters are converted, or a note says how to keep it
 FUNCTION = tuple(name for name in options_that_affect(VisionTransformer, "function") if name not in FITTED)
 NOT_IN_ARRAYS = ("heads", *FUNCTION, "position")  # options that the arrays need not determine

@@ -17,7 +17,9 @@ from vit_jax.weights import rules
 from vit_jax.weights.describe import OTHER, Choices, Description, Names, check_config, check_names, pair
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Rule, dense, norm
+from vit_jax.weights.timm_rules import relative_grid, relative_table
 
+RELATIVE = ("block/positions", "positions")  # of each block, or the same in all
 QKV = "block/attention/qkv"
 GATED, PLAIN = "block/mlp/gate_up", "block/mlp/up"
 
@@ -60,6 +62,7 @@ class Naming:
         biasless: pattern of the paths, up to '/bias', of layers that may lack a bias.
         classifier: start of the names of a classifier that reads the mean of the patches, in place of the table's
             head; '' if there is none. What it does not read is `unread`, a pattern of paths.
+        refused: what is not supported of a head, by the start of its names: the model is then read without it.
         fields: of the model, where the project's models have other values than ours by default.
         gelu, epsilon: conventions.
         heads: usual number of heads by width, if not 64 channels each.
@@ -82,6 +85,7 @@ class Naming:
     biasless: str = "(?!)"
     classifier: str = ""
     unread: str = "(?!)"
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gelu: str = "exact"
     epsilon: float = 1e-6
@@ -130,14 +134,25 @@ class Naming:
                 for name in names
                 if name.startswith(starts)
             }
+        refusal = None
+        for start, why in self.refused.items():
+            refused = [name for name in names if name.startswith(inner + start)]
+            ignored |= dict.fromkeys(refused, f"a head that is not supported: {why}")
+            refusal = f"{inner}{start}...: {why}, which is not supported" if refused else refusal
         depth = names.count(_pattern(found[QKV][0].partition("{}")[0]) + r"(\d+)\.")
+        size = recorded.values.get("image_size")
+        grid = next((_relative_grid(names, found[key][0].format(0)) for key in RELATIVE if key in found), None)
         table, zeros = self._rules(names, found, depth)
         check_names(stored.shapes, table, ignored, (), self.LABEL)
         model, channels = self._model(names, found, depth, classifies, table, recorded, choices)
-        grid = None
+        if "positions/table" in found and grid is not None:
+            raise UserError(
+                f"{found['positions/table'][0]}: positions at the input and in the layers are not supported together\n"
+                "  use a model of docs/weights.md"
+            )
         if "positions/table" in found:
             rows = names.shape_of(found["positions/table"][0])[-2] - int(model.class_token)
-            grid = choices.grid(rows, model.patch_size, recorded.values.get("image_size"))
+            grid = choices.grid(rows, model.patch_size, size)
         statistics = recorded.statistics or self.statistics
         return Description(
             self.LABEL,
@@ -148,7 +163,8 @@ class Naming:
             ignored,
             decisions=tuple(choices.made),
             notes=(self.head_note,) if self.head_note and model.classes is not None and not classifies else (),
-            recorded_size=pair(recorded.values.get("image_size")) if grid is None else None,
+            head_refusal=refusal,
+            recorded_size=pair(size) if grid is None else None,
             normalization=_normalization(statistics),
             statistics=statistics,
             zeros=zeros,
@@ -166,10 +182,8 @@ class Naming:
                 found[key] = (there or alternatives)[0]
         if any(key.startswith("pooling/") for key in found):  # all of it or nothing
             found |= {key: (inner + value,) for key, value in self.names.items() if key.startswith("pooling/")}
-        if GATED in found and names.any(_pattern(found[GATED][0])):
-            found.pop(PLAIN, None)
-        else:
-            found.pop(GATED, None)
+        if GATED in found and PLAIN in found:  # one of them
+            del found[PLAIN if names.any(_pattern(found[GATED][0])) else GATED]
         return found
 
     def _rules(
@@ -194,6 +208,9 @@ class Naming:
         name = starts[0]
         if key in PARAMETERS:
             return [Rule(starts, (path,), PARAMETERS[key])]
+        if key in RELATIVE:
+            both = f"{path}/offsets", f"{path}/class"
+            return [Rule(starts, both, relative_table(_relative_grid(names, name)))]
         if path.rpartition("/")[2].startswith("norm"):
             return norm(name, path, kind=self.fields.get("norm", "layer"))
         if key == "pooling/qkv":  # of torch.nn.MultiheadAttention
@@ -245,9 +262,12 @@ class Naming:
             "mlp": "swiglu" if GATED in found else "gelu",
             "qkv_bias": any(rule.paths[0].endswith("qkv/bias") for rule in table),
             "layer_scale": 1.0 if "block/scale_attention/scale" in found else None,
-            "final_norm": "encoder/norm" in found,
+            "final_norm": "encoder/norm" in found or "norm" in found,
+            "norm_after_pooling": "norm" in found,
             **self.fields,
         }
+        if any(key in found for key in RELATIVE):
+            fields |= {"position": "relative_class", "position_at": "shared" if RELATIVE[1] in found else None}
         if "head/logits/kernel" in found:
             fields["classes"] = names.shape(found["head/logits/kernel"][0], 2)[1]
         if "head/pre_logits" in found:
@@ -265,7 +285,8 @@ class Naming:
         fields["layer_norm_epsilon"] = self._decide("layer_norm_epsilon", self.epsilon, recorded, choices)
         if "pooling/probe" in found:
             return VisionTransformer(**fields, pooling="map"), channels
-        convention = "token" if fields["class_token"] and not classifies else "mean"
+        mean = classifies or not fields["class_token"] or fields["norm_after_pooling"] or not fields["final_norm"]
+        convention = "mean" if mean else "token"
         wanted = choices.overrides.get("pooling", convention)
         if fields["classes"] is not None and wanted not in (convention, "none"):
             raise UserError(
@@ -307,6 +328,19 @@ PARAMETERS = {
 def _pattern(start: str, separator: str = "\0") -> str:
     """A pattern for the start of names, with any number for '{}'."""
     return "|".join(re.escape(one).replace(r"\{\}", r"\d+") for one in start.split(separator))
+
+
+def _relative_grid(names: Names, name: str) -> tuple[int, int]:
+    """The grid of a table of relative positions, which is square.
+
+    Raises:
+        UserError: it is missing, or is not that of a square grid.
+    """
+    rows, _ = names.shape(name, 2)
+    grid = relative_grid(rows, None)
+    if grid is None:
+        raise UserError(f"{name} has {rows} rows\n  allowed: those of a square grid with a class token, (2n - 1)^2 + 3")
+    return grid
 
 
 def _embedding(names: Names, name: str) -> tuple[int, int, int]:

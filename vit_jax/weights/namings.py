@@ -1,5 +1,6 @@
 """The names of other projects' image towers: a `Naming` for each, and what their JSON files say."""
 
+import dataclasses
 import functools
 import operator
 import re
@@ -11,6 +12,7 @@ from vit_jax.weights.describe import config_value
 from vit_jax.weights.files import Stored, read_json
 from vit_jax.weights.huggingface import GELUS
 from vit_jax.weights.naming import Naming, Recorded
+from vit_jax.weights.timm_rules import TABLE
 
 CLIP_STATISTICS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TRANSFORMERS = "transformers' default, which config.json does not change"
@@ -49,6 +51,8 @@ def _hugging_face(stored: Stored, kinds: tuple[str, ...], defaults: dict[str, An
                 f"config.json has {key} {config[key]!r}\n  allowed: {value!r}; use a model of docs/weights.md"
             )
     values = {key: config_value(config, key, kind) for key, kind in _KINDS.items()}
+    if values["layer_norm_eps"] is None:
+        values["layer_norm_eps"] = config_value(config, "rms_norm_eps", float)
     options = {ours: defaults.get(key) if values[key] is None else values[key] for ours, key in _OPTIONS.items()}
     activation = options["gelu"]
     if activation not in (None, "silu", *GELUS):
@@ -265,4 +269,126 @@ TORCHVISION = Naming(
     statistics=normalization.IMAGENET,
 )
 
-NAMINGS = (CLIP, SIGLIP, OPENAI, DINOV3, TORCHVISION)
+BEIT = Naming(
+    LABEL="Hugging Face's naming of BEiT",
+    BLOCK=r"(?:encoder\.layer|layers)\.\d+\.(?:attention|layernorm_before)\.",
+    INNER=("beit", "data2vec_vision"),
+    embedding=r"(?:encoder\.layer|layers)\.\d+\.(?:lambda_1$|.*relative_position_bias\.)",
+    family="Hugging Face's BEiT",
+    block="encoder.layer.{}.|layers.{}.",
+    names={
+        "embedding/projection": "embeddings.patch_embeddings.projection.",
+        "class_token": "embeddings.cls_token",
+        "positions/table": "embeddings.position_embeddings",
+        "positions": f"encoder.relative_position_bias.{TABLE}|shared_position_bias.{TABLE}",
+        "block/positions": f"attention.attention.relative_position_bias.{TABLE}|relative_position_bias.{TABLE}",
+        "block/norm_attention": "layernorm_before.",
+        "block/attention/qkv": "attention.attention.query. attention.attention.key. attention.attention.value.|"
+        "attention.q_proj. attention.k_proj. attention.v_proj.",
+        "block/attention/out": "attention.output.dense.|attention.o_proj.",
+        "block/scale_attention/scale": "lambda_1",
+        "block/norm_mlp": "layernorm_after.",
+        "block/mlp/up": "intermediate.dense.|mlp.fc1.",
+        "block/mlp/down": "output.dense.|mlp.fc2.",
+        "block/scale_mlp/scale": "lambda_2",
+        "encoder/norm": "layernorm.",
+        "norm": "pooler.layernorm.",
+        "head/logits": "classifier.",
+    },
+    optional="head/.*|positions.*|block/positions|encoder/norm|norm",
+    epsilon=1e-12,
+    recorded=_recorded(("beit", "data2vec-vision"), num_attention_heads=12, hidden_act="gelu", layer_norm_eps=1e-12),
+)
+AIMV2 = Naming(
+    LABEL="Hugging Face's naming of AIMv2",
+    BLOCK=r"encoder\.layers\.\d+\.(?:attention|rms_norm1)\.",
+    INNER=("vision_model",),
+    embedding=r"embeddings\.patch_embed\.",
+    family="Hugging Face's AIMv2",
+    block="encoder.layers.{}.",
+    names={
+        "embedding/projection": "embeddings.patch_embed.",
+        "positions/table": "embeddings.position_embedding.weight",
+        "norm_input": "embeddings.rms_norm.",
+        "block/norm_attention": "rms_norm1.",
+        "block/attention/qkv": "attention.q_proj. attention.k_proj. attention.v_proj.",
+        "block/attention/out": "attention.out_proj.",
+        "block/norm_mlp": "rms_norm2.",
+        "block/mlp/gate_up": "ffn.gate_proj. ffn.up_proj.",
+        "block/mlp/down": "ffn.down_proj.",
+        "encoder/norm": "rms_norm.",
+    },
+    biasless=r"encoder/block_\d+/(attention/out|mlp/\w+)",
+    refused={"head.": "its attention pooling does not project the query"},
+    fields={"norm": "rms", "input_norm": "patches"},
+    epsilon=1e-5,
+    heads={1024: 8, 1536: 12, 2048: 16, 3072: 24},
+    recorded=_recorded(
+        ("aimv2", "aimv2_vision_model"),
+        {"is_native": False},
+        num_attention_heads=8,
+        hidden_act="silu",
+        layer_norm_eps=1e-5,
+    ),
+    statistics=CLIP_STATISTICS,
+)
+INTERNVL = Naming(
+    LABEL="Hugging Face's naming of InternVL",
+    BLOCK=r"(?:encoder\.layer|layers)\.\d+\.(?:attention|layernorm_before)\.",
+    INNER=("vision_tower",),
+    embedding=r"encoder\.layer\.\d+\.attention\.projection_layer\.",
+    family="InternViT",
+    block="encoder.layer.{}.",
+    names={
+        **{
+            key: name
+            for key, name in BEIT.names.items()
+            if "positions" not in key and key not in ("norm", "head/logits")
+        },
+        "positions/table": "embeddings.position_embeddings",
+        "block/attention/qkv": "attention.q_proj. attention.k_proj. attention.v_proj.",
+        "block/attention/out": "attention.projection_layer.",
+        "block/mlp/up": "mlp.fc1.",
+        "block/mlp/down": "mlp.fc2.",
+    },
+    optional="encoder/norm",
+    recorded=_recorded(
+        ("internvl", "internvl_vision"),
+        {"norm_type": "layer_norm", "use_qk_norm": False},
+        num_attention_heads=16,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    ),
+    statistics=normalization.IMAGENET,
+)
+INTERNVIT = dataclasses.replace(
+    INTERNVL,
+    LABEL="InternViT's naming",
+    BLOCK=r"encoder\.layers\.\d+\.attn\.",
+    INNER=("vision_model",),
+    embedding=r"embeddings\.class_embedding$",
+    block="encoder.layers.{}.",
+    names={
+        "embedding/projection": "embeddings.patch_embedding.",
+        "class_token": "embeddings.class_embedding",
+        "positions/table": "embeddings.position_embedding",
+        "block/norm_attention": "norm1.",
+        "block/attention/qkv": "attn.qkv.",
+        "block/attention/out": "attn.proj.",
+        "block/scale_attention/scale": "ls1",
+        "block/norm_mlp": "norm2.",
+        "block/mlp/up": "mlp.fc1.",
+        "block/mlp/down": "mlp.fc2.",
+        "block/scale_mlp/scale": "ls2",
+    },
+    optional="(?!)",
+    recorded=_recorded(
+        ("internvl_chat", "intern_vit_6b"),
+        {"norm_type": "layer_norm", "qk_normalization": False},
+        num_attention_heads=16,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    ),
+)
+
+NAMINGS = (CLIP, SIGLIP, OPENAI, DINOV3, TORCHVISION, AIMV2, INTERNVL, INTERNVIT, BEIT)

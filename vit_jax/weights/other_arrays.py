@@ -28,7 +28,7 @@ IGNORED = {
     rf"{_START}(?:\w+_)?rng_states?{_END}": "training state",
     rf"{_START}(?:txt|text|text_\w+|textual|language_model|token_embedding|ln_final){_END}|"
     rf"^(?:transformer\.resblocks\.|positional_embedding$|attn_mask$)": "the text tower",
-    rf"{_START}position_ids$": "indices, which follow from the number of positions",
+    rf"{_START}(?:position_ids|relative_position_index)$": "indices of positions, which the model computes",
     rf"{_START}(?:logit_scale|logit_bias|params\.(?:t|b|temperature|bias))$": "a parameter of the contrastive loss",
     rf"{_START}(?:mask_token|masked_embed|mask_embedding)$": "only used in masked pre-training",
     rf"{_START}(?:decoder\w*|regressor|enc_to_dec_proj){_END}": "a decoder",

@@ -207,7 +207,8 @@ def _choose(towers: list[Tower], prefix: str | None, stored: Stored) -> Tower:
         raise UserError(
             f"not a known Vision Transformer, by the names of its arrays: {few(sorted(stored.shapes), 6)}\n"
             + (f"  the names are those of {what}, which is not supported\n" if what else "")
-            + "  allowed: files of Google, timm and Hugging Face (docs/weights.md), and workdirs of training runs"
+            + "  allowed: files of Google, timm, Hugging Face, OpenAI, OpenCLIP and torchvision (docs/weights.md), and "
+            "workdirs of training runs"
         )
     shown = few([tower.prefix or '""' for tower in towers], 6)
     if prefix is None:
