@@ -190,7 +190,10 @@ def test_a_tower_of_timm_in_a_file_of_open_clip(references, tmp_path, helpers):
     trunk = {f"visual.trunk.{key}": array for key, array in files.open_file(references / "timm_vit").arrays.items()}
     trunk = {key: array for key, array in trunk.items() if "head" not in key}
     projection = np.random.default_rng(0).normal(size=(6, 12)).astype("f")
-    text = {"text.transformer.resblocks.0.attn.in_proj_weight": np.ones((24, 8), "f"), "logit_scale": np.float32(3)}
+    text = {
+        "text.transformer.resblocks.0.attn.in_proj_weight": np.ones((24, 8), "f"),
+        "logit_scale": np.array(3, np.float32),
+    }
     files.write_safetensors(tmp_path / "model.safetensors", {**trunk, **text, "visual.head.proj.weight": projection})
     vision = {"timm_model_name": "vit_base_patch16_siglip_gelu_tanh", "timm_pool": "avg"}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": vision}}))

@@ -27,7 +27,8 @@ IGNORED = {
     rf"n_averaged|num_batches_tracked|decay|initted|count|lr|loss|acc|best_\w+)$|"
     rf"{_START}(?:\w+_)?rng_states?{_END}": "training state",
     rf"{_START}(?:txt|text|text_\w+|textual|language_model|token_embedding|ln_final){_END}|"
-    rf"^(?:transformer\.resblocks\.|positional_embedding$|attn_mask$)": "the text tower",
+    r"^(?:params\.)?(?:transformer\.resblocks\.|positional_embedding$|attn_mask$)": "the text tower",
+    rf"{_START}(?:input_resolution|context_length|vocab_size)$": "a number that OpenAI's CLIP keeps with its arrays",
     rf"{_START}(?:position_ids|relative_position_index)$": "indices of positions, which the model computes",
     rf"{_START}(?:logit_scale|logit_bias|params\.(?:t|b|temperature|bias))$": "a parameter of the contrastive loss",
     rf"{_START}(?:mask_token|masked_embed|mask_embedding)$": "only used in masked pre-training",

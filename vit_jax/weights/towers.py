@@ -194,9 +194,10 @@ def _relative(name: str, tower: Tower) -> str:
 
     big_vision's params/t stays so.
     """
-    parts, base = _parts(name), list(tower.base)
-    while parts and base and parts[0] == base[0] != "params":
-        parts, base = parts[1:], base[1:]
+    parts, base, before = _parts(name), list(tower.base), []
+    while parts and base and parts[0] == base[0]:
+        before, parts, base = parts[:1], parts[1:], base[1:]
+    parts = before + parts if before == ["params"] else parts
     return ".".join(part for part in parts if part not in _INSERTED)
 
 
