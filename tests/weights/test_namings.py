@@ -38,7 +38,7 @@ def test_every_recording_is_that_of_one_family(references):
         assert family.tolerance <= 1e-5
 
 
-@pytest.mark.parametrize("name", mostly_slow(NAMES, 4))
+@pytest.mark.parametrize("name", mostly_slow(NAMES, 10))
 def test_the_libraries_numbers(references, helpers, name):
     overrides, recorded = OVERRIDES.get(name, {}), np.load(references / name / "numbers.npz")
     model, parameters, report = weights.load(references / name, **overrides)
