@@ -131,10 +131,10 @@ def test_conventions_where_there_is_no_json_file(references, tmp_path):
         model, _, report = weights.load(renamed(tmp_path / name, references / name, "^$", ""), heads=3)
         return model.gelu, model.layer_norm_epsilon, model.pooling, report.normalization
 
-    assert options("clip") == ("quick", 1e-5, "token", "other")
+    assert options("clip") == ("quick", 1e-5, "token", "clip")
     assert options("siglip") == ("tanh", 1e-6, "map", "half")
-    assert options("openai") == ("quick", 1e-5, "token", "other")
-    assert options("openclip_quickgelu") == ("exact", 1e-5, "token", "other")
+    assert options("openai") == ("quick", 1e-5, "token", "clip")
+    assert options("openclip_quickgelu") == ("exact", 1e-5, "token", "clip")
     assert options("torchvision") == ("exact", 1e-6, "token", "imagenet")
     assert options("dinov3") == ("exact", 1e-5, "token", "imagenet")
     assert weights.load(references / "openclip")[2].statistics == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

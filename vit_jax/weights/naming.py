@@ -9,12 +9,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vit_jax.data import normalization
 from vit_jax.data.normalization import Statistics
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules
-from vit_jax.weights.describe import OTHER, Choices, Description, Names, check_config, check_names, pair
+from vit_jax.weights.describe import Choices, Description, Names, check_config, check_names, pair
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Rule, dense, norm
 from vit_jax.weights.timm_rules import relative_grid, relative_table
@@ -67,7 +66,6 @@ class Naming:
         gelu, epsilon: conventions.
         heads: usual number of heads by width, if not 64 channels each.
         recorded: what the JSON files beside an array file say.
-        statistics: of the images that the models were trained on.
         head_note: what a user should know of the head.
 
     Alternatives of a name are separated by '|'.
@@ -91,7 +89,6 @@ class Naming:
     epsilon: float = 1e-6
     heads: Mapping[int, int] = dataclasses.field(default_factory=dict)
     recorded: Callable[[Stored], Recorded] = nothing_recorded
-    statistics: Statistics | None = None
     head_note: str = ""
 
     @property
@@ -153,7 +150,6 @@ class Naming:
         if "positions/table" in found:
             rows = names.shape_of(found["positions/table"][0])[-2] - int(model.class_token)
             grid = choices.grid(rows, model.patch_size, size)
-        statistics = recorded.statistics or self.statistics
         return Description(
             self.LABEL,
             model,
@@ -165,8 +161,7 @@ class Naming:
             notes=(self.head_note,) if self.head_note and model.classes is not None and not classifies else (),
             head_refusal=refusal,
             recorded_size=pair(size) if grid is None else None,
-            normalization=_normalization(statistics),
-            statistics=statistics,
+            statistics=recorded.statistics,
             zeros=zeros,
         )
 
@@ -357,7 +352,3 @@ def _embedding(names: Names, name: str) -> tuple[int, int, int]:
     if patch != across:
         raise UserError(f"{name} has patches of {patch}x{across}\n  allowed: square patches")
     return width, channels, patch
-
-
-def _normalization(statistics: Statistics | None) -> str:
-    return "half" if statistics is None else "imagenet" if statistics == normalization.IMAGENET else OTHER

@@ -6,7 +6,6 @@ import operator
 import re
 from typing import Any
 
-from vit_jax.data import normalization
 from vit_jax.errors import UserError
 from vit_jax.weights.describe import config_value
 from vit_jax.weights.files import Stored, read_json
@@ -14,7 +13,6 @@ from vit_jax.weights.huggingface import GELUS
 from vit_jax.weights.naming import Naming, Recorded
 from vit_jax.weights.timm_rules import TABLE
 
-CLIP_STATISTICS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TRANSFORMERS = "transformers' default, which config.json does not change"
 OPEN_CLIP = "open_clip_config.json"
 PROJECTION = "the head is the projection to image embeddings, which are not normalized to length 1"
@@ -151,7 +149,6 @@ CLIP = Naming(
         hidden_act="quick_gelu",
         layer_norm_eps=1e-5,
     ),
-    statistics=CLIP_STATISTICS,
     head_note=PROJECTION,
 )
 SIGLIP = Naming(
@@ -211,7 +208,6 @@ OPENAI = Naming(
     fields={"input_norm": "tokens"},
     epsilon=1e-5,
     recorded=_open_clip,
-    statistics=CLIP_STATISTICS,
     head_note=PROJECTION,
 )
 DINOV3 = Naming(
@@ -244,7 +240,6 @@ DINOV3 = Naming(
     recorded=_recorded(
         ("dinov3_vit",), {"rope_theta": 100.0}, num_attention_heads=6, hidden_act="gelu", layer_norm_eps=1e-5
     ),
-    statistics=normalization.IMAGENET,
 )
 TORCHVISION = Naming(
     LABEL="torchvision's naming",
@@ -266,7 +261,6 @@ TORCHVISION = Naming(
         "head/pre_logits": "heads.pre_logits.",
         "head/logits": "heads.head.",
     },
-    statistics=normalization.IMAGENET,
 )
 
 BEIT = Naming(
@@ -330,7 +324,6 @@ AIMV2 = Naming(
         hidden_act="silu",
         layer_norm_eps=1e-5,
     ),
-    statistics=CLIP_STATISTICS,
 )
 INTERNVL = Naming(
     LABEL="Hugging Face's naming of InternVL",
@@ -359,7 +352,6 @@ INTERNVL = Naming(
         hidden_act="gelu",
         layer_norm_eps=1e-6,
     ),
-    statistics=normalization.IMAGENET,
 )
 INTERNVIT = dataclasses.replace(
     INTERNVL,
