@@ -1,6 +1,7 @@
 """Against transformers, open_clip and torchvision, as make_tower_references.py has recorded them."""
 
 import functools
+import importlib.util
 import json
 import re
 import shutil
@@ -8,7 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers import mostly_slow
+from helpers import ROOT, mostly_slow
 
 from vit_jax import weights
 from vit_jax.errors import UserError
@@ -36,6 +37,15 @@ def test_every_recording_is_that_of_one_family(references):
         assert all((family.models, family.naming, family.examples, family.recordings, family.licence)), family
         assert family.checked_against in ("timm", "transformers", "open_clip", "torchvision")
         assert family.tolerance <= 1e-5
+
+
+def test_the_table_of_the_page_is_the_generated_one():
+    spec = importlib.util.spec_from_file_location("families_page", ROOT / "docs" / "families.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = script.PAGE.read_text()
+    assert len(registry.FAMILIES) > 10 and script.table() in page
+    assert page == script.markdown(page), "run python docs/families.py"
 
 
 @pytest.mark.parametrize("name", mostly_slow(NAMES, 10))

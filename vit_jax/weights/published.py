@@ -3,8 +3,9 @@
 A name consists of family and model, and the image size if there are several: augreg-b16-384 is B/16 for images of 384
 pixels. In `augreg` and `vit`, -in21k is pre-trained on ImageNet-21k; a name with an image size only is fine-tuned from
 that on ImageNet-1k; -in1k is trained on ImageNet-1k only. In `deit3`, -in21k is pre-trained on ImageNet-21k and
-fine-tuned on ImageNet-1k; a name with an image size only is trained on ImageNet-1k only. `dino`, `dinov2`, `mae`,
-`siglip` and `siglip2` are encoders without a classifier, except -in1k.
+fine-tuned on ImageNet-1k; a name with an image size only is trained on ImageNet-1k only. `dino`, `dinov2`, `dinov3`,
+`mae`, `siglip` and `siglip2` are encoders without a classifier, except -in1k. `eva02` and `beitv2` are pre-trained on
+images alone and fine-tuned on ImageNet.
 
 The files are timm's conversions of the authors' files, in the repositories timm/ID listed by timm 1.0.31.
 `python docs/published.py` writes the table to docs/published.md.
@@ -22,6 +23,7 @@ _DATA = {
     "in21k": "ImageNet-21k",
     "in22k": "ImageNet-21k",
     "lvd142m": "LVD-142M",
+    "lvd1689m": "LVD-1689M",
     "webli": "WebLI",
     **dict.fromkeys(("in1k", "dino", "mae"), "ImageNet-1k"),
 }
@@ -47,7 +49,7 @@ class Published:
     def image_size(self) -> int:
         """Height and width of its images in pixels."""
         found = re.search(r"_(\d{3})\.", self.hub)
-        return int(found[1]) if found else 518  # DINOv2
+        return int(found[1]) if found else 518 if "dinov2" in self.hub else 256  # DINOv3
 
     @property
     def classes(self) -> int | None:
@@ -182,6 +184,36 @@ _FAMILIES: tuple[tuple[str, str, dict[str, tuple[str, int]]], ...] = (
             "dinov2-l14-reg": ("vit_large_patch14_reg4_dinov2.lvd142m", 304_370_688),
             "dinov2-g14": ("vit_giant_patch14_dinov2.lvd142m", 1_136_479_232),
             "dinov2-g14-reg": ("vit_giant_patch14_reg4_dinov2.lvd142m", 1_136_483_840),
+        },
+    ),
+    (
+        "Meta, DINOv3 (arXiv 2508.10104)",
+        "dinov3-license",
+        {
+            "dinov3-s16": ("vit_small_patch16_dinov3.lvd1689m", 21_586_944),
+            "dinov3-s16-plus": ("vit_small_plus_patch16_dinov3.lvd1689m", 28_683_264),
+            "dinov3-b16": ("vit_base_patch16_dinov3.lvd1689m", 85_641_216),
+            "dinov3-l16": ("vit_large_patch16_dinov3.lvd1689m", 303_079_424),
+            "dinov3-h16-plus": ("vit_huge_plus_patch16_dinov3.lvd1689m", 840_509_440),
+            "dinov3-7b16": ("vit_7b_patch16_dinov3.lvd1689m", 6_716_030_976),
+        },
+    ),
+    (
+        "BAAI, EVA-02 (arXiv 2303.11331)",
+        "mit",
+        {
+            "eva02-ti14-336": ("eva02_tiny_patch14_336.mim_in22k_ft_in1k", 5_756_584),
+            "eva02-s14-336": ("eva02_small_patch14_336.mim_in22k_ft_in1k", 22_129_000),
+            "eva02-b14-448": ("eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", 87_117_544),
+            "eva02-l14-448": ("eva02_large_patch14_448.mim_in22k_ft_in22k_in1k", 305_080_232),
+        },
+    ),
+    (
+        "Microsoft, BEiT v2 (arXiv 2208.06366)",
+        "apache-2.0",
+        {
+            "beitv2-b16-224": ("beitv2_base_patch16_224.in1k_ft_in22k_in1k", 86_530_984),
+            "beitv2-l16-224": ("beitv2_large_patch16_224.in1k_ft_in22k_in1k", 304_430_568),
         },
     ),
     (
@@ -324,7 +356,7 @@ def _same_model(name: str) -> list[str]:
     if match is None:
         return []
     size, patch, rest = _SIZES.get(match[1], match[2]), match[3] or r"\d+", name[match.end() :]
-    family = re.search(r"augreg|dinov2|dino|deit3|deit|mae|sam|siglip2|siglip", name)
+    family = re.search(r"augreg|dinov3|dinov2|dino|eva02|beitv2|deit3|deit|mae|sam|siglip2|siglip", name)
     families = (family[0],) if family else ("augreg", "vit")
     pixels = re.search(r"224|256|378|384|512", rest)
     is_hybrid = re.search(r"(?<![a-z])r\d*[-+_]", name) is not None

@@ -109,7 +109,7 @@ FAMILIES = (
     Family(
         "CLIP",
         "OpenAI, OpenCLIP",
-        ("ViT-B-32.pt of OpenAI, converted", "open_clip_model.safetensors of laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
+        ("ViT-B-32.pt of OpenAI", "open_clip_model.safetensors of laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
         ("openai", "openclip", "openclip_quickgelu"),
         "open_clip",
         "MIT",
@@ -118,7 +118,7 @@ FAMILIES = (
     Family(
         "ViT, SWAG",
         "torchvision",
-        ("vit_b_16-c867db91.pth, converted", "vit_l_16_swag-4f3808c9.pth, converted"),
+        ("vit_b_16-c867db91.pth", "vit_l_16_swag-4f3808c9.pth"),
         ("torchvision", "torchvision_pre_logits"),
         "torchvision",
         "BSD 3-Clause; SWAG: CC BY-NC 4.0",
@@ -153,7 +153,7 @@ FAMILIES = (
     Family(
         "DINOv3",
         "timm, and Meta's own",
-        ("timm/vit_base_patch16_dinov3.lvd1689m", "dinov3_vitb16_pretrain_lvd1689m.pth, converted"),
+        ("timm/vit_base_patch16_dinov3.lvd1689m", "dinov3_vitb16_pretrain_lvd1689m.pth"),
         ("timm_dinov3", "timm_dinov3_qkvb", "timm_dinov3_swiglu"),
         TIMM,
         "DINOv3 License",
