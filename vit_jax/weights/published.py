@@ -298,7 +298,7 @@ def table(words: str = "") -> str:
             f"{number} published models. Give a name wherever weights are read: it is downloaded at the first use.",
             "px: image size; head: number of classes; data 21k, 1k: ImageNet-21k, then fine-tuned on ImageNet-1k.",
             "",
-            f"{'name':<24} {'params':>6}  {'px':>3} {'head':>5}  {'data':<9} repository: https://huggingface.co/timm/...",
+            f"{'name':<24} {'params':>6}  {'px':>3} {'head':>5} {'data':<9} repository: https://huggingface.co/timm/...",
             *lines[1:],
         ]
     )
@@ -308,7 +308,7 @@ def _line(name: str, one: Published) -> str:
     data = ", ".join(one.data).replace("ImageNet-", "")
     repository = one.hub.removeprefix("timm/")
     return (
-        f"{name:<24} {millions(one.parameters):>6}  {one.image_size:>3} {one.classes or '-':>5}  {data:<9} {repository}"
+        f"{name:<24} {millions(one.parameters):>6}  {one.image_size:>3} {one.classes or '-':>5} {data:<9} {repository}"
     )
 
 
