@@ -55,10 +55,11 @@ def test_published_names(monkeypatch):
     requested = []
     monkeypatch.setattr(hub, "_from_hub", lambda model, name: requested.append(model) or Path("here"))
     for name, published in hub.PUBLISHED.items():
-        assert re.fullmatch(r"(augreg|vit|sam|deit3?|dino|dinov2|mae|siglip2?)-[a-z0-9-]+", name)
-        assert re.fullmatch(r"timm/(vit|deit|deit3)_[a-z0-9_]+\.[a-z0-9_]+", published.hub)
+        assert re.fullmatch(r"(augreg|vit|sam|deit3?|dino|dinov[23]|mae|siglip2?|eva02|beitv2)-[a-z0-9-]+", name)
+        assert re.fullmatch(r"timm/(vit|deit|deit3|eva02|beitv2)_[a-z0-9_]+\.[a-z0-9_]+", published.hub)
         assert re.search(r"\(arXiv \d{4}\.\d{5}\)", published.source)
-        assert published.licence == ("cc-by-nc-4.0" if name.startswith("mae-") else "apache-2.0")
+        others = {"mae": "cc-by-nc-4.0", "dinov3": "dinov3-license", "eva02": "mit"}
+        assert published.licence == others.get(name.partition("-")[0], "apache-2.0")
         hub.fetch(name)
         hub.fetch(published.hub)
         hub.fetch(published.hub.removeprefix("timm/"))
@@ -71,8 +72,8 @@ def test_published_names(monkeypatch):
 def test_short_names_agree_with_timms(name):
     """Patch size, image size and training data in timm's name and in the short name are the same."""
     size = {"ti": "tiny", "s": "small", "m": "medium", "b": "base", "l": "large", "h": "huge", "g": "giant"}
-    size |= {"so400m": "so400m", "gopt": "giantopt"}
-    family, letters, patch = re.match(r"(\w+)-(?:r\d*-)?(so400m|gopt|[a-z]+)(\d+)", name).groups()
+    size |= {"so400m": "so400m", "gopt": "giantopt", "7b": "7b"}
+    family, letters, patch = re.match(r"(\w+)-(?:r\d*-)?(so400m|gopt|7b|[a-z]+)(\d+)", name).groups()
     architecture, tag = hub.PUBLISHED[name].hub.removeprefix("timm/").split(".")
     assert f"_{size[letters]}_" in architecture
     assert re.search(rf"_patch{patch}(_|$)|_s{patch}_", architecture)
@@ -83,7 +84,9 @@ def test_short_names_agree_with_timms(name):
         assert architecture.endswith(f"_{pixels[1]}")
     assert ("_reg4_" in architecture) == name.endswith("-reg")
     tags = {"augreg": "augreg", "vit": "orig", "sam": "sam", "dino": "dino", "dinov2": "lvd142m", "mae": "mae"}
-    tags |= {"deit": "fb", "deit3": "fb", "siglip": "webli", "siglip2": "v2_webli"}
+    tags |= {"deit": "fb", "deit3": "fb", "siglip": "webli", "siglip2": "v2_webli", "dinov3": "lvd1689m"}
+    tags |= {"eva02": "mim_in22k_ft_", "beitv2": "in1k_ft_in22k_in1k"}
+    assert ("_plus_" in architecture) == name.endswith("-plus")
     assert tag.startswith(tags[family])
     if family in ("augreg", "vit"):
         ending = "in21k" if name.endswith("in21k") else "augreg_in1k" if "-in1k" in name else "in21k_ft_in1k"

@@ -91,7 +91,7 @@ def _unsupported(model: VisionTransformer) -> list[str]:
         found.append(f"position={model.position!r} at {position_at(model)!r}")
     if model.position == "dinov3" and (model.input_norm or (model.mlp == "gelu" and model.gelu != "exact")):
         found.append(f"position='dinov3' with input_norm={model.input_norm!r} and gelu={model.gelu!r}")
-    if model.input_norm and (model.mlp != "gelu" or model.position != "learned"):
+    if model.input_norm == "tokens" and (model.mlp != "gelu" or model.position != "learned"):
         found.append(f"input_norm={model.input_norm!r} with mlp={model.mlp!r} and position={model.position!r}")
     return found
 
