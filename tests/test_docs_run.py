@@ -22,6 +22,7 @@ from helpers import ROOT, TINY, flags
 from vit_jax import commands, sharding
 from vit_jax import config as options
 from vit_jax.data import sources, tfds
+from vit_jax.data.preparation import Preparation
 from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.weights import hub
 
@@ -131,7 +132,7 @@ def synthetic_spec(name: str, *_) -> DatasetSpec:
     kinds = {kind: tuple(f"{kind} {index}" for index in range(count)) for kind, count in SETS[name].items()}
     sizes = {"train": 12 * len(kinds[LABEL]), "test": 64, "validation": 64}
 
-    def decode(split: str, images: np.ndarray, labels: np.ndarray) -> None:
+    def decode(split: str, images: np.ndarray, labels: np.ndarray, how: Preparation) -> None:
         images[:] = np.random.default_rng(len(split)).integers(0, 256, images.shape, np.uint8)
         read_labels(split, LABEL, labels)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import evaluate, weights
-from vit_jax.data import sources
+from vit_jax import evaluate, predict, weights
+from vit_jax.data import preparation, sources
 from vit_jax.models.parameters import nested, parameter_shapes
 from vit_jax.models.vit import VisionTransformer
 
@@ -83,6 +83,89 @@ def test_every_image_of_a_folder_is_scored_among_all_classes_of_the_model(
             index = int(row["path"].rpartition("/")[2].removesuffix(".png"))
             assert (row["true"], row["predicted"]) == (NAMES[names[index]], NAMES[predicted[index]])
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["init"] == str(file)
+
+
+PREPARED = {
+    "timm": {"crop_pct": 0.875, "interpolation": "bicubic", "crop_mode": "center"},
+    "border": {"crop_pct": 0.8, "interpolation": "bilinear", "crop_mode": "border"},
+    "hugging face": {"do_resize": True, "size": {"shortest_edge": 12}, "do_center_crop": True, "crop_size": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(model, tmp_path_factory):
+    """A function that writes the model with a recorded preparation, and returns its folder."""
+
+    def write(case):
+        path = tmp_path_factory.mktemp("prepared") / "model.safetensors"
+        weights.save(path, *model, (8, 8), 3, statistics=STATISTICS, class_names=NAMES)
+        config = json.loads((path.parent / "config.json").read_text())
+        del config["vit_jax"]["resize_rules"]
+        recorded = config.pop("pretrained_cfg")
+        if case == "hugging face":
+            processor = {**PREPARED[case], "image_mean": recorded["mean"], "image_std": recorded["std"], "resample": 2}
+            (path.parent / "preprocessor_config.json").write_text(json.dumps(processor))
+        else:
+            config["pretrained_cfg"] = {**recorded, **PREPARED[case]}
+        (path.parent / "config.json").write_text(json.dumps(config))
+        return path.parent
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """12 pictures of several sizes in folders of three classes."""
+    root, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(3)
+    for index, (height, width) in enumerate(3 * [(11, 30), (40, 17), (8, 8), (23, 24)]):
+        directory = root / ("6", "7", "eleven")[index % 3]
+        directory.mkdir(exist_ok=True)
+        small = Image.fromarray(generator.integers(0, 256, (3, 3, 3), np.uint8))
+        small.resize((width, height)).save(directory / f"{index}.png")
+    return root
+
+
+@pytest.mark.parametrize("case", PREPARED)
+def test_images_are_prepared_as_by_predict(prepared, pictures, case, tmp_path, capsys, monkeypatch):
+    file = prepared(case)
+    assert predict.main([f"--init={file}", str(pictures), "--top=13", f"--csv={tmp_path / 'predicted.csv'}"]) == 0
+    capsys.readouterr()
+    expected = {}
+    with open(tmp_path / "predicted.csv", newline="") as rows:
+        for row in csv.DictReader(rows):
+            expected.setdefault(row["path"], (row["class"], float(row["probability"])))
+    arguments = ["--data=folder", f"--data_dir={pictures}", f"--out={tmp_path / 'out'}"]
+    status, output, errors = run(capsys, f"--init={file}", *arguments)
+    assert status == 0, errors
+    with open(tmp_path / "out" / "predictions.csv", newline="") as rows:
+        scored = list(csv.DictReader(rows))
+    assert len(scored) == len(expected) == 12
+    for row in scored:
+        name, probability = expected[row["path"]]
+        assert row["predicted"] == name and float(row["probability"]) == pytest.approx(probability, rel=1e-5)
+    right = sum(name == path.split("/")[-2] for path, (name, _) in expected.items())
+    assert 0 < right < 12 and json.loads(output)["all/accuracy"] == pytest.approx(right / 12)
+    # The pictures tell preparations apart; and each preparation has a cache of its own.
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "preparation", lambda *_: preparation.COVER)
+        run(capsys, f"--init={file}", *arguments)
+    with open(tmp_path / "out" / "predictions.csv", newline="") as rows:
+        assert any(abs(float(row["probability"]) - expected[row["path"]][1]) > 1e-3 for row in csv.DictReader(rows))
+
+
+@pytest.mark.parametrize("decoded", [True, False])
+def test_only_images_of_another_size_are_prepared(digits, pictures, tmp_path, decoded):
+    how = preparation.Preparation(crop_pct=0.5, interpolation="nearest", resize_rules="timm")
+    where = {"decoded": decoded, "cache_dir": tmp_path}
+    of_own_size = sources.load("digits", "test", image_size=8, preparation=how, **where)
+    np.testing.assert_array_equal(of_own_size.images[:], digits.images)
+    enlarged = sources.load("digits", "test", image_size=16, preparation=how, **where)
+    middle = digits.images[:, 2:6, 2:6].repeat(4, axis=1).repeat(4, axis=2)
+    np.testing.assert_array_equal(enlarged.images[:], middle)
+    of_files = sources.load("folder", "train", data_dir=pictures, image_size=6, preparation=how, **where)
+    for index, path in enumerate(of_files.paths()):
+        expected = preparation.fit(Image.open(path), (6, 6), how)
+        np.testing.assert_array_equal(of_files.read([index])[0], expected)
 
 
 @pytest.mark.slow

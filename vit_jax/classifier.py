@@ -161,11 +161,7 @@ def _load(
     overrides = {} if image_size is None else {"image_size": image_size}
     refusal = None if needs_head else weights.recognise(file, **overrides).head_refusal
     headless = {"classes": None} if refusal else {}
-    loaded = weights.load(file, **overrides, **headless)
-    recorded = tuple(loaded[2].evaluation.get("input_size", ()))  # may be smaller than what the positions are for
-    if image_size is None and recorded not in ((), loaded[2].image_size):
-        loaded = weights.load(file, image_size=recorded, **headless)
-    return (*loaded, refusal)
+    return (*extraction.load_sized(file, **overrides, **headless), refusal)
 
 
 def _statistics(file: str, report: Report, normalize: str | None) -> normalization.Statistics:

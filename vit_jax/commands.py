@@ -22,6 +22,7 @@ from vit_jax.errors import UserError
 from vit_jax.runtime import cpu_allocator
 
 if TYPE_CHECKING:
+    from vit_jax.classifier import Classifier
     from vit_jax.training.setup import Experiment
     from vit_jax.training.state import TrainState
 
@@ -192,14 +193,7 @@ def add_flags(parser: argparse.ArgumentParser, init: bool = False) -> None:
     source.add_argument("--workdir", metavar="DIR", required=not init, help="run directory")
     if init:
         source.add_argument("--init", metavar="FILE", help="or weights: a file, URL or name (docs/weights.md)")
-        parser.add_argument(
-            "--image_size", type=int, metavar="N", help="with --init: side in pixels (default: that of the weights)"
-        )
-        parser.add_argument(
-            "--normalize",
-            help="with --init: normalize images by mean and std 0.5, or by those of ImageNet "
-            "(default: as the file says, or half)",
-        )
+        add_image_flags(parser)
     parser.add_argument(
         "--split",
         default=None if init else TEST,
@@ -213,6 +207,43 @@ def add_flags(parser: argparse.ArgumentParser, init: bool = False) -> None:
         "--batch_size", type=int, help="examples per batch; does not change the result (default: the run's)"
     )
     parser.add_argument("--data_dir", metavar="DIR", help="directory of the dataset (default: the run's)")
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that replace what weights record of their images."""
+    parser.add_argument(
+        "--image_size", type=int, metavar="N", help="with --init: side in pixels (default: that of the weights)"
+    )
+    parser.add_argument(
+        "--normalize",
+        help="with --init: normalize images by mean and std 0.5 (half), those of ImageNet (imagenet) or CLIP (clip), "
+        "or numbers, 0.5,0.5,0.5/0.25,0.25,0.25 (default: as the file says, or as its family was trained)",
+    )
+
+
+def add_classes_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that replaces the class names of weights."""
+    parser.add_argument(
+        "--classes",
+        metavar="TXT",
+        help="with --init: text file with one class name per line, or imagenet (default: those of the file)",
+    )
+
+
+def classifier_of(flags: argparse.Namespace) -> "Classifier":
+    """Returns the model of --init, with the preprocessing and class names of the other flags.
+
+    Raises:
+        UserError: as `inference.of_file`, or the file of --classes cannot be read.
+    """
+    from vit_jax import classifier
+    from vit_jax.data.labels import read_names
+    from vit_jax.weights.class_names import IMAGENET
+
+    names = flags.classes
+    if names not in (None, IMAGENET):
+        names = read_names(paths.expand(names, "--classes"), "--classes")
+    return classifier.of_file(flags.init, class_names=names, image_size=flags.image_size, normalize=flags.normalize)
 
 
 def check_flags(flags: argparse.Namespace, of_run: Sequence[str], of_init: Sequence[str]) -> None:

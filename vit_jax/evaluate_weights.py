@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from vit_jax import commands, paths, terminal
+from vit_jax import commands, terminal
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label", metavar="KIND", help="with --init: which labels to use, if there are several kinds (default: label)"
     )
-    parser.add_argument(
-        "--classes", metavar="TXT", help="with --init: text file with one class name per line (default: as in the file)"
-    )
+    commands.add_classes_flag(parser)
 
 
 def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Predictions"], "Source"]:
@@ -39,7 +37,6 @@ def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Pred
 
     from vit_jax import inference, sharding
     from vit_jax.data import pipeline, sources
-    from vit_jax.data.labels import read_names
     from vit_jax.data.spec import LABEL
     from vit_jax.evaluation import exact
     from vit_jax.objectives.classification import Classification
@@ -57,10 +54,10 @@ def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Pred
     where = {"data_dir": data_dir, "held_out": held_out, "labels": (flags.label or LABEL,)}
     with commands.flags_named(commands.DATA_FLAGS):  # before the weights, which may have to be downloaded
         sources.check(name, (split,), image_size=flags.image_size or 1, **where)
-    names = read_names(paths.expand(flags.classes, "--classes"), "--classes") if flags.classes else None
-    model = inference.of_file(flags.init, class_names=names, image_size=flags.image_size, normalize=flags.normalize)
+    model = commands.classifier_of(flags)
+    where |= {"image_size": model.inputs.image_shape[:2], "preparation": model.preparation}
     with commands.flags_named(commands.DATA_FLAGS):
-        source = sources.load(name, split, image_size=model.inputs.image_shape[:2], own_statistics=True, **where)
+        source = sources.load(name, split, own_statistics=True, **where)
     source = _for_model(source, model, flags.init)
     mesh = sharding.make_mesh(None)
     batch_size = -(-(flags.batch_size or inference.BATCH_SIZE) // mesh.size) * mesh.size

@@ -49,19 +49,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     step.add_argument(
         "--best", action="store_true", help="with --workdir: use the checkpoint with the best validation result"
     )
-    parser.add_argument(
-        "--classes",
-        metavar="TXT",
-        help="with --init: text file with one class name per line, or imagenet (default: those of the file)",
-    )
-    parser.add_argument(
-        "--image_size", type=int, metavar="N", help="with --init: side in pixels (default: that of the weights)"
-    )
-    parser.add_argument(
-        "--normalize",
-        help="with --init: normalize images by mean and std 0.5 (half), those of ImageNet (imagenet) or CLIP (clip), "
-        "or numbers, 0.5,0.5,0.5/0.25,0.25,0.25 (default: as the file says, or as its family was trained)",
-    )
+    commands.add_classes_flag(parser)
+    commands.add_image_flags(parser)
     parser.add_argument("--top", type=int, default=5, help="number of classes per image (default: %(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="also write path, rank, class and probability to this CSV file")
     parser.add_argument("--picture", metavar="PNG", help="also draw the images with their most probable classes")
@@ -129,21 +118,15 @@ def _check(flags: argparse.Namespace) -> None:
 
 
 def _open(flags: argparse.Namespace) -> "Predictor":
-    from vit_jax.data.labels import read_names
-    from vit_jax.inference import Predictor, of_file
+    from vit_jax.inference import Predictor
     from vit_jax.runtime import compilation_cache
-    from vit_jax.weights.class_names import IMAGENET
 
     commands.start_jax()
     compilation_cache.cache_compilations()
     if flags.workdir:
         workdir, step = paths.expand(flags.workdir, "--workdir"), "best" if flags.best else flags.step
         return Predictor(workdir, step=step, batch_size=flags.batch_size)
-    names = flags.classes
-    if names not in (None, IMAGENET):
-        names = read_names(paths.expand(names, "--classes"), "--classes")
-    classifier = of_file(flags.init, class_names=names, image_size=flags.image_size, normalize=flags.normalize)
-    return Predictor(classifier, batch_size=flags.batch_size)
+    return Predictor(commands.classifier_of(flags), batch_size=flags.batch_size)
 
 
 def _write_csv(path: str, header: list[str], rows: list[list[Any]]) -> None:

@@ -248,7 +248,8 @@ def _compute_features(flags: argparse.Namespace, settings: "Settings") -> Proble
         terminal.warn(f"{flags.init}: {backbone.assumed}")
     size = flags.image_size or backbone.image_size or trained_size
     with commands.flags_named(commands.DATA_FLAGS):
-        loaded = [sources.load(name, split, data_dir=data_dir, image_size=size, **selected) for split in splits]
+        selected |= {"data_dir": data_dir, "image_size": size, "preparation": backbone.preparation}
+        loaded = [sources.load(name, split, **selected) for split in splits]
     frozen_features.check(settings, loaded[0].labels, loaded[0].class_names)
     out, mesh, examples = _output_directory(flags, name), sharding.make_mesh(None), []
     for role, source in zip(("train", "test"), loaded, strict=True):
@@ -268,6 +269,7 @@ def _compute_features(flags: argparse.Namespace, settings: "Settings") -> Proble
         "test": flags.test,
         "label": flags.label,
         "image_size": list(loaded[0].images.shape[1:3]),
+        "preparation": dataclasses.asdict(backbone.preparation),
         "normalize": flags.normalize or backbone.normalization,
     }
     return Problem(out, about, *examples, loaded[0].class_names)

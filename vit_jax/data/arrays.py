@@ -7,6 +7,7 @@ import numpy as np
 from vit_jax.data import folder, images, lazy_images
 from vit_jax.data.labels import check_type, count_classes, read_names, reason_of, without_examples
 from vit_jax.data.listing import LeftOut, is_hidden
+from vit_jax.data.preparation import COVER, Preparation
 from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.errors import UserError, few
 
@@ -35,15 +36,12 @@ def dataset_spec(root: Path, skip_lists: Path | None, fraction: float | None = N
     def split_records(split: str) -> lazy_images.Records:
         return records(root, split, *splits[split])
 
-    def decode(split: str, images_out: np.ndarray, labels_out: np.ndarray) -> None:
-        lazy_images.decode_all(split_records(split), images_out, labels_out)
-
     sizes = {split: len(labels) for split, (_, labels) in splits.items()}
     names = class_names(root, splits)
     files = sorted(path for suffix in ("*.npz", "*.npy") for path in root.glob(suffix))
     notes = {split: note for split in splits if (note := _note(split, files, splits, names))}
     key = f"arrays-{folder.fingerprint(root, [(path.name, 0) for path in files])}"
-    return DatasetSpec("arrays", sizes, {LABEL: names}, shape, key, decode, split_records, notes=notes)
+    return DatasetSpec("arrays", sizes, {LABEL: names}, shape, key, records=split_records, notes=notes)
 
 
 def find(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -168,7 +166,7 @@ def _note(
 def records(root: Path, split: str, stored: np.ndarray, labels: np.ndarray) -> lazy_images.Records:
     """Returns the examples as records."""
 
-    def read(index: int, size: lazy_images.Size):
-        return images.resize_and_crop(np.ascontiguousarray(stored[index]), size[:2]), int(labels[index])
+    def read(index: int, size: lazy_images.Size, how: Preparation = COVER):
+        return images.resize_and_crop(np.ascontiguousarray(stored[index]), size[:2], how), int(labels[index])
 
     return lazy_images.Records(len(labels), read, lambda index: f"example {index:,} of {split} in {root}")

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from vit_jax.data.images import resize_and_crop
+from vit_jax.data.preparation import Preparation
 from vit_jax.data.spec import LABEL, DatasetSpec
 
 
@@ -16,9 +17,9 @@ def dataset_spec() -> DatasetSpec:
     train, test = split(labels)
     indices = {"train": train, "test": test}
 
-    def decode(name: str, images_out: np.ndarray, labels_out: np.ndarray) -> None:
+    def decode(name: str, images_out: np.ndarray, labels_out: np.ndarray, how: Preparation) -> None:
         scaled = np.rint(digits[indices[name]] * (255 / 16)).astype(np.uint8)[..., None]  # stored values are 0 to 16
-        images_out[:] = np.stack([resize_and_crop(image, images_out.shape[1:3]) for image in scaled])
+        images_out[:] = np.stack([resize_and_crop(image, images_out.shape[1:3], how) for image in scaled])
         labels_out[:] = labels[indices[name]]
 
     def read_labels(name: str, kind: str, labels_out: np.ndarray) -> None:

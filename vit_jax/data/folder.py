@@ -13,12 +13,12 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import PIL
 
 from vit_jax import atomic, terminal
 from vit_jax.data import cache, held_out, images, lazy_images, listing
 from vit_jax.data.listing import LeftOut
+from vit_jax.data.preparation import COVER, Preparation
 from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.errors import UserError, few
 from vit_jax.progress import Counter
@@ -65,15 +65,12 @@ def dataset_spec(root: Path, skip_lists: Path | None, fraction: float | None = N
     def split_records(split: str) -> lazy_images.Records:
         return records(root, files[split])
 
-    def decode(split: str, images_out: np.ndarray, labels_out: np.ndarray) -> None:
-        lazy_images.decode_all(split_records(split), images_out, labels_out)
-
     sizes = {split: len(found) for split, found in files.items()}
     shape, classes = (None, None, 3), {LABEL: class_names}
     some = [root / name for found in files.values() for name, _ in found[:SAMPLE]]
     size = functools.partial(images.median_size, some)
     described = {"median_size": size, "notes": notes, "skipped": skipped}
-    return DatasetSpec("folder", sizes, classes, shape, key, decode, split_records, **described)
+    return DatasetSpec("folder", sizes, classes, shape, key, records=split_records, **described)
 
 
 def stored_splits(root: Path) -> tuple[str, ...]:
@@ -297,10 +294,10 @@ def fingerprint(root: Path, files: list[tuple[str, int]]) -> str:
 def records(root: Path, files: list[tuple[str, int]]) -> lazy_images.Records:
     """Returns the files as records."""
 
-    def read(index: int, size: lazy_images.Size):
+    def read(index: int, size: lazy_images.Size, how: Preparation = COVER):
         name, label = files[index]
         try:
-            return images.decode(root / name, size), label
+            return images.decode(root / name, size, how), label
         except images.ImageError as error:
             raise UserError(
                 f"{listing.printable(str(root / name))} cannot be read as an image: {error}\n"

@@ -220,10 +220,10 @@ def _content(start: bytes) -> str:
 
 
 def resize_and_crop(
-    image: UInt8[np.ndarray, "height width channels"], size: tuple[int, int]
+    image: UInt8[np.ndarray, "height width channels"], size: tuple[int, int], how: Preparation = COVER
 ) -> UInt8[np.ndarray, "new_height new_width channels"]:
-    """Returns the image resized to cover `size` (height, width), bicubic as in Pillow, then cropped at the centre."""
+    """Returns the image resized and cropped to `size` (height, width); as it is if that is its size."""
     if image.shape[:2] == tuple(size):
         return image
     opened = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    return preparation.fit(opened, size)
+    return preparation.fit(opened, size, how)

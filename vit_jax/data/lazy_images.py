@@ -12,6 +12,7 @@ from jaxtyping import Int32, UInt8
 
 from vit_jax import atomic, terminal
 from vit_jax.data import cache
+from vit_jax.data.preparation import COVER, Preparation
 from vit_jax.progress import Counter
 
 _SCAN_CHUNK = 64  # images that a thread decodes per task of a scan
@@ -26,12 +27,13 @@ class Records:
 
     Attributes:
         count: number of examples.
-        read: read(index, size) returns an image of that height, width and number of channels, and its label.
+        read: read(index, size, how) returns an image of that height, width and number of channels, and its label; `how`
+            it is resized and cropped is that of training by default.
         describe: describe(index) returns where the example is stored: a file, or a record of one.
     """
 
     count: int
-    read: Callable[[int, Size], tuple[UInt8[np.ndarray, "height width channels"], Any]]
+    read: Callable[..., tuple[UInt8[np.ndarray, "height width channels"], Any]]
     describe: Callable[[int], str]
 
 
@@ -42,10 +44,12 @@ class LazyImages:
     Attributes:
         parts: records, and the range of them that is used, in order.
         size: height, width and channels of every image.
+        how: images are resized and cropped.
     """
 
     parts: tuple[tuple[Records, range], ...]
     size: Size
+    how: Preparation = COVER
     dtype = np.dtype(np.uint8)
 
     @property
@@ -66,7 +70,7 @@ class LazyImages:
         images = np.empty((len(indices), *self.size), np.uint8)
         for image, index in zip(images, indices.tolist(), strict=True):
             records, record = self.locate(index)
-            image[...] = records.read(record, self.size)[0]
+            image[...] = records.read(record, self.size, self.how)[0]
         return images
 
     def locate(self, index: int) -> tuple[Records, int]:
@@ -87,7 +91,7 @@ class ScannedSplit:
     std: tuple[float, ...]
 
 
-def scan(records: Records, size: Size, folder: Path | None, title: str) -> ScannedSplit:
+def scan(records: Records, size: Size, folder: Path | None, title: str, how: Preparation = COVER) -> ScannedSplit:
     """Decodes every image once, with several threads; the result is cached in `folder` and read from there next time.
 
     Raises:
@@ -102,7 +106,7 @@ def scan(records: Records, size: Size, folder: Path | None, title: str) -> Scann
     def sums(start: int) -> np.ndarray:
         total = np.zeros((2, size[2]), np.float64)
         for index in range(start, min(start + _SCAN_CHUNK, records.count)):
-            image, labels[index] = records.read(index, size)
+            image, labels[index] = records.read(index, size, how)
             pixels = image.reshape(-1, size[2]).astype(np.float64)
             total += pixels.sum(0), np.square(pixels).sum(0)
         return total
@@ -125,12 +129,12 @@ def map_in_threads(function: Callable, arguments: Sequence[int]) -> Iterator:
         yield from threads.map(function, arguments)
 
 
-def decode_all(records: Records, images: np.ndarray, labels: np.ndarray) -> None:
+def decode_all(records: Records, images: np.ndarray, labels: np.ndarray, how: Preparation = COVER) -> None:
     """Decodes a whole stored split into `images` and `labels` with several threads."""
 
     def decode(start: int) -> None:
         for index in range(start, min(start + _DECODE_CHUNK, len(labels))):
-            images[index], labels[index] = records.read(index, images.shape[1:])
+            images[index], labels[index] = records.read(index, images.shape[1:], how)
 
     # Pillow releases the GIL while it decodes and resizes.
     with Counter("decoding", len(labels), "images") as counter:

@@ -57,6 +57,12 @@ class Preparation:
         if not 0 < self.crop_pct < math.inf:
             raise UserError(f"crop_pct is {self.crop_pct}\n  allowed: a number above 0")
 
+    @property
+    def suffix(self) -> str:
+        """What tells the name of a cache of images from those of other preparations; '' for that of training."""
+        values = (self.crop_mode, self.crop_pct, self.interpolation, self.resize_rules, *self.fill)
+        return "" if self == COVER else "-" + "-".join(map(str, values))
+
     def resized(self, image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
         """Returns height and width that an image of height and width `image` is resized to, before the crop to `size`.
 
@@ -113,7 +119,7 @@ def _fitted(image: Image.Image, size: tuple[int, int], preparation: Preparation)
 
 
 def _color(fill: tuple[int, ...], mode: str) -> Any:
-    return fill[0] if mode == "L" else (*fill, 255)[: len(mode)]
+    return fill[0] if mode == "L" else (*(fill if len(fill) > 1 else 3 * fill), 255)[: len(mode)]
 
 
 def _resized_window(

@@ -18,6 +18,7 @@ from vit_jax import arguments, paths, terminal
 from vit_jax.data import archives, arrays, cache, digits, folder, lazy_images, prepare, tfds
 from vit_jax.data import splits as split_expressions
 from vit_jax.data.labels import check_range
+from vit_jax.data.preparation import COVER, Preparation
 from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.errors import UserError
 
@@ -139,6 +140,7 @@ def load(
     held_out: float | None = None,
     labels: Sequence[str] = (LABEL,),
     own_statistics: bool | np.bool_ = False,
+    preparation: Preparation = COVER,
 ) -> Source:
     """Returns the source of a split expression; on first use, decodes the set (and downloads and prepares CIFAR).
 
@@ -149,13 +151,14 @@ def load(
             `arrays`, the directory of their files.
         cache_dir: directory of decoded images; by default $XDG_CACHE_HOME/vit_jax/data, or ~/.cache/vit_jax/data.
         image_size: height and width in pixels, or (height, width): images are resized to cover it and cropped at the
-            centre. None keeps their size and requires that all have the same.
+            centre, or as `preparation` says. None keeps their size and requires that all have the same.
         decoded: cache the decoded images on disk; False decodes images each time they are read.
         skip_broken: for `folder`, leave out files that cannot be decoded, and print their number.
         held_out: for `folder` without a stored split `test`, the fraction of each class of `train` that becomes it.
         labels: the kinds of label to load, the primary one first: `label`, or another of the set, such as CIFAR-100's
             `coarse_label`.
         own_statistics: take mean and std over the split that is read, so that `train` need not be decoded too.
+        preparation: how images are resized and cropped to `image_size`; unused if all images of the set have that size.
 
     Raises:
         UserError: the set is unknown, not prepared, or has no images and labels of the supported kind; the split
@@ -180,15 +183,16 @@ def load(
     _check_labels(name, spec.class_names, labels)
     pieces = split_expressions.parse(split, spec.sizes, spec.notes)
     size = _target_size(spec, image_size)
+    how = COVER if size == spec.shape[:2] else preparation
     for part in dict.fromkeys(piece.split for piece in pieces):
         if part in spec.skipped:
             terminal.warn(spec.skipped[part])
         if part in spec.notes:
             terminal.warn(f"{name} {part}: {spec.notes[part]}")
     if not decoded and spec.records is not None:
-        return _load_lazily(spec, split, pieces, size, root, labels, own_statistics)
+        return _load_lazily(spec, split, pieces, size, how, root, labels, own_statistics)
     reference = _statistics_split(spec, pieces, own_statistics)
-    stored = {part: _decoded_split(spec, part, size, root) for part in _stored_splits(pieces, reference)}
+    stored = {part: _decoded_split(spec, part, size, how, root) for part in _stored_splits(pieces, reference)}
     mean, std = cache.mean_and_std(stored[reference])
     folders = {part: arrays.folder for part, arrays in stored.items()}
     main_labels = {part: arrays.labels for part, arrays in stored.items()}
@@ -252,6 +256,7 @@ def _load_lazily(
     split: str,
     pieces: tuple[split_expressions.Piece, ...],
     size: tuple[int, int],
+    how: Preparation,
     root: Path,
     kinds: Sequence[str],
     own_statistics: bool,
@@ -261,12 +266,13 @@ def _load_lazily(
     reference = _statistics_split(spec, pieces, own_statistics)
     folders, scanned = {}, {}
     for part in _stored_splits(pieces, reference):
-        folders[part] = root / spec.cache_key / f"{part}-{size[0]}x{size[1]}-known" if spec.cache_key else None
-        scanned[part] = lazy_images.scan(spec.records(part), shape, folders[part], f"{name} {part}")
+        kept = f"{part}-{size[0]}x{size[1]}{how.suffix}-known"
+        folders[part] = root / spec.cache_key / kept if spec.cache_key else None
+        scanned[part] = lazy_images.scan(spec.records(part), shape, folders[part], f"{name} {part}", how)
     parts = tuple((spec.records(piece.split), range(piece.start, piece.stop)) for piece in pieces)
     main_labels = {part: result.labels for part, result in scanned.items()}
     first, others = _label_sets(spec, kinds, pieces, main_labels, folders, split)
-    statistics, images = (scanned[reference].mean, scanned[reference].std), lazy_images.LazyImages(parts, shape)
+    statistics, images = (scanned[reference].mean, scanned[reference].std), lazy_images.LazyImages(parts, shape, how)
     named = first.class_names, *statistics, kinds[0], others
     return Source(name, split, images, first.labels, *named, pieces, spec.records)
 
@@ -376,11 +382,19 @@ def _size(shape: tuple[int | None, int | None, int], image_size: ImageSize) -> t
     return (size, size) if isinstance(size, int) else size
 
 
-def _decoded_split(spec: DatasetSpec, split: str, size: tuple[int, int], root: Path) -> cache.DecodedSplit:
+def _decoded_split(
+    spec: DatasetSpec, split: str, size: tuple[int, int], how: Preparation, root: Path
+) -> cache.DecodedSplit:
     """Returns a whole stored split decoded at `size`, from the cache if it is there."""
     shape = (spec.sizes[split], *size, spec.shape[2])
-    fill = functools.partial(spec.decode, split)
+
+    def fill(images: np.ndarray, labels: np.ndarray) -> None:
+        if spec.records is None:
+            spec.decode(split, images, labels, how)
+        else:
+            lazy_images.decode_all(spec.records(split), images, labels, how)
+
     if spec.cache_key is None:
         return cache.in_memory(shape, fill)
-    folder = root / spec.cache_key / f"{split}-{size[0]}x{size[1]}"
+    folder = root / spec.cache_key / f"{split}-{size[0]}x{size[1]}{how.suffix}"
     return cache.open_or_create(folder, shape, fill, title=f"{spec.name} {split}")

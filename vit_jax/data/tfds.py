@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax.data import archives, images, lazy_images
+from vit_jax.data.preparation import COVER, Preparation
 from vit_jax.data.spec import LABEL, DatasetSpec
 from vit_jax.errors import UserError, one_line
 
@@ -40,11 +41,8 @@ def dataset_spec(name: str, data_dir: Path, other_names: Collection[str] = ()) -
     key = f"{builder.info.full_name.replace('/', '_')}-{_fingerprint(builder)}"
     records = functools.cache(functools.partial(_records, builder))
 
-    def decode(split: str, images_out: np.ndarray, labels_out: np.ndarray) -> None:
-        lazy_images.decode_all(records(split), images_out, labels_out)
-
     read_labels = functools.partial(_read_labels, builder)
-    return DatasetSpec(name, sizes, class_names, image.shape, key, decode, records, read_labels)
+    return DatasetSpec(name, sizes, class_names, image.shape, key, records=records, read_labels=read_labels)
 
 
 def builder_of(name: str, data_dir: Path):
@@ -148,14 +146,14 @@ def _records(builder, split: str) -> lazy_images.Records:
     stored = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record")
     set_name = builder.info.full_name
 
-    def read(index: int, size: lazy_images.Size):
+    def read(index: int, size: lazy_images.Size, how: Preparation = COVER):
         try:
             example = stored[index]
             encoded, label = example["image"], example["label"]
         except Exception as error:  # array_record and protobuf raise many types for damaged data
             raise unreadable(index, error) from error
         try:
-            return images.decode(encoded, size), label
+            return images.decode(encoded, size, how), label
         except images.ImageError as error:
             raise unreadable(index, error) from error
 

@@ -17,6 +17,7 @@ from vit_jax import arguments, paths, sharding, terminal, weights
 from vit_jax.data import feature_store, normalization, pipeline
 from vit_jax.data.augment import Augment
 from vit_jax.data.feature_store import StoredFeatures
+from vit_jax.data.preparation import COVER, Preparation
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.evaluation import exact
@@ -37,11 +38,13 @@ class Backbone:
         model: its `classes` is None.
         parameters: of the model.
         pre_logits: kernel and bias of the Dense + tanh layer before the head's logits, if requested; else None.
-        image_size: height and width that the position embeddings are for; None if any size works.
+        image_size: height and width of the images that the file records, or that the position embeddings are for; None
+            if any size works.
         normalization: of the images in training, a value of `config.data.normalization`.
         description: one line about the origin of the parameters.
         statistics: mean and std of these images; None for those of the dataset that the features are of.
         assumed: `Report.assumed`: what mean and std were assumed, if the file does not record them.
+        preparation: how images are resized and cropped.
     """
 
     model: VisionTransformer
@@ -52,6 +55,7 @@ class Backbone:
     description: str
     statistics: normalization.Statistics | None = None
     assumed: str = ""
+    preparation: Preparation = COVER
 
 
 def load(
@@ -70,7 +74,7 @@ def load(
         step: for a run directory: a step, or 'best'; None for the newest.
         pooling: 'token' or 'mean' to replace the model's own pooling.
         pre_logits: also load the layer before the head's logits; with several heads, that of the head of this name.
-        image_size: side in pixels; None for the size that the position embeddings are for.
+        image_size: side in pixels; None for `Backbone.image_size`.
         channels: of the images; None for those of the file.
 
     Raises:
@@ -83,7 +87,7 @@ def load(
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if pre_logits is None:
         overrides["classes"] = None
-    model, parameters, report = weights.load(init, **overrides)
+    model, parameters, report = load_sized(init, **overrides)
     model = prepare_for_device(model, "auto", report.image_size, report.channels)
     layer = None
     if pre_logits is not None:
@@ -108,7 +112,19 @@ def load(
     # 'set' is the mean and std of the dataset that the features are of, also if those of the backbone's are recorded.
     statistics = None if report.normalization == "set" else report.statistics
     known = report.image_size, report.normalization, description, statistics, report.assumed
-    return Backbone(model, parameters, layer, *known)
+    return Backbone(model, parameters, layer, *known, weights.preparation(report.evaluation, report.statistics))
+
+
+def load_sized(source: str, **overrides: Any) -> tuple[VisionTransformer, dict, weights.Report]:
+    """Returns what `weights.load` does, for images of the size that the file records, unless `image_size` is given.
+
+    That may be smaller than what the positions are for.
+    """
+    loaded = weights.load(source, **overrides)
+    recorded = tuple(loaded[2].evaluation.get("input_size", ()))
+    if "image_size" not in overrides and recorded not in ((), loaded[2].image_size):
+        loaded = weights.load(source, **overrides, image_size=recorded)
+    return loaded
 
 
 def prepare_for_device(

@@ -88,8 +88,6 @@ def evaluation(
     resample = config.get("resample")
     resample = int(defaults.resample) if resample is None else resample
     if resample not in _FILTERS:
-        raise UserError(f"{PREPROCESSOR} has resample {resample!r}\n  allowed: one of Pillow's numbers, 0 to 5")
-    if resample not in _FILTERS:
         raise UserError(f"{PREPROCESSOR} has resample {resample!r}\n  allowed: a filter as Pillow numbers them, 0 to 5")
     square, short, crop = _sizes(config, defaults)
     found = {"interpolation": _FILTERS[resample], "resize_rules": "transformers"}
