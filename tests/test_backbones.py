@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import vit_jax
-from vit_jax import features, weights
+from vit_jax import backbones, features, weights
 from vit_jax.data import feature_store
 from vit_jax.errors import UserError
 from vit_jax.evaluation import tokens
@@ -64,6 +64,15 @@ def test_pictures_and_normalized_images_have_the_same_tokens(pixels, expected, a
     of_images = backbone(images, layers=[-2, -1], dense=False)
     close(of_images, {kind: array for kind, array in both.items() if kind != "patches"})
     assert backbone(Image.new("L", (50, 31)))["patches"].shape == (1, 3, 3, 12)
+
+
+def test_pictures_of_several_sizes_through_a_model_with_rotary_positions():
+    file, sizes = REFERENCES / "timm_dinov3", ((40, 31), (31, 40), (64, 20))
+    pictures = [np.random.default_rng(size[0]).integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    backbone, prepared = vit_jax.backbone(file, batch_size=2), backbones.classifier(file)
+    found = backbone(pictures)
+    assert found["patches"].shape == (3, 4, 4, 12)
+    close(found, backbone(np.stack([prepared.pixels(picture) for picture in pictures])))
 
 
 @pytest.mark.slow

@@ -132,7 +132,9 @@ def of_file(
         image_size = arguments.size("image_size", image_size)
     model, parameters, report, refusal = _load(file, image_size, needs_head)
     if not isinstance(model.classes, int) and (needs_head or model.classes is not None):
-        raise UserError(f"{file}: the model has no head\n  use the weights of a classifier")
+        raise UserError(
+            f"{file}: the model has no head\n  use the weights of a classifier; for its features: vit-jax features"
+        )
     names = tuple(class_names or report.class_names or map(str, range(model.classes or 0)))
     if len(names) != (model.classes or 0) and (model.classes is not None or class_names):
         raise UserError(

@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 TEST = "test"
 SPLITS = ("train", "validation", TEST)
 # The flags of commands without a config for what elsewhere are its options.
-DATA_FLAGS = {"data.dir": "--data_dir", "data.image_size": "--image_size", "data.labels": "--label"}
+DATA_FLAGS = {
+    "data.dir": "--data_dir",
+    "data.image_size": "--image_size",
+    "data.labels": "--label",
+    "data.skip_broken": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,17 +319,20 @@ def open_run(flags: argparse.Namespace) -> Trained:
 
 
 @contextlib.contextmanager
-def flags_named(flags: Mapping[str, str]) -> Iterator[None]:
+def flags_named(flags: Mapping[str, str | None]) -> Iterator[None]:
     """Names a command's own flags in error messages, for a command in which options of a config cannot be set.
 
     Args:
-        flags: the flag of an option, by 'section.key'.
+        flags: the flag of an option, by 'section.key'; None if there is none: the advice to set it is left out.
     """
     try:
         yield
     except UserError as error:
         message = str(error)
         for name, flag in flags.items():
+            if flag is None:
+                message = re.sub(rf",? or set config\.{name}\b.*", "", message)
+                continue
             message = re.sub(rf"(--)?config\.{name}\b", flag, message).replace(f"{flag} ({flag})", flag)
         raise UserError(message) from error
 

@@ -8,6 +8,9 @@ from vit_jax import commands, terminal
 from vit_jax.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int32
+
     from vit_jax.data.sources import Source
     from vit_jax.evaluation.per_class import Predictions
     from vit_jax.inference import Classifier
@@ -53,12 +56,15 @@ def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Pred
     flags.split = split
     where = {"data_dir": data_dir, "held_out": held_out, "labels": (flags.label or LABEL,)}
     with commands.flags_named(commands.DATA_FLAGS):  # before the weights, which may have to be downloaded
-        sources.check(name, (split,), image_size=flags.image_size or 1, **where)
+        *_, channels = sources.check(name, (split,), image_size=flags.image_size or 1, **where)
     model = commands.classifier_of(flags)
+    with commands.flags_named(commands.DATA_FLAGS):
+        theirs = sources.class_names(name, data_dir)[flags.label or LABEL]
+    index_of = _check_match(model, theirs, channels, flags.init, name)  # before the images, which may be many
     where |= {"image_size": model.inputs.image_shape[:2], "preparation": model.preparation}
     with commands.flags_named(commands.DATA_FLAGS):
         source = sources.load(name, split, own_statistics=True, **where)
-    source = _for_model(source, model, flags.init)
+    source = _for_model(source, model, index_of)
     mesh = sharding.make_mesh(None)
     batch_size = -(-(flags.batch_size or inference.BATCH_SIZE) // mesh.size) * mesh.size
     objective = Classification({source.label: 1.0}, model.loss)
@@ -68,25 +74,33 @@ def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Pred
     return *exact.evaluate(scorer, parameters, batches, batch_size, flags.split, objective), source
 
 
-def _for_model(source: "Source", model: "Classifier", init: str) -> "Source":
-    """Returns the examples with the channels that the model takes, and labels that are indices of its classes.
+def _check_match(
+    model: "Classifier", theirs: tuple[str, ...], channels: int, init: str, data: str
+) -> "Int32[np.ndarray, ' data_classes']":
+    """Returns the index of the model's class for each class of the data, and prints how they were matched.
 
     Raises:
         UserError: the classes or the channels differ.
     """
-    import numpy as np
-
     from vit_jax.evaluation import class_names
 
     (ours,) = model.inputs.classes.values()
-    index_of, line = class_names.match(ours, source.class_names, init, source.name)
-    terminal.warn(line)
-    images, channels = source.images, model.inputs.image_shape[2]
-    if images.shape[3] == 1:
-        images = np.broadcast_to(images, (*images.shape[:3], channels))  # a view, not a copy
-    if images.shape[3] != channels:
+    index_of, line = class_names.match(ours, theirs, init, data)
+    if channels not in (1, model.inputs.image_shape[2]):
         raise UserError(
-            f"--data={source.name} has images of {images.shape[3]} channels, the model of {init} takes {channels}\n"
-            "  use a dataset or a model with the same channels"
+            f"--data={data} has images of {channels} channels, the model of {init} takes "
+            f"{model.inputs.image_shape[2]}\n  use a dataset or a model with the same channels"
         )
+    terminal.warn(line)
+    return index_of
+
+
+def _for_model(source: "Source", model: "Classifier", index_of: "Int32[np.ndarray, ' data_classes']") -> "Source":
+    """Returns the examples with the channels that the model takes, and labels that are indices of its classes."""
+    import numpy as np
+
+    (ours,) = model.inputs.classes.values()
+    images = source.images
+    if images.shape[3] == 1:
+        images = np.broadcast_to(images, (*images.shape[:3], model.inputs.image_shape[2]))  # a view, not a copy
     return dataclasses.replace(source, images=images, labels=index_of[source.labels], class_names=ours)

@@ -70,7 +70,7 @@ def compute(flags: argparse.Namespace) -> str:
     trained = commands.open_run(flags)
     run, step = trained.run, int(trained.state.step)
     parameters = run.objective.backbone(trained.state.for_evaluation())
-    labels = sources.label_kinds(run.config.data.name, run.config.data.dir)
+    labels = tuple(sources.class_names(run.config.data.name, run.config.data.dir))
     source = setup.load(run.config, run.sources[flags.split].split, labels)
     model = run.model.clone(classes=None)
     shape = (len(source), *extraction.features_shape(model, parameters, run.image_shape))

@@ -257,9 +257,9 @@ class Predictor:
 
     def _arrays(self, apply: Callable[[Any, jax.Array], Any], images: Image | Iterable[Image]) -> Any:
         """Returns the outputs for all images, in float32; raises UserError if one cannot be read."""
-        shape = jax.ShapeDtypeStruct((0, *self.inputs.image_shape), np.uint8)
-        empty = jax.eval_shape(apply, self.parameters, shape)
-        parts = [jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), empty)]
+        batch = jax.ShapeDtypeStruct((self._batch_size, *self.inputs.image_shape), np.uint8)
+        outputs = jax.eval_shape(apply, self.parameters, batch)
+        parts = [jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape[1:]), np.float32), outputs)]
         for names, decoded, outputs in self._outputs(apply, _checked(images)):
             for name, image in zip(names, decoded, strict=True):
                 if isinstance(image, str):

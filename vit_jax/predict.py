@@ -22,9 +22,10 @@ Classifies images with a trained model and prints the most probable classes of e
   %(prog)s --workdir=runs/photos --json album/ | jq .predictions[0]
   %(prog)s --init=augreg-b16-224 holiday.jpg
 
-Images can have any size and any format that Pillow reads; they are resized as in training. A directory stands for all
-images below it, sorted by path. Images that cannot be read are reported on standard error and skipped. The exit status
-is 0 if all images were read, 1 if some were not, and 2 if none was or the command line is wrong.
+Images can have any size and any format that Pillow reads; they are resized as in training, with --init as the file
+records it. A directory stands for all images below it, sorted by path. Images that cannot be read are reported on
+standard error and skipped. The exit status is 0 if all images were read, 1 if some were not, and 2 if none was or the
+command line is wrong.
 
 From Python: vit_jax.predict.Predictor("runs/photos")(["holiday.jpg"]) (docs/predict.md).
 """

@@ -20,7 +20,9 @@ SYNSETS = ("n01440764", "n01443537", "n01484850")
         (("tench", "goldfish", "shark"), SYNSETS, [0, 1, 2], "D has no class names"),
         (("cafe\u0301", "x"), ("caf\u00e9",), [0], "by name"),
         (("x", "Digit 1", "1", "0"), ("0", "1"), [3, 2], "by name"),
-        (SYNSETS, SYNSETS[:0:-1], None, "M has 3 classes, D has 2"),
+        (SYNSETS, SYNSETS[:0:-1], [2, 1], "matched by name"),
+        (SYNSETS, ("n00000001", SYNSETS[0]), None, "M has 3 classes, D has 2"),
+        (("0", "1", "2"), ("0", "1"), None, "M has 3 classes, D has 2"),
     ],
 )
 def test_classes_are_matched(ours, theirs, expected, words):

@@ -251,7 +251,7 @@ def test_what_another_version_of_pillow_could_not_read_is_tried_again(tree, monk
     monkeypatch.setattr(images, "load", lambda *_: None)
     assert len(load(tree, skip_broken=True)) == 3
     monkeypatch.setattr("PIL.__version__", "99.0.0")
-    monkeypatch.setattr(images, "decode", lambda _, shape: np.zeros(shape, np.uint8))
+    monkeypatch.setattr(images, "decode", lambda _, shape, how: np.zeros(shape, np.uint8))
     assert len(load(tree, skip_broken=True)) == 4
 
 

@@ -327,9 +327,12 @@ def pieces(name: str, split: str, data_dir: str | os.PathLike | None = None) -> 
     return split_expressions.parse(split, archive.sizes if archive else _dataset_spec(name, data_dir, None).sizes)
 
 
-def label_kinds(name: str, data_dir: str | os.PathLike | None = None) -> tuple[str, ...]:
-    """Returns the kinds of label of a prepared set, `label` first."""
-    return tuple(_dataset_spec(name, _data_dir(name, data_dir)).class_names)
+def class_names(name: str, data_dir: str | os.PathLike | None = None) -> dict[str, tuple[str, ...]]:
+    """Returns the class names of each kind of label, `label` first; decodes nothing, but downloads CIFAR as `load`."""
+    data_dir = _data_dir(name, data_dir)
+    if archive := _missing_archive(name, data_dir):
+        prepare.prepare(archive, data_dir=data_dir)
+    return dict(_dataset_spec(name, data_dir).class_names)
 
 
 def _data_dir(name: str, data_dir: str | bytes | os.PathLike | None) -> Path:

@@ -13,8 +13,15 @@ from vit_jax.errors import UserError, few
 
 def are_names(names: Sequence[str]) -> bool:
     """Returns whether class names are names: not '0', '1', ..., nor ids of WordNet, such as 'n01440764'."""
-    are_numbers = list(names) == [str(index) for index in range(len(names))]
-    return not are_numbers and not all(re.fullmatch(r"n\d{8}", name) for name in names)
+    return not _are_numbers(names) and not _are_ids(names)
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return list(names) == [str(index) for index in range(len(names))]
+
+
+def _are_ids(names: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
 def match(
@@ -23,8 +30,9 @@ def match(
     """Returns the index of the model's class for each class of the data, and a line that says how they were matched.
 
     Upper and lower case, spaces and underscores make no difference. A name with commas, such as 'tench, Tinca tinca',
-    also stands for each of its parts, unless another class has the same. Where one of the two has numbers or ids
-    instead of names, their classes must be equally many, and their order is assumed to be the same.
+    also stands for each of its parts, unless another class has the same. Ids of WordNet are matched with ids. Where one
+    of the two has numbers or ids instead of names, their classes must be equally many, and their order is assumed to be
+    the same.
 
     Args:
         ours: class names of the model.
@@ -41,12 +49,15 @@ def match(
     index_of = _index(ours)
     found = [index_of.get(_form(name), -1) for name in theirs]
     named = are_names(ours), are_names(theirs)
-    if not all(named) and (not any(named) or -1 in found):
+    if not all(named) and (-1 in found or (not any(named) and not _are_ids(ours))):
         without = data if named[0] else model
         if len(ours) != len(theirs):
+            way_out = "name those of the model with --classes=TXT"
+            if named[0]:
+                way_out = f"name its classes as the model does: {few(ours)}"
             raise UserError(
                 f"{model} has {len(ours):,} classes, {data} has {len(theirs):,}, and {without} has no class names to "
-                "match them by\n  use data with the same classes, or name those of the model with --classes=TXT"
+                f"match them by\n  use data with the same classes, or {way_out}"
             )
         return same, f"{without} has no class names: the {len(ours):,} classes are assumed to be in the same order"
     if unknown := [name for name, index in zip(theirs, found, strict=True) if index < 0]:
