@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import run_command
 
+import vit_jax
 from vit_jax import config as options
 from vit_jax import features as features_command
 from vit_jax import transfer, weights
@@ -247,3 +248,20 @@ def test_what_is_assumed_of_a_backbone_is_said_once(tmp_path, capsys):
     assert capsys.readouterr().err.count("are not recorded; assumed: imagenet") == 1
     about = feature_store.read(tmp_path / "out" / "features" / "test.npz").about
     assert about["normalized_by"] == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+
+
+def test_images_are_prepared_as_the_file_records_it(tmp_path):
+    """As by `vit_jax.backbone`: resized and cropped, to a size that is smaller than that of the positions."""
+    folder = tmp_path / "weights"
+    shutil.copytree(Path(__file__).parent / "weights" / "references" / "hf_dinov2_registers", folder)
+    recorded = {"image_mean": [0.5] * 3, "image_std": [0.2] * 3, "size": {"shortest_edge": 11}, "crop_size": 8}
+    (folder / "preprocessor_config.json").write_text(json.dumps(recorded))
+    pictures = np.random.default_rng(1).integers(0, 256, (6, 20, 31, 3), np.uint8)
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=pictures, labels=np.arange(6) % 2)
+    arguments = [f"--init={folder}", "--data=arrays", f"--data_dir={tmp_path}", f"--out={tmp_path / 'out'}"]
+    assert transfer.main([*arguments, "--methods=knn", "--neighbours=1"]) == 0
+    found = feature_store.read(tmp_path / "out" / "features" / "test.npz").features
+    np.testing.assert_allclose(found, vit_jax.backbone(folder)(pictures)["pooled"], rtol=0, atol=1e-5)
+    about = json.loads((tmp_path / "out" / "transfer.json").read_text())
+    assert about["image_size"] == [8, 8] and about["preparation"]["crop_pct"] == pytest.approx(8 / 11)
