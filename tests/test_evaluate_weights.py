@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,27 @@ def test_images_are_prepared_as_by_predict(prepared, pictures, case, tmp_path, c
         run(capsys, f"--init={file}", *arguments)
     with open(tmp_path / "out" / "predictions.csv", newline="") as rows:
         assert any(abs(float(row["probability"]) - expected[row["path"]][1]) > 1e-3 for row in csv.DictReader(rows))
+
+
+def test_a_model_without_class_names_gets_those_of_the_data(model, pictures, tmp_path, capsys):
+    weights.save(tmp_path / "model.npz", model[0].clone(classes=3), head_of(model[1], 3))
+    arguments = ["--data=folder", f"--data_dir={pictures}", f"--out={tmp_path / 'out'}", "--image_size=8"]
+    status, _, errors = run(capsys, f"--init={tmp_path / 'model.npz'}", *arguments)
+    assert status == 0 and "has no class names: the 3 classes are assumed to be in the same order" in errors, errors
+    with open(tmp_path / "out" / "classes.csv", newline="") as rows:
+        assert [row["class"] for row in csv.DictReader(rows)] == ["6", "7", "eleven"]
+
+
+def head_of(parameters, classes):
+    """The parameters with the first classes of the head."""
+    return {**parameters, "head": jax.tree.map(lambda array: array[..., :classes], parameters["head"])}
+
+
+def test_a_head_that_is_not_supported_is_refused_with_what_can_be_done(pictures, capsys):
+    file = Path(__file__).parent / "weights" / "references" / "hf_dinov2_classifier"
+    status, output, errors = run(capsys, f"--init={file}", "--data=folder", f"--data_dir={pictures}")
+    assert (status, output) == (2, "") and "for features: vit-jax features" in errors and "classes=N" not in errors
+    assert "its head reads both the class token and the mean" in errors
 
 
 @pytest.mark.parametrize("decoded", [True, False])

@@ -132,9 +132,7 @@ def of_file(
         image_size = arguments.size("image_size", image_size)
     model, parameters, report, refusal = _load(file, image_size, needs_head)
     if not isinstance(model.classes, int) and (needs_head or model.classes is not None):
-        raise UserError(
-            f"{file}: the model has no head\n  use the weights of a classifier; for its features: vit-jax features"
-        )
+        raise _no_head(file, Classifier.no_head)
     names = tuple(class_names or report.class_names or map(str, range(model.classes or 0)))
     if len(names) != (model.classes or 0) and (model.classes is not None or class_names):
         raise UserError(
@@ -157,13 +155,21 @@ def of_file(
 
 
 def _load(
-    file: str, image_size: tuple[int, int] | None, needs_head: bool
+    file: str, image_size: int | tuple[int, int] | None, needs_head: bool
 ) -> tuple[VisionTransformer, dict, Report, str | None]:
     """Returns what `weights.load` does, for the file's images; and why its head is left out, if it is."""
     overrides = {} if image_size is None else {"image_size": image_size}
-    refusal = None if needs_head else weights.recognise(file, **overrides).head_refusal
+    refusal = weights.recognise(file, **overrides).head_refusal
+    if refusal and needs_head:
+        raise _no_head(file, refusal)
     headless = {"classes": None} if refusal else {}
     return (*extraction.load_sized(file, **overrides, **headless), refusal)
+
+
+def _no_head(file: str, why: str) -> UserError:
+    return UserError(
+        f"{file}: {why}\n  use the weights of a classifier; for features: vit-jax features or vit_jax.backbone"
+    )
 
 
 def _statistics(file: str, report: Report, normalize: str | None) -> normalization.Statistics:

@@ -37,6 +37,7 @@ def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Pred
         UserError: the weights or the data cannot be read, the weights have no head, or their classes differ.
     """
     import jax
+    import numpy as np
 
     from vit_jax import inference, sharding
     from vit_jax.data import pipeline, sources
@@ -60,11 +61,14 @@ def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Pred
     model = commands.classifier_of(flags)
     with commands.flags_named(commands.DATA_FLAGS):
         theirs = sources.class_names(name, data_dir)[flags.label or LABEL]
-    index_of = _check_match(model, theirs, channels, flags.init, name)  # before the images, which may be many
+    names, index_of = _matched(model, theirs, channels, flags.init, name)  # before the images, which may be many
     where |= {"image_size": model.inputs.image_shape[:2], "preparation": model.preparation}
     with commands.flags_named(commands.DATA_FLAGS):
         source = sources.load(name, split, own_statistics=True, **where)
-    source = _for_model(source, model, index_of)
+    images = source.images
+    if channels == 1:
+        images = np.broadcast_to(images, (*images.shape[:3], model.inputs.image_shape[2]))  # a view, not a copy
+    source = dataclasses.replace(source, images=images, labels=index_of[source.labels], class_names=names)
     mesh = sharding.make_mesh(None)
     batch_size = -(-(flags.batch_size or inference.BATCH_SIZE) // mesh.size) * mesh.size
     objective = Classification({source.label: 1.0}, model.loss)
@@ -74,10 +78,12 @@ def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Pred
     return *exact.evaluate(scorer, parameters, batches, batch_size, flags.split, objective), source
 
 
-def _check_match(
+def _matched(
     model: "Classifier", theirs: tuple[str, ...], channels: int, init: str, data: str
-) -> "Int32[np.ndarray, ' data_classes']":
-    """Returns the index of the model's class for each class of the data, and prints how they were matched.
+) -> "tuple[tuple[str, ...], Int32[np.ndarray, ' data_classes']]":
+    """Returns the names of the model's classes, and their index for each class of the data; prints how they match.
+
+    A model without class names gets those of the data, if these are assumed to be in the same order.
 
     Raises:
         UserError: the classes or the channels differ.
@@ -92,15 +98,6 @@ def _check_match(
             f"{model.inputs.image_shape[2]}\n  use a dataset or a model with the same channels"
         )
     terminal.warn(line)
-    return index_of
-
-
-def _for_model(source: "Source", model: "Classifier", index_of: "Int32[np.ndarray, ' data_classes']") -> "Source":
-    """Returns the examples with the channels that the model takes, and labels that are indices of its classes."""
-    import numpy as np
-
-    (ours,) = model.inputs.classes.values()
-    images = source.images
-    if images.shape[3] == 1:
-        images = np.broadcast_to(images, (*images.shape[:3], model.inputs.image_shape[2]))  # a view, not a copy
-    return dataclasses.replace(source, images=images, labels=index_of[source.labels], class_names=ours)
+    is_same_order = index_of.tolist() == list(range(len(ours)))
+    takes_theirs = is_same_order and class_names.are_names(theirs) and not class_names.are_names(ours)
+    return theirs if takes_theirs else ours, index_of
