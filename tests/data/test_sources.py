@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import cache, digits, sources, splits
+from vit_jax.data.preparation import Preparation, fit
 from vit_jax.errors import UserError
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -340,6 +341,12 @@ def test_images_of_different_sizes_require_image_size(tmp_path):
         (8, 8): images[2],
     }
     assert sorted(image.tobytes() for image in source.images) == sorted(image.tobytes() for image in expected.values())
+    how = Preparation("center", 0.7, "bilinear", "transformers")
+    where = {"data_dir": tmp_path, "cache_dir": tmp_path / "cache", "image_size": 8}  # beside those of training
+    expected = sorted(fit(Image.fromarray(image), (8, 8), how).tobytes() for image in images)
+    for decoded in (True, False):
+        source = sources.load("mixed", "train", preparation=how, decoded=decoded, **where)
+        assert sorted(image.tobytes() for image in source.images[:]) == expected
 
 
 def test_images_of_equal_size_are_resized_to_image_size(tiny, tmp_path):
@@ -348,6 +355,8 @@ def test_images_of_equal_size_are_resized_to_image_size(tiny, tmp_path):
     resized = [Image.fromarray(e["image"]).resize((10, 12), Image.BICUBIC) for e in expected["test"]]
     chex.assert_trees_all_equal(np.asarray(source.images), np.stack([np.asarray(image)[4:7] for image in resized]))
     chex.assert_shape(sources.load("digits", "test", image_size=32).images, (360, 32, 32, 1))
+    stored = sources.load("tiny", "test", data_dir=data_dir, cache_dir=tmp_path, preparation=Preparation(crop_pct=0.5))
+    assert sorted(i.tobytes() for i in stored.images) == sorted(e["image"].tobytes() for e in expected["test"])
 
 
 def test_damaged_or_missing_shard_is_named(tmp_path):

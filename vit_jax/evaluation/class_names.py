@@ -54,7 +54,7 @@ def match(
         if len(ours) != len(theirs):
             way_out = "name those of the model with --classes=TXT"
             if named[0]:
-                way_out = f"name its classes as the model does: {few(ours)}"
+                way_out = "name its classes as the model does"
             raise UserError(
                 f"{model} has {len(ours):,} classes, {data} has {len(theirs):,}, and {without} has no class names to "
                 f"match them by\n  use data with the same classes, or {way_out}"

@@ -111,6 +111,8 @@ def load(
     description = f"{report.label} ({notes})" if notes else report.label
     # 'set' is the mean and std of the dataset that the features are of, also if those of the backbone's are recorded.
     statistics = None if report.normalization == "set" else report.statistics
+    if statistics is not None and len(statistics[0]) != report.channels:  # only 'half' is known for any channels
+        statistics = None
     known = report.image_size, report.normalization, description, statistics, report.assumed
     return Backbone(model, parameters, layer, *known, weights.preparation(report.evaluation, report.statistics))
 
