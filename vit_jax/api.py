@@ -200,6 +200,7 @@ def load(
     *,
     step: int | np.integer | str | None = None,
     class_names: Iterable[str] | None = None,
+    prompt: str | Iterable[str] | None = None,
     image_size: int | np.integer | tuple[int, int] | None = None,
     normalize: str | None = None,
     batch_size: int | np.integer = inference.BATCH_SIZE,
@@ -209,7 +210,9 @@ def load(
     Args:
         source: a run directory; or weights: a file, directory, URL, or the name of a published model.
         step: for a run: a step, or 'best'; None for the newest checkpoint.
-        class_names: for weights: one per class; 'imagenet'; None for those of the file, or '0', '1', ...
+        class_names: for weights: one per class, any for a model that embeds texts (CLIP, SigLIP); 'imagenet'; None for
+            those of the file, or '0', '1', ...
+        prompt: for such a model: a text with '{}' for the class name, or several; None for 'a photo of a {}'.
         image_size: for weights: pixels, an int or (height, width); None for that of the file.
         normalize: for weights: 'half', 'imagenet', 'clip' or numbers; None for what the file says.
         batch_size: images per batch; does not change the result.
@@ -217,7 +220,7 @@ def load(
     Raises:
         UserError: the source does not exist or cannot be read, or does not match the other arguments.
     """
-    of_weights = {"class_names": class_names, "image_size": image_size, "normalize": normalize}
+    of_weights = {"class_names": class_names, "prompt": prompt, "image_size": image_size, "normalize": normalize}
     return Predictor(backbones.classifier(source, step, **of_weights), batch_size=batch_size)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vit_jax import arguments, inference
+from vit_jax import arguments, inference, zero_shot
 from vit_jax.data.user_images import Image
 from vit_jax.errors import UserError
 from vit_jax.evaluation import tokens
@@ -32,7 +32,7 @@ def classifier(
     Args:
         source: a run directory; or weights: a file, directory, URL, or the name of a published model.
         step: for a run, as for `inference.of_run`.
-        **of_weights: for weights, arguments of `inference.of_file`.
+        **of_weights: for weights, arguments of `zero_shot.of_file`.
 
     Raises:
         UserError: the source does not exist or cannot be read, or does not match the other arguments.
@@ -41,7 +41,7 @@ def classifier(
     if not native.recognise(Path(hub.fetch(source))):
         if step is not None:
             raise UserError(f"step is {step!r}, but {source} is not a run\n  omit step, or use a run directory")
-        return inference.of_file(source, **of_weights, needs_head=False)
+        return zero_shot.of_file(source, **of_weights, needs_head=False)
     if wrong := [name for name, value in of_weights.items() if value is not None]:
         raise UserError(f"{wrong[0]} cannot be combined with the run {source}, which has its own\n  omit {wrong[0]}")
     return inference.of_run(source, step, needs_head=False)

@@ -226,12 +226,20 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_classes_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag that replaces the class names of weights."""
+def add_classes_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that replace the class names of weights, or name the classes of those that embed texts."""
     parser.add_argument(
         "--classes",
         metavar="TXT",
-        help="with --init: text file with one class name per line, or imagenet (default: those of the file)",
+        help="with --init: text file with one class name per line, imagenet, or names as in cat,dog (default: those of "
+        "the file); for models that embed texts, any names, or a prompt for those of ImageNet",
+    )
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        help="with --init, for models that embed texts: a text with {} for the class name; several times for the mean "
+        "of several (default: 'a photo of a {}')",
     )
 
 
@@ -239,16 +247,12 @@ def classifier_of(flags: argparse.Namespace) -> "Classifier":
     """Returns the model of --init, with the preprocessing and class names of the other flags.
 
     Raises:
-        UserError: as `inference.of_file`, or the file of --classes cannot be read.
+        UserError: as `zero_shot.of_file`, or the file of --classes cannot be read.
     """
-    from vit_jax import classifier
-    from vit_jax.data.labels import read_names
-    from vit_jax.weights.class_names import IMAGENET
+    from vit_jax import zero_shot
 
-    names = flags.classes
-    if names not in (None, IMAGENET):
-        names = read_names(paths.expand(names, "--classes"), "--classes")
-    return classifier.of_file(flags.init, class_names=names, image_size=flags.image_size, normalize=flags.normalize)
+    named = zero_shot.flag_values(flags.classes, flags.prompt)
+    return zero_shot.of_file(flags.init, **named, image_size=flags.image_size, normalize=flags.normalize)
 
 
 def check_flags(flags: argparse.Namespace, of_run: Sequence[str], of_init: Sequence[str]) -> None:

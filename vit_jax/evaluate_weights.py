@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vit_jax.inference import Classifier
 
 OF_RUN = ("step", "best", "weights")  # flags that only --workdir uses
-OF_INIT = ("data", "label", "classes", "image_size", "normalize")
+OF_INIT = ("data", "label", "classes", "prompt", "image_size", "normalize")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label", metavar="KIND", help="with --init: which labels to use, if there are several kinds (default: label)"
     )
-    commands.add_classes_flag(parser)
+    commands.add_classes_flags(parser)
 
 
 def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Predictions"], "Source"]:

@@ -21,6 +21,7 @@ Classifies images with a trained model and prints the most probable classes of e
   %(prog)s --workdir=runs/photos --picture=predictions.png album/
   %(prog)s --workdir=runs/photos --json album/ | jq .predictions[0]
   %(prog)s --init=augreg-b16-224 holiday.jpg
+  %(prog)s --init=openai/clip-vit-base-patch32 --classes=cat,dog,"great white shark" holiday.jpg
 
 Images can have any size and any format that Pillow reads; they are resized as in training, with --init as the file
 records it. A directory stands for all images below it, sorted by path. Images that cannot be read are reported on
@@ -50,7 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     step.add_argument(
         "--best", action="store_true", help="with --workdir: use the checkpoint with the best validation result"
     )
-    commands.add_classes_flag(parser)
+    commands.add_classes_flags(parser)
     commands.add_image_flags(parser)
     parser.add_argument("--top", type=int, default=5, help="number of classes per image (default: %(default)s)")
     parser.add_argument("--csv", metavar="FILE", help="also write path, rank, class and probability to this CSV file")
@@ -107,7 +108,7 @@ def _check(flags: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}\n  allowed: an integer of at least 1")
     source, other = ("--workdir", "--init") if flags.workdir else ("--init", "--workdir")
-    for name in ("classes", "image_size", "normalize") if flags.workdir else ("step", "best"):
+    for name in ("classes", "prompt", "image_size", "normalize") if flags.workdir else ("step", "best"):
         if getattr(flags, name) not in (None, False):
             raise UserError(f"--{name} cannot be combined with {source}\n  omit it, or use {other}")
     if flags.init:

@@ -26,7 +26,7 @@ PASSED_ON = {
     ("training/multi_seed.py", "_train_all"): "of the run of a seed",
     ("training/recovery.py", "_report"): "of its callers, which pass the way out",
     ("weights/hub.py", "_download"): "of weights.files",
-    ("weights/load.py", "_as_user_error"): "of weights and models.checks",
+    ("weights/load.py", "as_user_error"): "of weights and models.checks",
     ("weights/save.py", "save"): "of models.checks",
     ("weights/towers.py", "describe"): "of the families of weights",
 }

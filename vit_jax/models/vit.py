@@ -171,8 +171,13 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
             features = self.make_norm("norm")(features)
         if self.classes is None:
             return features.astype(jnp.float32)
+        return self.make_head()(features)
+
+    @nn.nowrap
+    def make_head(self) -> nn.Module:
+        """The classifier, or several."""
         head = Heads if isinstance(self.classes, Mapping) else Head
-        return head(self.classes, self.pre_logits, self.head_bias, name="head")(features)
+        return head(self.classes, self.pre_logits, self.head_bias, name="head")
 
     def _layout(self, grid: tuple[int, int]) -> TokenLayout:
         width = self.position_width or self.width

@@ -166,6 +166,31 @@ def _from_hub(model: str, name: str) -> Path:
     return directory
 
 
+def beside(directory: Path, filename: str) -> Path | None:
+    """The file of this name in a directory that `fetch` returned, downloaded if that is of the hub; None if none is.
+
+    Raises:
+        UserError: the hub has such a file or may have one, but it cannot be downloaded.
+    """
+    path = directory / filename
+    cached = re.search(r"models--([^/]+)/snapshots/(\w+)$", directory.as_posix())
+    if path.is_file() or cached is None:
+        return path if path.is_file() else None
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    identifier = cached[1].replace("--", "/", 1)
+    try:
+        return Path(huggingface_hub.hf_hub_download(identifier, filename, revision=cached[2]))
+    except Exception as error:  # including those of its HTTP client, which depends on its version
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+            return None
+        raise UserError(
+            f"{filename} of {HUB}/{identifier} cannot be downloaded: {one_line(error, 160)}\n"
+            f"  download it on a machine with a network, and put it in {directory}"
+        ) from error
+
+
 def _placed(identifier: str) -> Path:
     """Where the files of a model may be put by hand."""
     return cache_dir() / identifier.replace("/", "--")

@@ -58,7 +58,7 @@ def load(path_or_name: str | bytes | os.PathLike, **overrides: Any) -> tuple[Vis
     overrides = _checked_overrides(overrides)
     decisive = {name: overrides[name] for name in (*NOT_IN_ARRAYS, "image_size", "prefix") if name in overrides}
     source, description, arrays = _understand(path_or_name, decisive, overrides.get("step"))
-    with _as_user_error(source):
+    with as_user_error(source):
         _check_contradictions(description, overrides)
         if description.head_refusal and "classes" not in overrides:
             raise UserError(
@@ -101,7 +101,7 @@ def load_into(
     seed = arguments.integer("seed", seed, minimum=0)
     overrides = {"image_size": image_size, "heads_otherwise": model.heads, "position": model.position}
     source, description, arrays = _understand(path_or_name, overrides, None)
-    with _as_user_error(source):
+    with as_user_error(source):
         description = _named(description, model)
         theirs = description.model
         _check_same_parameters(theirs, model)
@@ -158,7 +158,7 @@ def _named(description: Description, model: VisionTransformer) -> Description:
 
 
 @contextlib.contextmanager
-def _as_user_error(source: str) -> Iterator[None]:
+def as_user_error(source: str) -> Iterator[None]:
     """Turns ValueErrors, such as those of a model's checks, into UserErrors, and names the file in all messages."""
     try:
         yield
@@ -206,13 +206,13 @@ def _understand(
             f"prefix is {overrides['prefix']!r}, but {path} is a run directory, which has one model\n  omit prefix"
         )
     if is_run:
-        with _as_user_error(str(path)):
+        with as_user_error(str(path)):
             return (str(path), *native.describe(path, step))
     if step is not None:
         raise UserError(f"step is {step!r}, but {path} is a file\n  omit step, or give the workdir of a training run")
     stored = files.open_file(path)
     source = str(stored.path)
-    with _as_user_error(source):
+    with as_user_error(source):
         if native.is_ours(stored) and overrides.get("prefix") is None:
             return source, *native.describe_file(stored)
         description = towers.describe(stored, FAMILIES, overrides.get("prefix"), overrides)
@@ -325,15 +325,12 @@ def _left_out(rule: Rule, theirs: VisionTransformer, ours: VisionTransformer, ne
     return None
 
 
-def _read(
-    source: str,
-    rule: Rule,
-    description: Description,
-    arrays: Mapping[str, np.ndarray],
-    model: VisionTransformer,
-    grid: tuple[int, int] | None,
-    channels: int,
-) -> tuple[Row, list[np.ndarray]]:
+def read_rule(source: str, rule: Rule, arrays: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], list[str]]:
+    """The parameters of a rule in float32, of the sizes in the file, and how their dtypes were converted.
+
+    Raises:
+        UserError: an array is not of finite floating-point numbers, or its shape does not fit.
+    """
     raw, details = [], []
     for name in rule.names:
         array = arrays[name]
@@ -356,6 +353,19 @@ def _read(
             f"these arrays cannot be converted to {rule.paths[0]}: {shapes} ({error})\n"
             "  use a complete file of one model"
         ) from None
+    return values, details
+
+
+def _read(
+    source: str,
+    rule: Rule,
+    description: Description,
+    arrays: Mapping[str, np.ndarray],
+    model: VisionTransformer,
+    grid: tuple[int, int] | None,
+    channels: int,
+) -> tuple[Row, list[np.ndarray]]:
+    values, details = read_rule(source, rule, arrays)
     action, fitted = rule.form.word, []
     for path, value in zip(rule.paths, values, strict=True):
         value, did = _fitted(path, value, description, model, grid, channels)

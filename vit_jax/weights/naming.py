@@ -118,7 +118,7 @@ class Naming:
         names, choices, recorded = Names(stored.shapes, "", self.LABEL), Choices(overrides), self.recorded(stored)
         inside = ["", *(f"{start}." for start in self.INNER)]
         inner = next((start for start in inside if names.any(re.escape(start) + self.embedding)), "")
-        found = self._found(names, inner)
+        found = self.found(names, inner)
         ignored = {}
         classifies = bool(self.classifier) and names.any(_pattern(self.classifier))
         if classifies:
@@ -136,10 +136,10 @@ class Naming:
             refused = [name for name in names if name.startswith(inner + start)]
             ignored |= dict.fromkeys(refused, f"a head that is not supported: {why}")
             refusal = f"{inner}{start}...: {why}, which is not supported" if refused else refusal
-        depth = names.count(_pattern(found[QKV][0].partition("{}")[0]) + r"(\d+)\.")
+        depth = depth_of(names, found)
         size = recorded.values.get("image_size")
         grid = next((_relative_grid(names, found[key][0].format(0)) for key in RELATIVE if key in found), None)
-        table, zeros = self._rules(names, found, depth)
+        table, zeros = self.rules_of(names, found, depth)
         check_names(stored.shapes, table, ignored, (), self.LABEL)
         model, channels = self._model(names, found, depth, classifies, table, recorded, choices)
         if "positions/table" in found and grid is not None:
@@ -165,7 +165,7 @@ class Naming:
             zeros=zeros,
         )
 
-    def _found(self, names: Names, inner: str) -> dict[str, tuple[str, ...]]:
+    def found(self, names: Names, inner: str) -> dict[str, tuple[str, ...]]:
         """The starts of a file's names by our paths, with '{}' for a block's index; required ones even if missing."""
         block = next((one for one in self.block.split("|") if names.any(_pattern(inner + one))), self.block)
         found = {}
@@ -181,7 +181,7 @@ class Naming:
             del found[PLAIN if names.any(_pattern(found[GATED][0])) else GATED]
         return found
 
-    def _rules(
+    def rules_of(
         self, names: Names, found: Mapping[str, tuple[str, ...]], depth: int
     ) -> tuple[list[Rule], dict[str, str]]:
         """The rules of all arrays, and the paths of biases that the file does not have, each with the reason."""
@@ -250,7 +250,7 @@ class Naming:
             "patch_size": patch,
             "width": width,
             "depth": depth,
-            "heads": self._heads(width, recorded, choices),
+            "heads": self.heads_of(width, recorded, choices),
             "mlp_width": names.shape(f"{first[0].format(0)}weight", 2)[0],
             "class_token": "class_token" in found,
             "registers": names.shape(found["registers"][0], 3)[1] if "registers" in found else 0,
@@ -272,12 +272,12 @@ class Naming:
         has = {"width": width, "depth": depth, "registers": fields["registers"]}
         check_config({key: (value, has[one]) for one, (key, value) in recorded.sizes.items()})
         if fields["mlp"] == "gelu":
-            fields["gelu"] = self._decide("gelu", self.gelu, recorded, choices)
+            fields["gelu"] = self.decide("gelu", self.gelu, recorded, choices)
         elif recorded.values.get("gelu") not in (None, "silu"):
             raise UserError(
                 f"config.json has an MLP with a gate and {recorded.values['gelu']!r}\n  allowed: a gate with 'silu'"
             )
-        fields["layer_norm_epsilon"] = self._decide("layer_norm_epsilon", self.epsilon, recorded, choices)
+        fields["layer_norm_epsilon"] = self.decide("layer_norm_epsilon", self.epsilon, recorded, choices)
         if "pooling/probe" in found:
             return VisionTransformer(**fields, pooling="map"), channels
         mean = classifies or not fields["class_token"] or fields["norm_after_pooling"] or not fields["final_norm"]
@@ -287,16 +287,17 @@ class Naming:
             raise UserError(
                 f"pooling is {wanted!r}, but the file's head reads {convention!r}\n  omit pooling, or give 'none'"
             )
-        fields["pooling"] = self._decide("pooling", convention, recorded, choices)
+        fields["pooling"] = self.decide("pooling", convention, recorded, choices)
         return VisionTransformer(**fields), channels
 
-    def _heads(self, width: int, recorded: Recorded, choices: Choices) -> int:
+    def heads_of(self, width: int, recorded: Recorded, choices: Choices) -> int:
+        """The number of attention heads: recorded, usual, or by `choices`."""
         known, by = recorded.values.get("heads"), recorded.by.get("heads", "config.json")
         if known is None and width in self.heads and "heads_otherwise" not in choices.overrides:
             known, by = self.heads[width], f"convention of {self.family}"
         return choices.heads(width, known, self.family, by)
 
-    def _decide(self, field: str, convention: Any, recorded: Recorded, choices: Choices) -> Any:
+    def decide(self, field: str, convention: Any, recorded: Recorded, choices: Choices) -> Any:
         """As `Choices.decide`, but an override that contradicts what is recorded is an error."""
         value, by = recorded.values.get(field), recorded.by.get(field, "config.json")
         is_open = value is None or by.startswith("convention")
@@ -308,11 +309,18 @@ class Naming:
         return choices.decide(field, convention, value, by, self.family)
 
 
+def depth_of(names: Names, found: Mapping[str, tuple[str, ...]]) -> int:
+    """The number of blocks."""
+    return names.count(_pattern(found[QKV][0].partition("{}")[0]) + r"(\d+)\.")
+
+
 # Forms of parameters that are not of a dense layer or a norm.
 PARAMETERS = {
     "class_token": rules.VECTOR,
     "registers": rules.SAME,
     "positions/table": rules.ROWS,
+    "token_embedding": rules.SAME,
+    "token_positions": rules.ROWS,
     "pooling/probe": rules.SAME,
     "block/scale_attention/scale": rules.SAME,
     "block/scale_mlp/scale": rules.SAME,

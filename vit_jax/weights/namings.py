@@ -18,25 +18,29 @@ OPEN_CLIP = "open_clip_config.json"
 PROJECTION = "the head is the projection to image embeddings, which are not normalized to length 1"
 
 _KINDS = {"hidden_size": int, "num_hidden_layers": int, "num_attention_heads": int, "num_register_tokens": int}
-_KINDS |= {"hidden_act": str, "layer_norm_eps": float}
+_KINDS |= {"hidden_act": str, "layer_norm_eps": float, "eos_token_id": int}
 _SIZES = {"width": "hidden_size", "depth": "num_hidden_layers", "registers": "num_register_tokens"}
 _OPTIONS = {"heads": "num_attention_heads", "gelu": "hidden_act", "layer_norm_epsilon": "layer_norm_eps"}
+_OPTIONS |= {"end_token": "eos_token_id"}
 
 
-def _hugging_face(stored: Stored, kinds: tuple[str, ...], defaults: dict[str, Any], fixed: dict[str, Any]) -> Recorded:
-    """What config.json says of an image tower, alone or in `vision_config`.
+def hugging_face(
+    stored: Stored, kinds: tuple[str, ...], defaults: dict[str, Any], fixed: dict[str, Any], tower: str = "vision"
+) -> Recorded:
+    """What config.json says of a tower, alone or in `vision_config`.
 
     Args:
         stored: the file.
         kinds: values of `model_type` that are read.
         defaults: of transformers, for keys that config.json does not have.
         fixed: values that other keys must have, if they are there.
+        tower: 'vision', or 'text' for `text_config`.
 
     Raises:
         UserError: the config is of another kind of model, or has values that are not supported.
     """
     config = stored.config or {}
-    inner = [config[key] for key in ("vision_config", "vision_config_dict") if isinstance(config.get(key), dict)]
+    inner = [config[key] for key in (f"{tower}_config", f"{tower}_config_dict") if isinstance(config.get(key), dict)]
     if inner:  # the second one is of old files, and has precedence
         config = functools.reduce(operator.or_, inner, {"model_type": config.get("model_type")})
     if not isinstance(config.get("model_type"), str):
@@ -64,7 +68,7 @@ def _hugging_face(stored: Stored, kinds: tuple[str, ...], defaults: dict[str, An
 
 
 def _recorded(kinds: tuple[str, ...], fixed: dict[str, Any] | None = None, **defaults: Any) -> functools.partial:
-    return functools.partial(_hugging_face, kinds=kinds, defaults=defaults, fixed=fixed or {})
+    return functools.partial(hugging_face, kinds=kinds, defaults=defaults, fixed=fixed or {})
 
 
 def _open_clip(stored: Stored) -> Recorded:
@@ -113,7 +117,7 @@ def _activation(vision: dict[str, Any]) -> str:
     return "tanh" if (vision.get("act_kwargs") or {}).get("approximate") == "tanh" else "exact"
 
 
-_HUGGING_FACE_BLOCK = {
+HUGGING_FACE_BLOCK = {
     "block/norm_attention": "layer_norm1.",
     "block/attention/qkv": "self_attn.q_proj. self_attn.k_proj. self_attn.v_proj.",
     "block/attention/out": "self_attn.out_proj.",
@@ -133,7 +137,7 @@ CLIP = Naming(
         "class_token": "embeddings.class_embedding",
         "positions/table": "embeddings.position_embedding.weight",
         "norm_input": "pre_layrnorm.",
-        **_HUGGING_FACE_BLOCK,
+        **HUGGING_FACE_BLOCK,
         "encoder/norm": "post_layernorm.",
         "head/logits": "visual_projection.",
     },
@@ -161,7 +165,7 @@ SIGLIP = Naming(
     names={
         "embedding/projection": "embeddings.patch_embedding.",
         "positions/table": "embeddings.position_embedding.weight",
-        **_HUGGING_FACE_BLOCK,
+        **HUGGING_FACE_BLOCK,
         "encoder/norm": "post_layernorm.",
         "pooling/probe": "head.probe",
         "pooling/qkv": "head.attention.in_proj_",
