@@ -53,7 +53,9 @@ BROAD = {
     ("training/environment.py", "_fact"): "a fact about the machine must never end a run",
     ("training/saving.py", "rescue"): "the error that ends the run is the one to report",
     ("weights/hub.py", "_from_hub"): "the HTTP client of huggingface_hub depends on its version",
+    ("weights/hub.py", "sibling"): "the HTTP client of huggingface_hub depends on its version",
     ("weights/npz.py", "_npy_header"): "Python's parser raises many types for a damaged header",
+    ("weights/tokenizer.py", "token_ids"): "tokenizers raises Exception itself for a damaged file",
 }
 # How the line with the way out begins: a list of what is there or allowed, or what to do.
 LISTS = (

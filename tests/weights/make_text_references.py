@@ -28,9 +28,9 @@ def write(name, model, ids):
         model.text_model.embeddings.token_embedding.weight.mul_(4)
     model.save_pretrained(FOLDER / name)
     outputs = model(input_ids=ids, pixel_values=images())
-    numbers = {"inputs": images().permute(0, 2, 3, 1), "ids": ids, "text_features": outputs.text_embeds}
-    numbers |= {"image_features": outputs.image_embeds, "logits": outputs.logits_per_image}
-    np.savez(FOLDER / name / "numbers.npz", **{key: value.detach().numpy() for key, value in numbers.items()})
+    arrays = {"inputs": images().permute(0, 2, 3, 1), "ids": ids, "text_features": outputs.text_embeds}
+    arrays |= {"image_features": outputs.image_embeds, "logits": outputs.logits_per_image}
+    np.savez(FOLDER / name / "numbers.npz", **{key: value.detach().numpy() for key, value in arrays.items()})
 
 
 def clip():

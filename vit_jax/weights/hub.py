@@ -166,7 +166,7 @@ def _from_hub(model: str, name: str) -> Path:
     return directory
 
 
-def beside(directory: Path, filename: str) -> Path | None:
+def sibling(directory: Path, filename: str) -> Path | None:
     """The file of this name in a directory that `fetch` returned, downloaded if that is of the hub; None if none is.
 
     Raises:

@@ -33,7 +33,7 @@ def token_ids(
     file = hub.fetch(path_or_name)
     directory = file if file.is_dir() else file.parent
     library = _library()
-    path = hub.beside(directory, TOKENIZER)
+    path = hub.sibling(directory, TOKENIZER)
     if path is None:
         raise UserError(
             f"{path_or_name}: {directory} has no {TOKENIZER}, which makes tokens of texts\n"
@@ -47,7 +47,7 @@ def token_ids(
         raise UserError(f"{path} cannot be read: {one_line(error)}\n  download it again") from error
     padding = None
     if not model.causal:
-        config_path = hub.beside(directory, TOKENIZER_CONFIG)
+        config_path = hub.sibling(directory, TOKENIZER_CONFIG)
         config = files.read_json(config_path) if config_path else {}
         texts = [_simplified(text, config) for text in texts]
         padding = tokenizer.token_to_id(_pad_token(config))
@@ -66,7 +66,7 @@ def _library() -> Any:
         import tokenizers
     except ImportError as error:
         raise UserError(
-            "texts need the library tokenizers, which is not installed\n  pip install tokenizers (or vit_jax[text])"
+            "tokenizers is not installed: classes given as texts need this library\n  to install it: pip install tokenizers"
         ) from error
     return tokenizers
 
