@@ -66,7 +66,7 @@ def _library() -> Any:
         import tokenizers
     except ImportError as error:
         raise UserError(
-            "tokenizers is not installed: classes given as texts need this library\n  to install it: pip install tokenizers"
+            "tokenizers is not installed: texts need this library\n  to install it: pip install tokenizers"
         ) from error
     return tokenizers
 
