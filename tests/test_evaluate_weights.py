@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from vit_jax import evaluate, predict, weights
 from vit_jax.data import preparation, sources
 from vit_jax.models.parameters import nested, parameter_shapes
 from vit_jax.models.vit import VisionTransformer
+from vit_jax.weights import files
 
 NAMES = ("eleven", "ten", "Nine_9", *(str(digit) for digit in range(8, -1, -1)), "nine, number")
 STATISTICS = (0.3, 0.35, 0.4), (0.5, 0.4, 0.45)
@@ -168,11 +170,14 @@ def head_of(parameters, classes):
     return {**parameters, "head": jax.tree.map(lambda array: array[..., :classes], parameters["head"])}
 
 
-def test_a_head_that_is_not_supported_is_refused_with_what_can_be_done(pictures, capsys):
-    file = Path(__file__).parent / "weights" / "references" / "hf_dinov2_classifier"
+def test_a_head_that_is_not_supported_is_refused_with_what_can_be_done(pictures, tmp_path, capsys):
+    stored = files.open_file(Path(__file__).parent / "weights" / "references" / "timm_vit")
+    file = tmp_path / "model.safetensors"
+    shutil.copy(stored.path.with_name("config.json"), tmp_path)
+    files.write_safetensors(file, {name: array for name, array in stored.arrays.items() if name != "head.bias"})
     status, output, errors = run(capsys, f"--init={file}", "--data=folder", f"--data_dir={pictures}")
     assert (status, output) == (2, "") and "for features: vit-jax features" in errors and "classes=N" not in errors
-    assert "its head reads both the class token and the mean" in errors
+    assert "its head is not one linear layer with a bias" in errors
 
 
 @pytest.mark.parametrize("decoded", [True, False])
