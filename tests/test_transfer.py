@@ -250,7 +250,7 @@ def test_what_is_assumed_of_a_backbone_is_said_once(tmp_path, capsys):
     assert about["normalized_by"] == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
 
 
-def test_images_are_prepared_as_the_file_records_it(tmp_path):
+def test_images_are_prepared_as_the_file_records_it(tmp_path, monkeypatch):
     """As by `vit_jax.backbone`: resized and cropped, to a size that is smaller than that of the positions."""
     folder = tmp_path / "weights"
     shutil.copytree(Path(__file__).parent / "weights" / "references" / "hf_dinov2_registers", folder)
@@ -259,9 +259,10 @@ def test_images_are_prepared_as_the_file_records_it(tmp_path):
     pictures = np.random.default_rng(1).integers(0, 256, (6, 20, 31, 3), np.uint8)
     for split in ("train", "test"):
         np.savez(tmp_path / f"{split}.npz", images=pictures, labels=np.arange(6) % 2)
-    arguments = [f"--init={folder}", "--data=arrays", f"--data_dir={tmp_path}", f"--out={tmp_path / 'out'}"]
-    assert transfer.main([*arguments, "--methods=knn", "--neighbours=1"]) == 0
-    found = feature_store.read(tmp_path / "out" / "features" / "test.npz").features
+    monkeypatch.chdir(tmp_path)
+    assert transfer.main([f"--init={folder}", "--data=arrays", "--data_dir=.", "--methods=knn", "--neighbours=1"]) == 0
+    out = Path("runs/transfer/weights/arrays")  # a directory of weights is left as it is
+    found = feature_store.read(out / "features" / "test.npz").features
     np.testing.assert_allclose(found, vit_jax.backbone(folder)(pictures)["pooled"], rtol=0, atol=1e-5)
-    about = json.loads((tmp_path / "out" / "transfer.json").read_text())
+    about = json.loads((out / "transfer.json").read_text())
     assert about["image_size"] == [8, 8] and about["preparation"]["crop_pct"] == pytest.approx(8 / 11)

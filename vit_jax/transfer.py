@@ -278,8 +278,10 @@ def _compute_features(flags: argparse.Namespace, settings: "Settings") -> Proble
 def _output_directory(flags: argparse.Namespace, data: str) -> Path:
     if flags.out:
         return paths.expand(flags.out, "--out")
+    from vit_jax.checkpoint import run_files
+
     init, data = paths.expand(flags.init, "--init"), re.sub(r"[^\w.-]+", "_", data)
-    if init.is_dir():
+    if (init / run_files.CHECKPOINTS).is_dir():
         return init / "transfer" / data
     return Path("runs") / "transfer" / re.sub(r"[^\w.-]+", "_", init.name) / data
 
