@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_slow
 from PIL import Image
 
 from vit_jax import evaluate, predict, weights
@@ -128,7 +129,7 @@ def pictures(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("case", PREPARED)
+@pytest.mark.parametrize("case", mostly_slow(PREPARED, 3))
 def test_images_are_prepared_as_by_predict(prepared, pictures, case, tmp_path, capsys, monkeypatch):
     file = prepared(case)
     assert predict.main([f"--init={file}", str(pictures), "--top=13", f"--csv={tmp_path / 'predicted.csv'}"]) == 0

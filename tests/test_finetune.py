@@ -159,6 +159,7 @@ def file_with(path, statistics, channels=1):
     return path
 
 
+@pytest.mark.slow
 def test_any_mean_and_std_of_a_file_is_taken(tmp_path):
     """Those of CLIP by their name, others as numbers, which config.json keeps."""
     clip, others = normalization.RED_GREEN_BLUE["clip"], ((0.1, 0.2, 0.25), (0.3, 0.2, 1.0))

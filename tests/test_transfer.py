@@ -250,6 +250,7 @@ def test_what_is_assumed_of_a_backbone_is_said_once(tmp_path, capsys):
     assert about["normalized_by"] == [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
 
 
+@pytest.mark.slow
 def test_images_are_prepared_as_the_file_records_it(tmp_path, monkeypatch):
     """As by `vit_jax.backbone`: resized and cropped, to a size that is smaller than that of the positions."""
     folder = tmp_path / "weights"

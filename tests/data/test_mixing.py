@@ -75,6 +75,7 @@ def test_mixup_and_cutmix_are_selected_with_their_probabilities():
     np.testing.assert_allclose(kept.mean((1, 2)), weight, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_batch_can_share_one_draw():
     seen = []
     for key in range(40):

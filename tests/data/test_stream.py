@@ -89,9 +89,9 @@ def watched(source, hook):
     """Returns the source with a hook that is called before each example is read."""
     ((records, indices),) = source.images.parts
 
-    def read(index, size):
+    def read(index, size, how):
         hook(index)
-        return records.read(index, size)
+        return records.read(index, size, how)
 
     images = dataclasses.replace(source.images, parts=((dataclasses.replace(records, read=read), indices),))
     return dataclasses.replace(source, images=images)

@@ -51,6 +51,7 @@ def test_weighted_votes_agree_with_a_loop(problem):
         np.testing.assert_allclose(actual / actual.sum(), expected / expected.sum(), rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_block_size_does_not_change_the_result(problem):
     bank, _, queries, _ = problem
     whole = knn.nearest(bank, queries, 30)

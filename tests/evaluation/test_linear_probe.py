@@ -38,6 +38,7 @@ def test_fit_agrees_with_scikit_learn(problem, l2):
     np.testing.assert_allclose(fit.classifier.bias - fit.classifier.bias.mean(), bias, atol=3e-4)
 
 
+@pytest.mark.slow
 def test_block_size_does_not_change_the_result(problem, monkeypatch):
     one_block = linear_probe.Probe(*problem, 3).fit(1e-2)
     monkeypatch.setattr(linear_probe, "_BLOCK", 64)  # the last block is not full

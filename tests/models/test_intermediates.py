@@ -3,13 +3,14 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from helpers import mostly_slow
 
 from vit_jax.models.attention_backends import attention_weights
 from vit_jax.models.intermediates import apply_with_intermediates
 from vit_jax.models.norm import LayerNorm
 
 
-@pytest.mark.parametrize("fields", [{}, {"scan": True}, {"pooling": "map", "registers": 1}])
+@pytest.mark.parametrize("fields", mostly_slow([{"scan": True}, {}, {"pooling": "map", "registers": 1}], 3))
 def test_asking_changes_no_bit_of_the_logits(small, draw, randomise, fields):
     images = draw(2, 4, 4, 3)
     model = small(**fields)

@@ -74,6 +74,7 @@ def test_it_is_what_the_slow_version_makes(made, fields):
     np.testing.assert_allclose(outputs, slowly(module, parameters, images, hidden), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ready_made_patches_are_taken_too(made, draw):
     module, parameters, _ = made(position="sincos_2d")
     images = draw(3, 4, 4, 2)

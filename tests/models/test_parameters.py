@@ -22,7 +22,7 @@ FIELDS = [
     {"mlp": "swiglu", "layer_scale": 0.1, "qk_norm": True},
     {"parallel": True, "layer_scale": 0.1, "qkv_bias": False},
     *(
-        {"position": name, "position_at": at, "class_token": token, "pooling": "mean"}
+        {"position": name, "position_at": at, "class_token": token or kind.needs_class_token, "pooling": "mean"}
         for (name, kind), token in itertools.product(POSITIONS.items(), (False, True))
         for at in kind.at
     ),
@@ -34,7 +34,7 @@ FIELDS = [
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("fields", mostly_slow(FIELDS, 4), ids=str)
+@pytest.mark.parametrize("fields", mostly_slow(FIELDS, 8), ids=str)
 def test_shapes_are_those_of_the_whole_model(fields, scan):
     small = {"classes": 5, "patch_size": 8, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40}
     model = VisionTransformer(**{**small, **fields})

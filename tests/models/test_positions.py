@@ -137,6 +137,7 @@ def test_layers_have_their_own_and_shared_ones_are_once(small, draw, name):
     assert once is None and all(blocks)
 
 
+@pytest.mark.slow
 def test_a_table_in_every_layer_is_added_before_each_block(small, randomise, draw):
     images, at_input = draw(2, 4, 4, 3), small(depth=1, position="learned")
     variables = randomise(at_input, images)

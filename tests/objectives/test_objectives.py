@@ -126,6 +126,7 @@ def loss_of(run, parameters):
     )
 
 
+@pytest.mark.slow
 def test_each_step_hides_other_patches(toy, make_config):
     run = toy(make_config(**options_of("masked_patches", log={"every": 1})))
     _, loss = loss_of(run, run.start().parameters)

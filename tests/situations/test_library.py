@@ -86,6 +86,7 @@ def test_a_mask_is_boolean_or_refused(small, name):
     assert "allowed: " in str(caught.value) and str(caught.value).count("\n") <= 2
 
 
+@pytest.mark.slow
 def test_the_ways_out_of_a_mask_give_the_boolean_one(small):
     model, parameters, images = small
     expected = model.apply({"params": parameters}, images, mask=KEEP[None, None, None])

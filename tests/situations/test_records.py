@@ -15,7 +15,7 @@ from vit_jax import config as options
 from vit_jax.checkpoint import run_files
 from vit_jax.checkpoint.manager import CheckpointManager
 from vit_jax.config.check import check_config
-from vit_jax.config.option import CHANGEABLE, FIXED, FREE, NAMES, SEEDS, STEPS, WEIGHTS
+from vit_jax.config.option import CHANGEABLE, FIXED, FREE, NAMES, SEEDS, STATISTICS, STEPS, WEIGHTS
 from vit_jax.errors import UserError
 from vit_jax.training import lr_sweep, multi_seed, run_directory, train
 from vit_jax.training.run import Run
@@ -24,6 +24,7 @@ from vit_jax.training.run_record import RunRecord
 LAST, STOPPED = 20, 10
 RESULT = {"test/accuracy": 0.5, "test/examples": 360, "test/loss": 1.5, "steps": LAST, "seconds": 1.0, "parameters": 5}
 OTHERS = {NAMES: ("a", "b"), WEIGHTS: (("label", 0.25),), SEEDS: (3, 1), STEPS: (1, 2)}
+OTHERS |= {STATISTICS: "0.5,0.5,0.5/0.25,0.25,0.25"}
 LENGTHS = ("train.steps", "train.epochs")
 
 

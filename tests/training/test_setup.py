@@ -26,6 +26,7 @@ def test_the_config_of_a_seed_leaves_the_experiments_own_alone(experiment):
     assert experiment.config.train.seeds == (3, 5)
 
 
+@pytest.mark.slow
 def test_the_initial_state_depends_on_the_seed_alone(experiment):
     first, again, other = (experiment.init_state(seed).parameters for seed in (3, 3, 5))
     chex.assert_trees_all_equal(first, again)

@@ -611,6 +611,7 @@ def test_rejecting_a_file_needs_little_memory(tmp_path):
         assert grown < 200e6 + path.stat().st_size, (path, grown)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory that Linux records")
 def test_reading_needs_the_memory_of_one_array(tmp_path):
     arrays = {str(index): np.ones(2**22, np.float32) for index in range(8)}

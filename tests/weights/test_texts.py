@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers import mostly_slow
 from PIL import Image
 
 import vit_jax
@@ -123,7 +124,7 @@ def test_the_end_token_of_old_configs_is_the_largest_id(recorded, tmp_path):
         close(tower.embed(reference["ids"]), reference["text_features"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, 2))
 def test_ids_and_logits_are_those_of_transformers(library, recorded, name, capsys):
     reference = np.load(recorded / name / "numbers.npz")
     ids, cut = tokenizer.token_ids(recorded / name, texts.load_text(recorded / name).model, TEXTS)
