@@ -1,6 +1,7 @@
 """`vit_jax.backbone`, and `vit-jax features --images`, which stores what it returns."""
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -191,3 +192,15 @@ def test_flags_that_do_not_fit_are_refused(arguments, words, capsys):
     assert features.main(arguments) == 2
     printed = capsys.readouterr().err
     assert words in printed and printed.count("\n") <= 3
+
+
+def test_positions_are_resampled_once_from_those_of_the_file(tmp_path):
+    """Pictures get the size that the files record, 8x8; normalized images of the trained size are not resampled."""
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(FILE / name, tmp_path)
+    recorded = {"do_resize": True, "size": {"height": 8, "width": 8}, "image_processor_type": "ViTImageProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(recorded))
+    backbone = vit_jax.backbone(tmp_path)
+    assert backbone.image_size == (8, 8)
+    images = np.random.default_rng(3).normal(size=(2, 12, 12, 3)).astype(np.float32)
+    np.testing.assert_array_equal(backbone(images)["class"], vit_jax.backbone(FILE)(images)["class"])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vit_jax import arguments, inference, zero_shot
+from vit_jax import arguments, inference, weights, zero_shot
 from vit_jax.data.user_images import Image
 from vit_jax.errors import UserError
 from vit_jax.evaluation import tokens
@@ -74,7 +74,7 @@ class Backbone:
             UserError: the patch size does not divide the image size, or an argument has the wrong type.
         """
         height, width, channels = source.inputs.image_shape
-        self._grid = token_grid(source.model, (height, width))
+        self._grid, self._resampling = token_grid(source.model, (height, width)), source.resampling
         shape = (*(image_size or (height, width)), channels)
         source = dataclasses.replace(source, inputs=dataclasses.replace(source.inputs, image_shape=shape))
         self._augment, self._description = source.augment, source.source
@@ -162,7 +162,7 @@ class Backbone:
         return self._programs.setdefault((layers, dense), self._predictor._compile(apply))
 
     def _apply(self, parameters: Any, images: jax.Array, layers: tuple[int, ...] | None, dense: bool) -> Tokens:
-        return tokens.apply(self.module, parameters, images, layers, dense, self._grid)
+        return tokens.apply(self.module, parameters, images, layers, dense, self._grid, self._resampling)
 
     def _check_size(self, height: int, width: int) -> None:
         try:
@@ -183,5 +183,10 @@ def load(
     size = None if image_size is None else arguments.pair("image_size", image_size)
     source = arguments.path("source", source)
     is_run = native.recognise(Path(hub.fetch(source)))
-    found = classifier(source, step, image_size=None if is_run else size, normalize=normalize)
-    return Backbone(found, image_size=size, batch_size=batch_size)
+    if is_run:
+        return Backbone(classifier(source, step, normalize=normalize), image_size=size, batch_size=batch_size)
+    # The positions stay those of the file, to be resampled once; pictures get the size that it records.
+    described = weights.recognise(source)
+    recorded = described.evaluation.get("input_size")
+    found = classifier(source, step, image_size=described.image_size() or size, normalize=normalize)
+    return Backbone(found, image_size=size or (recorded and tuple(recorded)), batch_size=batch_size)

@@ -39,6 +39,7 @@ class Classifier:
         source: where the parameters come from, in a few words.
         no_head: why there is no head, if there is none.
         preparation: how images are resized and cropped.
+        resampling: how position embeddings are resampled for other images, one of `resampling.METHODS`.
     """
 
     model: VisionTransformer
@@ -49,6 +50,7 @@ class Classifier:
     source: str = ""
     no_head: str = "the model has no head"
     preparation: Preparation = COVER
+    resampling: str = "bilinear"
 
     def read(self, image: Image) -> UInt8[np.ndarray, "height width channels"] | str:
         """Returns an image of any size as the model takes it, before normalization; or why it cannot be read."""
@@ -151,7 +153,7 @@ def of_file(
         raise UserError(f"{file}: config.json has loss {loss!r}\n  allowed: {', '.join(losses.LOSSES)}")
     inputs, no_head = InputSpec(str(file), shape, *statistics, {"label": names}), refusal or Classifier.no_head
     preparation = weights.preparation(report.evaluation, statistics)
-    return Classifier(model, parameters, augment, inputs, loss, str(file), no_head, preparation)
+    return Classifier(model, parameters, augment, inputs, loss, str(file), no_head, preparation, report.resampling)
 
 
 def _load(

@@ -58,13 +58,29 @@ def test_the_libraries_numbers(references, helpers, name):
     helpers.covers(report, files.open_file(references / name).shapes, flattened(parameters))
 
 
-@pytest.mark.parametrize("name", mostly_slow(["timm_dinov3", "timm_dinov3_qkvb", "timm_dinov3_swiglu"], 1))
-def test_dinov3_at_other_sizes(references, helpers, name):
-    model, parameters, _ = weights.load(references / name, pooling="none")
+SIZES = [
+    *("timm_dinov3", "hf_dinov2_registers", "timm_vit", "timm_registers", "timm_map", "timm_clip", "timm_eva02"),
+    *("hf_vit_classifier", "hf_deit", "hf_dinov2_classifier", "clip_classifier", "siglip", "timm_dinov3_qkvb"),
+    "timm_dinov3_swiglu",
+]
+
+
+def test_every_recording_of_other_sizes_is_tried(references):
+    assert sorted(SIZES) == sorted(path.parent.name for path in references.glob("*/sizes.npz"))
+
+
+@pytest.mark.parametrize("name", mostly_slow(SIZES, 7))
+def test_other_sizes_and_images_that_are_not_square(references, helpers, name):
+    """Learned positions are resampled as by the library itself, as make_size_references.py has recorded it."""
     recorded = np.load(references / name / "sizes.npz")
-    for size in ("48x64", "24x40"):
+    overrides = {"pooling": "none", "classes": None} if name == "clip_classifier" else OVERRIDES.get(name, {})
+    sizes = [size.removeprefix("inputs_") for size in recorded if size.startswith("inputs_")]
+    for size in sizes:
+        height, width = map(int, size.split("x"))
+        model, parameters, _ = weights.load(references / name, image_size=(height, width), **overrides)
         found = helpers.outputs(model, parameters, recorded[f"inputs_{size}"])
         np.testing.assert_allclose(found, recorded[f"outputs_{size}"], rtol=0, atol=1e-5)
+    assert len(sizes) == 3
 
 
 @pytest.mark.slow

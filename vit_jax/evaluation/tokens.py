@@ -26,6 +26,7 @@ def apply(
     layers: Layers = None,
     dense: bool = True,
     grid: tuple[int, int] | None = None,
+    method: str = "bilinear",
 ) -> dict[str, Float[Array, "..."]]:
     """Returns the output tokens of the last block, or of those in `layers`, in float32, by kind.
 
@@ -46,6 +47,7 @@ def apply(
         dense: whether to return 'patches'.
         grid: rows and columns of patches that the position embeddings are for, which are resampled if the images have
             others; None if they are for these images.
+        method: of resampling, one of `resampling.METHODS`.
 
     Raises:
         UserError: `layers` has no block of the model.
@@ -55,7 +57,7 @@ def apply(
     model = model.clone(classes=None, scan=False, remat=False)
     parameters, new_grid = stacking.unstack_blocks(parameters), token_grid(model, images.shape[1:3])
     if grid is not None and new_grid != grid:
-        parameters = resampling.resample_positions(parameters, grid, new_grid)
+        parameters = resampling.resample_positions(parameters, grid, new_grid, method)
     found: dict[str, jax.Array] = {}
     with nn.intercept_methods(_capture(model.depth, chosen, found)):
         model.apply({"params": parameters}, images)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from vit_jax import arguments
 
-METHODS = ("bilinear", "bicubic")
+METHODS = ("bilinear", "bicubic", "bicubic_no_antialias")
 
 
 def resample(
@@ -20,7 +20,8 @@ def resample(
 
     'bilinear' aligns the corners of both grids and does not antialias, as the published code (scipy's `zoom` of order
     1). 'bicubic' (Keys' kernel, a = -1/2) aligns the edges of the outer patches and antialiases when the grid shrinks,
-    as PyTorch's antialiased bicubic interpolation.
+    as PyTorch's antialiased bicubic interpolation (timm). 'bicubic_no_antialias' (a = -3/4, the outer patches repeated
+    beyond the edges) is PyTorch's other one (transformers).
 
     Raises:
         ValueError: `method` is unknown, or a grid without rows or columns.
@@ -34,7 +35,8 @@ def resample(
     if method == "bicubic":
         shape = (*table.shape[:-3], *grid, table.shape[-1])
         return jax.image.resize(table, shape, "cubic", antialias=True, precision=jax.lax.Precision.HIGHEST)
-    down, across = (_aligned_corners(old, new) for old, new in zip(table.shape[-3:-1], grid, strict=True))
+    matrix = _aligned_corners if method == "bilinear" else _keys
+    down, across = (matrix(old, new) for old, new in zip(table.shape[-3:-1], grid, strict=True))
     return jnp.einsum("nr,mc,...rcd->...nmd", down, across, table, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -42,6 +44,17 @@ def _aligned_corners(old: int, new: int) -> Float[np.ndarray, "new old"]:
     """The matrix that interpolates `old` points linearly at `new` ones; first and last points coincide."""
     points = np.arange(new) * ((old - 1) / (new - 1) if new > 1 else 0.0)
     return np.maximum(0.0, 1.0 - np.abs(points[:, None] - np.arange(old))).astype(np.float32)
+
+
+def _keys(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """The matrix that interpolates `old` points by Keys' cubic kernel with a = -3/4 at `new` ones, edges aligned."""
+    points = (np.arange(new) + 0.5) * old / new - 0.5
+    matrix, first = np.zeros((new, old)), np.floor(points).astype(int)
+    for tap in range(-1, 3):
+        x = np.abs(points - (first + tap))
+        near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+        np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
+    return matrix.astype(np.float32)
 
 
 def resample_tokens(

@@ -50,6 +50,8 @@ class Description:
         recorded_size: height and width of its images, if recorded beside the parameters.
         evaluation: other recorded options of evaluation (`preprocessing.EVALUATION`), such as 'crop_pct' and 'loss'.
         zeros: paths of parameters that are zero, as the file's layers have none, each with the reason.
+        resampling: how position embeddings are resampled for other images, one of `resampling.METHODS`: as by the
+            library that the file is for.
     """
 
     label: str
@@ -69,6 +71,7 @@ class Description:
     recorded_size: tuple[int, int] | None = None
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     zeros: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    resampling: str = "bilinear"
 
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of its images: recorded, or those that the position embedding is for; None if unknown."""

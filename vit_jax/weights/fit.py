@@ -49,8 +49,11 @@ def how_channels(old: int, new: int) -> str:
 
 
 def fit_positions(
-    name: str, array: Float[np.ndarray, "*shape"], old: tuple[int, int], new: tuple[int, int]
+    name: str, array: Float[np.ndarray, "*shape"], old: tuple[int, int], new: tuple[int, int], method: str
 ) -> Float[np.ndarray, "*new_shape"]:
-    """A position embedding ('table', 'rows', 'columns' or 'offsets') for another grid; a class token's row is kept."""
-    resampled = resample_positions({"positions": {name: jnp.asarray(array)}}, old, new)
+    """A position embedding ('table', 'rows', 'columns', 'offsets' or 'class') for another grid.
+
+    A class token's row is kept. `method` is one of `resampling.METHODS`.
+    """
+    resampled = resample_positions({"positions": {name: jnp.asarray(array)}}, old, new, method)
     return np.asarray(resampled["positions"][name], np.float32)

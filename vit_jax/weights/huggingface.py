@@ -89,6 +89,7 @@ def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
         decisions=tuple(choices.made),
         notes=_notes(spelling, parts),
         head_refusal=refusal,
+        resampling="bicubic" if spelling.registers == "register_tokens" and parts.registers else "bicubic_no_antialias",
     )
 
 

@@ -302,6 +302,7 @@ def _take(
         description.assumed,
         description.class_names,
         evaluation,
+        description.resampling,
     )
     return nested(flat), report
 
@@ -397,8 +398,9 @@ def _fitted(
     parent, _, name = path.rpartition("/")
     if parent.split("/")[-1] == "positions" and grid != description.grid:
         old, new = description.grid, grid
-        value = fit.fit_positions(name, value, old, new)
-        did.append(("resampled", f"grid {old[0]}x{old[1]} -> {new[0]}x{new[1]}"))
+        value = fit.fit_positions(name, value, old, new, description.resampling)
+        how = "" if description.resampling == "bilinear" else f", {description.resampling}"
+        did.append(("resampled", f"grid {old[0]}x{old[1]} -> {new[0]}x{new[1]}{how}"))
     return value, did
 
 

@@ -67,6 +67,7 @@ class Naming:
         heads: usual number of heads by width, if not 64 channels each.
         recorded: what the JSON files beside an array file say.
         head_note: what a user should know of the head.
+        resampling: as in `Description`.
 
     Alternatives of a name are separated by '|'.
     """
@@ -90,6 +91,7 @@ class Naming:
     heads: Mapping[int, int] = dataclasses.field(default_factory=dict)
     recorded: Callable[[Stored], Recorded] = nothing_recorded
     head_note: str = ""
+    resampling: str = "bicubic_no_antialias"  # of transformers
 
     @property
     def EMBEDDING(self) -> str:  # noqa: N802 (as in a module)
@@ -163,6 +165,7 @@ class Naming:
             recorded_size=pair(size) if grid is None else None,
             statistics=recorded.statistics,
             zeros=zeros,
+            resampling=self.resampling,
         )
 
     def found(self, names: Names, inner: str) -> dict[str, tuple[str, ...]]:

@@ -187,6 +187,7 @@ SIGLIP = Naming(
 )
 OPENAI = Naming(
     LABEL="OpenAI's naming of CLIP",
+    resampling="bicubic",  # of OpenCLIP
     BLOCK=r"transformer\.resblocks\.\d+\.",
     embedding=r"conv1\.",
     family="OpenCLIP's models",

@@ -52,6 +52,7 @@ class Report:
         assumed: a line on what mean and std were assumed and why, if they are not recorded; else ''.
         class_names: of its only head, if they are known.
         evaluation: other recorded options of evaluation (`preprocessing.EVALUATION`), such as 'crop_pct' and 'loss'.
+        resampling: how position embeddings are resampled for other images, one of `resampling.METHODS`.
     """
 
     source: str
@@ -67,6 +68,7 @@ class Report:
     assumed: str = ""
     class_names: tuple[str, ...] | None = None
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    resampling: str = "bilinear"
 
     def counts(self) -> dict[str, int]:
         """The number of rows per action, in the order of the table."""

@@ -124,6 +124,7 @@ def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
         head_refusal=refusal,
         recorded_size=pair(recorded.get("image_size")) if grid is None else None,
         zeros=zeros,
+        resampling="bicubic",
     )
 
 
