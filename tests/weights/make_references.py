@@ -237,7 +237,8 @@ def timm_kin():
             for parameter in model.parameters():
                 parameter.data /= 2
         config = {"architecture": architecture, "num_features": fields["embed_dim"], "global_pool": model.global_pool}
-        config["model_args"] = {"num_heads": 3, "img_size": fields["img_size"]}
+        recorded = ("img_size", "ref_feat_shape", "attn_pool_num_heads")
+        config["model_args"] = {"num_heads": 3} | {key: fields[key] for key in recorded if key in fields}
         if not name.startswith("timm_dinov3"):
             inputs = images()
             record(name, model.state_dict(), config, model(inputs), inputs)

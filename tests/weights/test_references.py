@@ -278,3 +278,46 @@ def test_half_precision_is_converted_and_reported(references, tmp_path):
     files.write_safetensors(tmp_path / "model.safetensors", whole)
     with pytest.raises(UserError, match="int8: parameters must be floating-point numbers"):
         weights.load(tmp_path, heads=3)
+
+
+# Changes of config.json, and what they give: a value of the model, or a refusal. timm's models differ accordingly.
+ARGUMENTS = [
+    ("timm_eva02", {"ref_feat_shape": [8, 8]}, ("position_grid", 8)),
+    ("timm_pe", {"attn_pool_num_heads": 4}, ("pool_heads", 4)),
+    ("timm_eva02", {"use_post_norm": True}, "use_post_norm True"),
+    ("timm_eva02_small", {"use_rot_pos_emb": False}, "use_rot_pos_emb False"),
+    ("timm_dinov3", {"rope_rotate_half": False}, "rope_rotate_half False"),
+    ("timm_rope", {"ref_feat_shape": [14, 14]}, "ref_feat_shape"),
+    ("timm_vit", {"norm_layer": "simplenorm"}, "norm_layer 'simplenorm'"),
+    ("timm_vit", {"use_rot_pos_emb": True}, "use_rot_pos_emb True"),
+]
+
+
+@pytest.mark.parametrize("case", ARGUMENTS, ids=str)
+def test_arguments_in_the_config_are_read_or_refused(references, tmp_path, case):
+    name, change, expected = case
+    shutil.copytree(references / name, tmp_path / name)
+    config = json.loads((references / name / "config.json").read_text())
+    (tmp_path / name / "config.json").write_text(json.dumps({**config, "model_args": config["model_args"] | change}))
+    if isinstance(expected, tuple):
+        assert getattr(weights.load(tmp_path / name)[0], expected[0]) == expected[1]
+        return
+    with pytest.raises(UserError, match=expected):
+        weights.load(tmp_path / name)
+
+
+def test_an_override_of_an_open_position_orders_the_channels(references, helpers, tmp_path):
+    shutil.copy(references / "timm_rope_ape" / "model.safetensors", tmp_path)
+    model, parameters, _ = weights.load(tmp_path, heads=3, position="learned_rotary")
+    recorded = np.load(references / "timm_rope_ape" / "numbers.npz")
+    found = helpers.outputs(model, parameters, recorded["inputs"])
+    np.testing.assert_allclose(found, recorded["outputs"], rtol=0, atol=1e-5)
+
+
+def test_attention_pooling_beside_tokens_that_timm_leaves_out_is_refused(references, tmp_path):
+    stored = files.open_file(references / "timm_map")
+    arrays = {**stored.arrays, "cls_token": np.zeros((1, 1, 12), "f")}
+    files.write_safetensors(tmp_path / "model.safetensors", arrays)
+    shutil.copy(references / "timm_map" / "config.json", tmp_path)
+    with pytest.raises(UserError, match="attn_pool and tokens before the patches"):
+        weights.load(tmp_path)

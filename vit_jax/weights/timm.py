@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_jax.errors import UserError
+from vit_jax.models.positions import POSITIONS
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules
 from vit_jax.weights.describe import (
@@ -29,6 +30,17 @@ from vit_jax.weights.describe import (
 )
 from vit_jax.weights.files import Stored
 from vit_jax.weights.rules import Parts
+from vit_jax.weights.timm_architectures import (
+    FOREIGN,
+    HEADS,
+    IGNORED,
+    LARGE_EPSILON,
+    NO_NORM,
+    POST_NORM_WIDTH,
+    QUICK,
+    REFUSED,
+    TANH,
+)
 from vit_jax.weights.timm_positions import Implied, implied
 from vit_jax.weights.timm_rules import STEMS, TABLE, Spelling, make_rules, relative_grid
 
@@ -39,39 +51,11 @@ POOLINGS = {"token": "token", "avg": "mean", "map": "map", "": "none"}
 GELUS = {"gelu": "exact", "gelu_erf": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 EPSILON = 1e-6
 
-# Architectures of timm 1.0.31 whose number of heads does not follow from the width, or whose GELU is the tanh form.
-HEADS = {r"test_vit2?$": 2, r"test_vit[34]$": 3, "vit_giantopt_": 16, "vit_base_patch16_gap_": 16}
-TANH = r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip|vit_large_patch16_siglip_(gap_)?512"
-# Those whose GELU is the quick one, and tags of others whose weights were trained with it, as timm's notes say.
-QUICK = r".*quickgelu|.*_clip_\d+\.(openai|metaclip_400m|metaclip_2pt5b|dfn5b)$"
-QUICK += r"|vit_base_patch32_clip_224\.laion400m_e32$|vit_large_patch14_clip_224\.dfn2b$"
-QUICK += r"|vit_huge_patch14_clip_224\.metaclip2_worldwide$"
-REFUSED = {
-    r".*_rpn_|eva02_enormous": "its blocks have LayerNorms after attention and MLP",
-    r".*rope_mixed": "the frequencies of its rotary positions are learned",
-    r".*sapiens2": "several of its heads share keys and values",
-    r".*relpos": "its positions are relative",
-    r"test_vit3$": "its mean includes class token and registers",
-}
-
-# Arrays that our models have no parameters for, by the start of their names.
-FOREIGN = {
-    r"attn_pool\.q_norm\.": "normalized queries in attention pooling",
-    r"rope\.freqs$": "rotary positions with learned frequencies",
-    r"blocks\.\d+\.attn\.gate\.": "gated attention",
-    r"blocks\.\d+\.attn\.lambda_": "differential attention",
-    r"(blocks\.\d+\.attn\.)?rel_pos\.": "relative positions that a network computes",
-}
-IGNORED = {
-    r"rope_embed\.periods$": "periods of the rotary positions, which the model computes",
-    r"(.*\.)?relative_position_index$": "indices into the relative positions, which the model computes",
-}
 STEM = r"patch_embed\.backbone\."
 # How a model is recognized in a file: the start of a block's names after the prefix, and of those of its embedding.
 BLOCK, EMBEDDING, CLASSIFIER = r"blocks\.\d+\.(?:\d+\.)?attn\.", r"patch_embed\.", r"head(_dist)?\."
 SEPARATOR, INNER = ".", ()
 TWO_HEADS = "its logits are the mean of two heads, on class token and distillation token, which is not supported"
-POST_NORM_WIDTH = 1792  # EVA-02 E; its arrays have the names of EVA's, whose norms are before attention and MLP
 KNOWN = ("cls_token", "pos_embed", "reg_token", "fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
 
 
@@ -99,7 +83,7 @@ def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
     none = recorded.get("positions") is False or "position" in overrides or not _needs_table(names, recorded)
     parts = dataclasses.replace(parts, positions=parts.positions or not none, head=parts.head and refusal is None)
     spelling = _spelling(names, parts, recorded)
-    _check_supported(names, parts, spelling)
+    _check_supported(names, parts, spelling, own=OWN in stored.metadata)
     ignored, optional = _ignored(names, parts, refusal), _optional_biases(parts)
     check_names(
         stored.shapes, rules.without_absent(make_rules(parts, spelling, 1), names, optional)[0], ignored, KNOWN, LABEL
@@ -110,7 +94,8 @@ def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
         grid = choices.grid(rows, _pixels_per_patch(names, parts), recorded.get("image_size"))
     position = implied(parts, spelling, None if grid is None or grid[0] != grid[1] else grid[0], recorded)
     model, channels = _model(names, parts, spelling, position, pooling, recorded, choices)
-    spelling = dataclasses.replace(spelling, interleaved=position is not None and position.interleaved)
+    rotates = POSITIONS[model.position].angles is not None
+    spelling = dataclasses.replace(spelling, interleaved=rotates and model.position != "dinov3")
     table, zeros = rules.without_absent(make_rules(parts, spelling, model.width // model.heads), names, optional)
     return Description(
         LABEL,
@@ -128,12 +113,14 @@ def describe(stored: Stored, overrides: Mapping[str, Any]) -> Description:
     )
 
 
-def _check_supported(names: Names, parts: Parts, spelling: Spelling) -> None:
-    """Raises UserError for combinations of parts that our models do not have."""
+def _check_supported(names: Names, parts: Parts, spelling: Spelling, own: bool) -> None:
+    """Raises UserError for combinations of parts that our models do not have; `own`: the file is an export of ours."""
     width = names.shape("patch_embed.proj.weight", 4)[0]
     what = None
     if parts.positions and spelling.relative is not None:
         what = f"pos_embed and {TABLE}: positions at the input and in the layers are"
+    elif parts.map and (parts.class_token or parts.registers) and not parts.input_norm and not own:
+        what = "attn_pool and tokens before the patches, which timm leaves out of the pooling: that is"
     elif spelling.bias == "query_value" and parts.mlp == "gelu" and width == POST_NORM_WIDTH:
         what = f"the width {width} of EVA-02 E: norms after attention and MLP are"
     if what is not None:
@@ -182,6 +169,8 @@ def _recorded(stored: Stored) -> dict[str, Any]:
         return {}
     name, arguments = config["architecture"], config_value(config, "model_args", dict) or {}
     refusal = next((why for pattern, why in REFUSED.items() if re.match(pattern, name)), None)
+    if arguments.get("norm_layer") not in (None, "layernorm", "rmsnorm"):
+        raise UserError(f"config.json has norm_layer {arguments['norm_layer']!r}\n  allowed: layernorm, rmsnorm, none")
     if refusal or arguments.get("pool_include_prefix"):
         raise UserError(
             f"config.json has {name}: {refusal or REFUSED['test_vit3$']}, which is not supported\n"
@@ -202,7 +191,8 @@ def _recorded(stored: Stored) -> dict[str, Any]:
         "activation": config_value(arguments, "act_layer", str) or _activation(name, config),
         "pooling": config_value(config if "global_pool" in config else arguments, "global_pool", str),
         "no_embed_class": config_value(arguments, "no_embed_class", bool),
-        "final_norm": config_value(arguments, "final_norm", bool),
+        "final_norm": False if re.match(NO_NORM, name) else config_value(arguments, "final_norm", bool),
+        **({"pool_heads": pool} if (pool := config_value(arguments, "attn_pool_num_heads", int)) else {}),
         "image_size": arguments.get("img_size") or size[1:],
         "layer_norm_epsilon": config_value(config, "layer_norm_epsilon", float),
     }
@@ -391,7 +381,10 @@ def _model(
     if position is None or position.is_open:
         kind = choices.decide("position", kind, None if position else "none", family=FAMILY)
     sub_norms = parts.attention_norm and parts.mlp_norm and parts.mlp == "gelu"  # BEiT-3
-    epsilon = 1e-5 if parts.input_norm or kind == "dinov3" or sub_norms else EPSILON
+    large = bool(parts.input_norm or kind == "dinov3" or sub_norms)
+    if "architecture" in recorded:
+        large = re.match(LARGE_EPSILON, recorded["architecture"]) and "norm_layer" not in recorded["arguments"]
+    epsilon = 1e-5 if large else EPSILON
     is_pe = position is not None and position.position == "learned_pe"
     fields = {
         "classes": names.shape("head.weight", 2)[0] if parts.head else None,
@@ -407,7 +400,7 @@ def _model(
         "position": kind,
         "position_at": "shared" if spelling.shared else None,
         "position_grid": None if position is None else position.grid,
-        "pool_heads": 8 if is_pe and parts.map else None,
+        "pool_heads": recorded.get("pool_heads", 8) if is_pe and parts.map else None,
         "layer_scale": 1e-5 if parts.layer_scale else None,
         "layer_norm_epsilon": choices.decide(
             "layer_norm_epsilon", epsilon, recorded.get("layer_norm_epsilon"), family=FAMILY

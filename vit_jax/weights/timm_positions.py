@@ -6,17 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_jax.errors import UserError
+from vit_jax.weights.describe import pair
 from vit_jax.weights.rules import Parts
 from vit_jax.weights.timm_rules import Spelling
 
-EVA02_GRID = 16  # patches per side in the pre-training of all models of EVA-02: 224 / 14
+# Rows (and columns) of the grid of the coordinates, by the architecture: that of pre-training.
+_GRIDS = {r"vit_pe_core_base": 14, r"vit_pe_core_(tiny|small|large)": 24, r"vit_pe_": 32}
+_EVA02_GRID = 16
 
 # timm's arguments of a rotary position embedding, for each kind of ours.
+_CAT = {"use_rot_pos_emb": True, "rope_type": "cat", "rope_rotate_half": False}
 _ARGUMENTS = {
-    "rotary": {"rope_type": "cat", "rope_temperature": 100, "rope_grid_indexing": "xy", "rope_grid_offset": 0},
-    "eva02": {"rope_type": "cat", "rope_temperature": 10_000, "rope_grid_indexing": "ij", "rope_grid_offset": 0},
-    "pe": {"rope_type": "cat", "rope_temperature": 10_000, "rope_grid_indexing": "xy", "rope_grid_offset": 1},
-    "dinov3": {"rope_type": "dinov3", "rope_temperature": 100, "rope_grid_indexing": "ij", "rope_grid_offset": 0},
+    "rotary": {**_CAT, "rope_temperature": 100, "rope_grid_indexing": "xy", "rope_grid_offset": 0},
+    "eva02": {**_CAT, "rope_temperature": 10_000, "rope_grid_indexing": "ij", "rope_grid_offset": 0},
+    "pe": {**_CAT, "rope_temperature": 10_000, "rope_grid_indexing": "xy", "rope_grid_offset": 1},
+    "dinov3": {"use_rot_pos_emb": True, "rope_type": "dinov3", "rope_rotate_half": True}
+    | {"rope_temperature": 100, "rope_grid_indexing": "ij", "rope_grid_offset": 0},
 }
 
 
@@ -27,13 +32,11 @@ class Implied:
     Attributes:
         position: as in `VisionTransformer`.
         grid: rows and columns of the grid of its coordinates; None for that of the images.
-        interleaved: whether the rotation turns neighbouring channels.
         is_open: whether other models have the same arrays with another position embedding.
     """
 
     position: str
     grid: int | None = None
-    interleaved: bool = False
     is_open: bool = False
 
 
@@ -51,21 +54,29 @@ def implied(parts: Parts, spelling: Spelling, side: int | None, recorded: Mappin
     """
     if recorded.get("positions") is False:
         return Implied("none")
-    found = (_with_table if parts.positions else _without_table)(
-        parts, spelling, side, recorded.get("architecture", "")
-    )
-    _check_arguments(found, recorded.get("arguments", {}))
-    return found
+    arguments, read = recorded.get("arguments", {}), _with_table if parts.positions else _without_table
+    found = read(parts, spelling, side, recorded.get("architecture", ""))
+    _check_arguments(found, arguments)
+    if found is None or "ref_feat_shape" not in arguments:
+        return found
+    grid = pair(arguments["ref_feat_shape"])
+    if found.position.removeprefix("learned_") not in ("eva02", "pe") or grid is None or grid[0] != grid[1]:
+        raise UserError(
+            f"config.json has ref_feat_shape {arguments['ref_feat_shape']!r}, which is not supported for these arrays\n"
+            "  use a model of docs/weights.md"
+        )
+    return dataclasses.replace(found, grid=grid[0])
 
 
 def _with_table(parts: Parts, spelling: Spelling, side: int | None, architecture: str) -> Implied:
     gated = parts.mlp == "swiglu"
-    if spelling.qkv == "apart" or (spelling.bias == "query_value" and gated):
-        return Implied("learned_eva02", EVA02_GRID, interleaved=True)
+    if spelling.qkv == "apart" or (spelling.bias == "query_value" and gated) or architecture.startswith("eva02_"):
+        return Implied("learned_eva02", _EVA02_GRID)
     if parts.input_norm == "tokens" and (parts.map or not parts.final_norm):
-        return Implied("learned_pe", side, interleaved=True)
+        grid = next((grid for pattern, grid in _GRIDS.items() if re.match(pattern, architecture)), side)
+        return Implied("learned_pe", grid)
     if re.match(r".*_rope_ape_", architecture):
-        return Implied("learned_rotary", interleaved=True)
+        return Implied("learned_rotary")
     # DeiT III's files and those of a ViT with both a table and a rotation (arXiv 2403.13298) have the same names.
     return Implied("learned", is_open=spelling.scale.startswith("gamma") and spelling.rows == "none")
 
@@ -78,13 +89,13 @@ def _without_table(parts: Parts, spelling: Spelling, side: None, architecture: s
     if not parts.layer_scale:
         return None
     if parts.registers:
-        return Implied("dinov3") if parts.class_token else Implied("eva02", EVA02_GRID, interleaved=True)
-    return Implied("rotary", interleaved=True) if parts.class_token and spelling.scale.startswith("gamma") else None
+        return Implied("dinov3") if parts.class_token else Implied("eva02", _EVA02_GRID)
+    return Implied("rotary") if parts.class_token and spelling.scale.startswith("gamma") else None
 
 
 def _check_arguments(found: Implied | None, arguments: Mapping[str, Any]) -> None:
     kind = None if found is None else found.position.removeprefix("learned_")
-    expected = _ARGUMENTS.get(kind, {"use_rot_pos_emb": False})
+    expected = _ARGUMENTS.get(kind, {"use_rot_pos_emb": False}) | {"use_post_norm": False}
     for key, value in expected.items():
         if arguments.get(key, value) != value:
             raise UserError(

@@ -85,6 +85,8 @@ def _unsupported(model: VisionTransformer) -> list[str]:
         found.append(f"pre_logits={model.pre_logits}")
     if model.pooling not in POOLINGS.values():
         found.append(f"pooling={model.pooling!r}")
+    if model.pooling == "map" and model.position != "dinov3" and (model.class_token or model.registers):
+        found.append("pooling='map' over class token or registers")
     if model.pooling == "map" and model.mlp != "gelu":
         found.append(f"pooling='map' with mlp={model.mlp!r}")
     if (model.position == "dinov3") != (position_at(model) == "layers") and "position" not in str(found):
