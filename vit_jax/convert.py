@@ -53,7 +53,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--patch_size", type=int, metavar="N", help="pixels; the patch embedding is resampled")
     parser.add_argument("--channels", type=int, metavar="N", help="image channels; the patch embedding is adapted")
     parser.add_argument("--heads", type=int, metavar="N", help="attention heads, if IN does not specify them")
-    parser.add_argument("--gelu", choices=("tanh", "exact"), help="form of the GELU, if IN does not specify it")
+    parser.add_argument(
+        "--gelu", choices=("tanh", "exact", "quick"), help="form of the GELU, if IN does not specify it"
+    )
     parser.add_argument(
         "--pooling", choices=("token", "mean", "none"), help="input of the head, if IN does not specify it"
     )

@@ -31,6 +31,9 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "vit_jax" / "weights"
 
 
+DESCRIBED = ("config.json", files.PREPROCESSOR, files.PROCESSOR, files.OPEN_CLIP)
+
+
 def content(folder, name="model.safetensors", values=1000):
     """The bytes of a weights file."""
     (files.write_npz if name.endswith(".npz") else files.write_safetensors)(
@@ -222,7 +225,7 @@ def test_a_repository_with_a_weights_file_of_another_name(monkeypatch, tmp_path,
 
     library(monkeypatch, snapshot, ["B_16.npz", "README.md", "B_16.pth"])
     assert hub.fetch("owner/name@v2") == tmp_path
-    assert requests == [("owner/name", "v2", ["config.json", files.PREPROCESSOR, "B_16.npz"])]
+    assert requests == [("owner/name", "v2", [*DESCRIBED, "B_16.npz"])]
     line = "downloading owner/name from https://huggingface.co, 1.5 MB, to ~/.cache/huggingface/hub\n"
     assert capsys.readouterr().err == line
     for url in ("https://huggingface.co/owner/name/tree/v2", "https://hf.co/owner/name"):
@@ -240,7 +243,7 @@ def test_all_shards_are_downloaded(monkeypatch, tmp_path):
 
     library(monkeypatch, snapshot, [files.INDEX, *shards, "pytorch_model.bin", "model-00001-of-00002.bin"])
     hub.fetch("owner/name")
-    assert requests == [["config.json", files.PREPROCESSOR, files.INDEX, *shards]]
+    assert requests == [[*DESCRIBED, files.INDEX, *shards]]
 
 
 BIN, FLAX = "pytorch_model.bin", "flax_model.msgpack"
@@ -268,7 +271,7 @@ def test_the_preferred_format_is_downloaded(monkeypatch, tmp_path, names, wanted
 
     library(monkeypatch, snapshot, [*names, "README.md"])
     hub.fetch("owner/name")
-    assert requests == [["config.json", files.PREPROCESSOR, *wanted]]
+    assert requests == [[*DESCRIBED, *wanted]]
 
 
 def test_a_repository_with_another_format_only(monkeypatch, tmp_path):

@@ -214,3 +214,20 @@ def test_a_tower_of_timm_in_a_file_of_open_clip(references, tmp_path, helpers):
     head = parameters.pop("head")
     assert not head["logits"]["bias"].any()
     helpers.same(parameters, wanted)
+    # A projection of several layers is not read, and not left out in silence.
+    layers = {f"visual.head.mlp.{name}.weight": projection for name in ("fc1", "fc2")}
+    files.write_safetensors(tmp_path / "model.safetensors", {**trunk, **text, **layers})
+    with pytest.raises(UserError, match=r"visual.head.mlp.fc1.weight, .*several layers.*\n  pass classes=N"):
+        weights.load(tmp_path, heads=3)
+
+
+def test_no_registers_are_an_empty_array(references, tmp_path, helpers):
+    """As transformers saves DINOv3 and DINOv2 without registers."""
+    arrays = dict(files.open_file(references / "dinov3").arrays)
+    name = next(name for name in arrays if name.endswith("register_tokens"))
+    arrays[name] = arrays[name][:, :0]
+    config = json.loads((references / "dinov3" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_register_tokens": 0}))
+    files.write_safetensors(tmp_path / "model.safetensors", arrays)
+    model, _, report = weights.load(tmp_path)
+    assert model.registers == 0 and model.position == "dinov3" and "empty: the model has no registers" in str(report)

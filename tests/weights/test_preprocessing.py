@@ -289,3 +289,25 @@ def test_a_model_that_records_nothing_is_converted_as_it_predicts(put, tmp_path)
     found = weights.recognise(target)
     assert weights.preparation(found.evaluation, IMAGENET) == COVER and found.statistics == IMAGENET
     assert json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["crop_pct"] == 1.0
+
+
+def test_the_processor_of_images_and_texts_is_read(put):
+    """transformers writes processor_config.json for models of both."""
+    folder = put(config={})
+    recorded = {"do_resize": True, "size": {"height": 8, "width": 8}, "resample": 2, "do_normalize": True}
+    recorded |= {"image_mean": list(CLIP[0]), "image_std": list(CLIP[1]), "image_processor_type": "ViTImageProcessor"}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": recorded, "tokenizer": {}}))
+    report = weights.load(folder, heads=3)[2]
+    assert (report.normalization, report.assumed) == ("clip", "")
+    assert report.evaluation["interpolation"] == "bilinear" and report.evaluation["crop_mode"] == "squash"
+
+
+def test_the_preprocessing_of_open_clip_is_read(put):
+    recorded = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "resize_mode": "squash"}
+    folder = put(config={})
+    (folder / files.OPEN_CLIP).write_text(json.dumps({"preprocess_cfg": recorded}))
+    report = weights.load(folder, heads=3)[2]
+    assert report.statistics == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and not report.assumed
+    assert report.evaluation == {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}
+    (folder / files.OPEN_CLIP).write_text(json.dumps({"preprocess_cfg": {**recorded, "resize_mode": "longest"}}))
+    assert "resize_mode 'longest'" in str(weights.load(folder, heads=3)[2])

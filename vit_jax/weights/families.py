@@ -21,6 +21,7 @@ FAMILIES: tuple[tuple[str, str, str, str], ...] = (
     ("type", r"i-?jepa", "imagenet", "I-JEPA (Meta)"),
     ("type", r"msn", "imagenet", "MSN (Meta)"),
     ("type", r"siglip|augreg|orig_in21k|sam_in1k|google/", "half", "SigLIP, AugReg and ViT (Google)"),
+    ("type", r"intern", "imagenet", "InternViT (OpenGVLab)"),
     ("type", r"clip", "clip", "CLIP (OpenAI)"),
     ("array", r"dist(illation)?_token$", "imagenet", "DeiT (Meta), with its distillation token"),
     ("array", r"(^|\.)(relative_position_bias_table|lambda_\d)$", "half", "BEiT (Microsoft) and data2vec (Meta)"),

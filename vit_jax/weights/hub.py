@@ -203,7 +203,7 @@ def _snapshot(huggingface_hub, identifier: str, revision: str | None) -> Path:
     """
     from huggingface_hub import constants, errors
 
-    described = [files.CONFIG, files.PREPROCESSOR]
+    described = [files.CONFIG, files.PREPROCESSOR, files.PROCESSOR, files.OPEN_CLIP]
 
     def snapshot(weights: list[str], **options: bool) -> Path:
         patterns = [*described, *weights]

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vit_jax.data.normalization import Statistics
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.weights import rules
@@ -31,13 +30,11 @@ class Recorded:
         values: by option of the model ('heads', 'gelu', 'layer_norm_epsilon', 'pooling'), and 'image_size'.
         sizes: values by key that must be those of the file: 'width', 'depth', 'registers'; each with its key there.
         by: where the values are from, by option, if not from config.json.
-        statistics: mean and std of the images.
     """
 
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, tuple[str, Any]] = dataclasses.field(default_factory=dict)
     by: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    statistics: Statistics | None = None
 
 
 def nothing_recorded(stored: Stored) -> Recorded:
@@ -163,7 +160,6 @@ class Naming:
             notes=(self.head_note,) if self.head_note and model.classes is not None and not classifies else (),
             head_refusal=refusal,
             recorded_size=pair(size) if grid is None else None,
-            statistics=recorded.statistics,
             zeros=zeros,
             resampling=self.resampling,
         )

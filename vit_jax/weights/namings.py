@@ -8,13 +8,12 @@ from typing import Any
 
 from vit_jax.errors import UserError
 from vit_jax.weights.describe import config_value
-from vit_jax.weights.files import Stored, read_json
+from vit_jax.weights.files import OPEN_CLIP, Stored, read_json
 from vit_jax.weights.huggingface import GELUS
 from vit_jax.weights.naming import Naming, Recorded
 from vit_jax.weights.timm_rules import TABLE
 
 TRANSFORMERS = "transformers' default, which config.json does not change"
-OPEN_CLIP = "open_clip_config.json"
 PROJECTION = "the head is the projection to image embeddings, which are not normalized to length 1"
 
 _KINDS = {"hidden_size": int, "num_hidden_layers": int, "num_attention_heads": int, "num_register_tokens": int}
@@ -83,7 +82,7 @@ def _open_clip(stored: Stored) -> Recorded:
         return Recorded({"gelu": "quick"}, by={"gelu": "convention of OpenAI's CLIP"}) if ours else Recorded()
     config = read_json(path)
     model = config_value(config, "model_cfg", dict) or {}
-    vision, images = config_value(model, "vision_cfg", dict) or {}, config_value(config, "preprocess_cfg", dict) or {}
+    vision = config_value(model, "vision_cfg", dict) or {}
     for key, value in {"pool_type": "tok", "final_ln_after_pool": False, "attentional_pool": False}.items():
         if vision.get(key, value) != value:
             raise UserError(
@@ -94,12 +93,10 @@ def _open_clip(stored: Stored) -> Recorded:
     values["gelu"] = "quick" if model.get("quick_gelu") else _activation(vision)
     values["heads"] = width // size if width else None
     values["layer_norm_epsilon"] = config_value(config_value(vision, "norm_kwargs", dict) or {}, "eps", float)
-    mean, std = images.get("mean"), images.get("std")
     return Recorded(
         values,
         {"width": ("width", width), "depth": ("layers", config_value(vision, "layers", int))},
         dict.fromkeys(values, OPEN_CLIP),
-        (tuple(mean), tuple(std)) if isinstance(mean, list) and isinstance(std, list) else None,
     )
 
 

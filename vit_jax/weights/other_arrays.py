@@ -72,6 +72,8 @@ def why_ignored(name: str, shape: tuple[int, ...], dtype: np.dtype) -> str | Non
     for pattern, why in IGNORED.items():
         if re.search(pattern, dotted(name)):
             return why
+    if 0 in shape and dotted(name).endswith("register_tokens"):
+        return "empty: the model has no registers"
     # Parameters are floating-point numbers.
     return "a counter" if dtype.kind in "iub" and shape in ((), (1,)) else None
 

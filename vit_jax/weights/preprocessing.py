@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from vit_jax.data.preparation import COVER, Preparation
 from vit_jax.errors import UserError
 from vit_jax.weights import class_names, families, image_processors
 from vit_jax.weights.describe import Description, config_value, pair
-from vit_jax.weights.files import CONFIG, PREPROCESSOR, Stored, read_json
+from vit_jax.weights.files import CONFIG, OPEN_CLIP, PREPROCESSOR, PROCESSOR, Stored, read_json
 
 OURS = "vit_jax"  # key of config.json for what timm has no name for, and of the header of files that we write
 # Options of evaluation that a file may record, and their types: timm's in `pretrained_cfg`, ours in `OURS`.
@@ -47,14 +48,18 @@ def complete(description: Description, stored: Stored, source: str) -> Descripti
     Raises:
         UserError: a recorded value has the wrong type, or is not a mean or std.
     """
-    config, path = _config(stored), stored.path.parent / PREPROCESSOR
+    config, directory = _config(stored), stored.path.parent
     names = families.names_of(stored.path, source)
     statistics, evaluation, notes = _of_timm(config), _evaluation(config), description.notes
-    if "pretrained_cfg" not in config and path.is_file():
-        found = read_json(path)
+    found = _preprocessor(directory) if "pretrained_cfg" not in config else None
+    if found is not None:
         statistics = statistics or _of_hugging_face(found, description.channels)
         resizing, note = image_processors.evaluation(found, config.get("model_type"), description.image_size())
         evaluation, notes = {**resizing, **evaluation}, (*notes, note) if note else notes
+    elif (directory / OPEN_CLIP).is_file() and not evaluation:
+        found = config_value(read_json(directory / OPEN_CLIP), "preprocess_cfg", dict) or {}
+        statistics, (evaluation, note) = statistics or _of_timm(found), _of_open_clip(found)
+        notes = (*notes, note) if note else notes
     if statistics is not None and len(statistics[0]) != description.channels:
         what = f"{len(statistics[0])} channels, but its images have {description.channels}"
         statistics, notes = None, (*notes, f"the recorded mean and std are of {what}: they are not used")
@@ -72,6 +77,27 @@ def complete(description: Description, stored: Stored, source: str) -> Descripti
         class_names=labels,
         notes=(*notes, note) if note else notes,
     )
+
+
+def _preprocessor(directory: Path) -> dict[str, Any] | None:
+    """What Hugging Face's image processor has recorded in a directory; None if it has not."""
+    if (directory / PREPROCESSOR).is_file():
+        return read_json(directory / PREPROCESSOR)
+    if (directory / PROCESSOR).is_file():
+        return config_value(read_json(directory / PROCESSOR), "image_processor", dict)
+    return None
+
+
+def _of_open_clip(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The entries of `EVALUATION` for preprocess_cfg of OpenCLIP, and a note if it asks for what is not supported."""
+    mode = config_value(config, "resize_mode", str) or "shortest"
+    filters = {"bicubic": "bicubic", "random": "bicubic", "bilinear": "bilinear"}  # as OpenCLIP's transforms
+    interpolation = config_value(config, "interpolation", str) or "bicubic"
+    crops = {"shortest": "center", "squash": "squash"}
+    if mode not in crops or interpolation not in filters:
+        what = f"resize_mode {mode!r} and interpolation {interpolation!r}"
+        return {}, f"{OPEN_CLIP} has {what}, which is not supported: images are resized as in training"
+    return {"interpolation": filters[interpolation], "crop_pct": 1.0, "crop_mode": crops[mode]}, None
 
 
 def _config(stored: Stored) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from vit_jax.models.parameters import flatten, nested
 from vit_jax.models.text import TextTransformer, unit_length
 from vit_jax.weights import files, hub, namings
 from vit_jax.weights.describe import Choices, Names, check_config, config_value
-from vit_jax.weights.files import Stored
+from vit_jax.weights.files import OPEN_CLIP, Stored
 from vit_jax.weights.load import as_user_error, read_rule
 from vit_jax.weights.naming import PLAIN, Naming, Recorded, depth_of
-from vit_jax.weights.namings import HUGGING_FACE_BLOCK, OPEN_CLIP, OPENAI
+from vit_jax.weights.namings import HUGGING_FACE_BLOCK, OPENAI
 
 _BATCH_SIZE = 64  # texts
 
@@ -158,10 +158,8 @@ def _open_clip(stored: Stored) -> Recorded:
 
 
 def _recorded(kind: str, epsilon: float, **defaults: Any) -> functools.partial:
-    kinds, defaults = (
-        (kind, f"{kind}2", f"{kind}_text_model", f"{kind}2_text_model"),
-        {**defaults, "layer_norm_eps": epsilon},
-    )
+    later = ("siglip2", "siglip2_text_model") if kind == "siglip" else ()
+    kinds, defaults = (kind, f"{kind}_text_model", *later), {**defaults, "layer_norm_eps": epsilon}
     return functools.partial(namings.hugging_face, kinds=kinds, defaults=defaults, fixed={}, tower="text")
 
 

@@ -105,6 +105,10 @@ def describe(
         projection = [name for name in heads if _parts(name) == [*tower.base[:-1], "head", "proj", "weight"]]
         found, more = _with_projection(found, projection, stored)
         rules, heads = rules + more, [name for name in heads if name not in projection]
+    start = [*tower.base[:-1], "head", "mlp"]
+    layers = [name for name in ignored if is_trunk and _parts(name)[: len(start)] == start]
+    if layers and refusal is None:
+        refusal = f"{few(layers, 2)}: a projection of several layers, which is not supported"
     if heads:
         ignored |= dict.fromkeys(heads, "a head that is not supported: it is outside the model")
         if found.model.classes is None and refusal is None:
@@ -244,7 +248,7 @@ def _sort(
         other = next((other for other in others if other.has(name) and len(other.base) >= len(tower.base)), None)
         inside = tower.has(name) and other is None
         short = tower.short(name) if inside else _relative(name, tower)
-        own = inside and re.match(getattr(tower.family, "OWN", "(?!)"), short)
+        own = inside and 0 not in stored.shapes[name] and re.match(getattr(tower.family, "OWN", "(?!)"), short)
         why = None if own else other_arrays.why_ignored(short, stored.shapes[name], stored.dtypes[name])
         if why is None and other is None and not inside:
             other = next((other for other in others if other.has(name)), None)
