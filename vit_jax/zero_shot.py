@@ -46,7 +46,10 @@ def of_file(
     """
     file = arguments.path("file", file)
     if prompt is None and (class_names is None or not texts.has_text(file)):
-        return classifier.of_file(file, class_names, **options, needs_head=needs_head)
+        found = classifier.of_file(file, class_names, **options, needs_head=needs_head)
+        if class_names is None and needs_head and texts.has_text(file):
+            terminal.warn(f"{file}: its classes are channels of image embeddings; to name some: --classes=cat,dog")
+        return found
     prompts = (
         (PROMPT,) if prompt is None else (prompt,) if isinstance(prompt, str) else arguments.names("prompt", prompt)
     )
