@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, read_json_lines, run_command, start_command
+from helpers import ROOT, mostly_slow, read_json_lines, run_command, start_command
 from PIL import Image
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -149,7 +149,7 @@ def test_all_measurements_run_with_small_models(tmp_path):
     assert all(f"**{kind}**" in table for kind in kinds)
 
 
-@pytest.mark.parametrize("wrong", ["value", "gradient", "refused"])
+@pytest.mark.parametrize("wrong", mostly_slow(["gradient", "value", "refused"], 3))
 def test_a_wrong_attention_backend_is_detected(monkeypatch, capsys, wrong):
     import jax
     import kernels as measured

@@ -202,6 +202,7 @@ def test_data_json_replaces_the_data_set(digits_run, digits, tmp_path, monkeypat
     assert with_data_set.heads == with_data_json.heads
 
 
+@pytest.mark.slow
 def test_predictions_with_a_weights_file(tmp_path, digits, monkeypatch, capsys):
     model = VisionTransformer(classes=3, patch_size=4, width=12, depth=1, heads=2, mlp_width=12)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]

@@ -64,6 +64,7 @@ def test_cutmix_replaces_a_rectangle_and_weights_targets_by_area():
     assert scipy.stats.ks_2samp(weight, expected).pvalue > 1e-6
 
 
+@pytest.mark.slow
 def test_mixup_and_cutmix_are_selected_with_their_probabilities():
     kept, weight = mix(mixup=0.8, cutmix=1.0, probability=0.7, switch=0.3)
     untouched = (np.abs(kept - 1) < 1e-4).all((1, 2))

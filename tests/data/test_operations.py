@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_slow
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from vit_jax.data import geometry, operations, pixels
@@ -75,7 +76,7 @@ def test_every_operation_is_compared_with_pillow():
     assert {*PIXEL_OPERATIONS, *GEOMETRIC, "identity"} == {*operations.NAMES}
 
 
-@pytest.mark.parametrize("name", PIXEL_OPERATIONS)
+@pytest.mark.parametrize("name", mostly_slow(list(PIXEL_OPERATIONS), 4))
 def test_pixel_operations_match_pillow_bit_for_bit(name, photos, apply):
     operation, arguments = PIXEL_OPERATIONS[name]
     inside = np.ones(photos.shape[:3], bool)

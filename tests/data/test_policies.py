@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from helpers import mostly_slow
 
 from vit_jax.data import policies
 from vit_jax.data.operations import CODES, NAMES
@@ -26,7 +27,7 @@ def assert_share(hits, probability):
     assert abs(hits.mean() - probability) <= 5 * np.sqrt(probability * (1 - probability) / hits.size)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", mostly_slow(list(POLICIES), 3))
 def test_policy_draws_exactly_its_operations(name, draw):
     codes, arguments = draw(name)
     drawn = {NAMES[code] for code in np.unique(codes)}

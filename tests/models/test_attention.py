@@ -92,6 +92,7 @@ def test_heads_that_do_not_divide_the_width_are_refused(draw):
         attention_layer(3).init(jax.random.key(0), draw(1, 2, 8))
 
 
+@pytest.mark.slow
 def test_queries_keys_and_values_start_as_if_they_stood_alone(draw):
     kernel = attention_layer(4).init(jax.random.key(0), draw(1, 2, 256))["params"]["qkv"]["kernel"]
     bound = np.sqrt(6 / (256 + 256))

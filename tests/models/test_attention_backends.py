@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_slow
 
 from vit_jax import config as options
 from vit_jax.models import attention_backends
@@ -124,7 +125,7 @@ def call(kernel, dtype, *, positions=False, rotation=False, qk_norm=False, lengt
     return results(apply, direction, variables, tokens, terms.bias)
 
 
-@pytest.mark.parametrize("options", CALLS)
+@pytest.mark.parametrize("options", mostly_slow(list(CALLS), 3))
 def test_heads_first_attention_computes_every_option_as_plain_does(options):
     assert_close(call("heads_first", jnp.float32, **CALLS[options]), call("plain", jnp.float32, **CALLS[options]), 1e-5)
 

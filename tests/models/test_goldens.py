@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vit_jax.models.vit import VisionTransformer
 
@@ -85,6 +86,7 @@ def stem(arrays):
     return jax.tree.map(jnp.asarray, tree)
 
 
+@pytest.mark.slow
 def test_a_hybrid_gives_the_published_logits(goldens):
     arrays = dict(np.load(goldens / "params_hybrid.prelinen.npz"))
     parameters = ours(arrays, ("MultiHeadDotProductAttention_1", "MlpBlock_3", "LayerNorm_2"))

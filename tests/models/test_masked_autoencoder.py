@@ -83,6 +83,7 @@ def test_ready_made_patches_are_taken_too(made, draw):
     jax.tree.map(np.testing.assert_array_equal, from_images, from_patches)
 
 
+@pytest.mark.slow
 def test_no_pixel_of_a_hidden_patch_is_read(made):
     """Not a bit of the result depends on what is hidden, and every bit that is seen does matter."""
     module, parameters, images = made()

@@ -70,7 +70,7 @@ def test_every_option_says_what_it_affects():
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("name", mostly_slow(OPTIONS, 4))
+@pytest.mark.parametrize("name", mostly_slow(OPTIONS, 8))
 def test_every_option_affects_what_it_says(small, draw, randomise, name):
     change, others = CHANGES[name]
     images = draw(2, 16, 16, 3)

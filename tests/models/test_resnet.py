@@ -39,6 +39,7 @@ def test_the_map_has_the_size_that_is_foretold(units, size):
     assert outputs.shape == (2, *stem_output(units, 32, size))
 
 
+@pytest.mark.slow
 def test_a_unit_starts_as_its_residual(draw):
     images = jnp.abs(draw(1, 3, 3, 128))
     module = BottleneckUnit(32)

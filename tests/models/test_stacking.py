@@ -150,6 +150,7 @@ def test_what_is_no_model_is_refused():
         stack_blocks({"head": {}})
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_layers_of_a_scan(small, draw, randomise):
     images = draw(1, 4, 4, 3)
     counts = []

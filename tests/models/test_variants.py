@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import mostly_slow
 
 from vit_jax.models import variants
 from vit_jax.models.vit import VisionTransformer
@@ -35,7 +36,7 @@ def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", mostly_slow(list(PARAMETERS), 3))
 def test_the_published_sizes_have_the_published_number_of_parameters(name):
     assert count(shapes(name)) == PARAMETERS[name]
 

@@ -38,6 +38,7 @@ def test_only_positions_know_where_a_patch_is(small, draw, randomise, position, 
     assert (change > 0.01) if moved else (change < 1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_off_unless_training_and_follows_its_key(small, draw, randomise):
     images = draw(2, 4, 4, 3)
     rates = {"dropout": 0.2, "attention_dropout": 0.2, "stochastic_depth": 0.2}

@@ -101,6 +101,7 @@ def by_hand(name, run, image, outputs, hidden):
     return np.mean(values)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_batch_is_that_of_its_hidden_patches(toy, make_config):
     """Predictions for visible patches do not count; the targets may also be pixels that are not normalized."""
     decoder = {**OPTIONS["masked_autoencoder"][0]["decoder"], "normalize_patches": False}

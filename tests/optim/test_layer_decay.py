@@ -165,6 +165,7 @@ def test_in_pre_training_layer_decay_applies_to_the_backbone_only(objective):
     assert around and around == pytest.approx([1.0] * len(around))
 
 
+@pytest.mark.slow
 def test_a_decay_of_one_changes_neither_updates_nor_state(parameters):
     gradients = gradients_of(parameters)
     plain = trained(section(), parameters, gradients, None)

@@ -169,6 +169,7 @@ def test_a_run_with_an_unavailable_backend_is_refused_before_tracing(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("more", [{}, {"transformed": True, "bias": True}, {"lengths": True}])
 def test_a_candidate_is_checked_and_timed_on_the_device(training, more):

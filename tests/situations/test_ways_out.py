@@ -400,6 +400,7 @@ def test_the_directory_of_a_run_that_was_trained_elsewhere_is_given_by_the_flag_
     assert len(opened.run.sources["test"]) == 12
 
 
+@pytest.mark.slow
 def test_the_flags_of_transfer_are_named_in_messages_about_its_data(stored, photos, tmp_path):
     flags = [f"--init={stored[0]}", "--data=folder", "--test=train", "--image_size=8", f"--out={tmp_path}"]
 

@@ -172,7 +172,7 @@ SEVERAL = {
 
 
 @pytest.mark.parametrize("name", mostly_slow([TIMM, HF], 2))
-@pytest.mark.parametrize("case", SEVERAL)
+@pytest.mark.parametrize("case", mostly_slow(list(SEVERAL), 3))
 def test_several_models(tmp_path, case, name):
     change, prefix, added = SEVERAL[case]
     arrays = arrays_of(name)

@@ -602,6 +602,7 @@ def measured(paths):
     return [(int(grown) * 1024, message) for grown, message in found]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory that Linux records")
 def test_rejecting_a_file_needs_little_memory(tmp_path):
     expected = bombs(tmp_path)

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from helpers import mostly_slow
 
 from vit_jax import weights
 from vit_jax.errors import UserError
@@ -71,7 +72,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("fields", KINDS, ids=str)
-@pytest.mark.parametrize("names", ["published", "linen", "opt/target/", "params/"])
+@pytest.mark.parametrize("names", mostly_slow(["published", "linen", "opt/target/", "params/"], 4))
 def test_the_model_is_inferred_whatever_the_naming(google_file, helpers, fields, names):
     model, parameters = helpers.small(**fields)
     prefix = names if "/" in names else ""
@@ -191,7 +192,7 @@ def test_unsupported_options_are_named(tmp_path, helpers, fields, named):
     assert not (tmp_path / "no.npz").exists()
 
 
-@pytest.mark.parametrize("kind", ["sincos_2d", "sinusoidal", "learned_2d"])
+@pytest.mark.parametrize("kind", mostly_slow(["sincos_2d", "sinusoidal", "learned_2d"], 3))
 @pytest.mark.parametrize("suffix", ["npz", pytest.param("safetensors", marks=pytest.mark.slow)])
 def test_positions_that_are_a_table_in_the_end_are_written_as_one(tmp_path, helpers, kind, suffix):
     model, parameters = helpers.small((16, 32), position=kind, registers=2 if suffix == "safetensors" else 0)

@@ -48,6 +48,7 @@ def test_scanned_blocks_are_the_same_stacked(plain, helpers):
     helpers.covers(report, np.load(path).files, paths)
 
 
+@pytest.mark.slow
 def test_parameters_are_what_jax_takes_as_they_are(plain):
     path, _, _ = plain
     model, parameters, _ = weights.load(path, dtype="bfloat16")

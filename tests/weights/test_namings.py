@@ -181,7 +181,7 @@ def test_what_is_refused(references, tmp_path, case):
     assert str(caught.value).count("\n") <= 2
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "openai", "dinov3", "torchvision"])
+@pytest.mark.parametrize("name", mostly_slow(["clip", "siglip", "openai", "dinov3", "torchvision"], 5))
 def test_an_array_that_is_missing_is_named(references, tmp_path, name):
     stored = files.open_file(references / name)
     is_tower = re.compile(r"(?!logit|context|input|vocab|text_|transformer|ln_final|token_|positional)").match

@@ -97,6 +97,7 @@ def test_averaged_parameters_of_several_models_and_image_sizes(tmp_path, helpers
     assert any(row.detail == "grid 4x4 -> 8x4" for row in report.rows) == (fields.get("position") != "rotary")
 
 
+@pytest.mark.slow
 def test_computed_positions_keep_the_grid_of_training(tmp_path):
     config, made, one = start(seed=0, model={"position": "sincos_2d"})
     with manager.CheckpointManager(tmp_path, keep=1) as checkpoints:

@@ -49,7 +49,7 @@ def test_every_recording_is_tried(references):
     assert {name for name in names if name.startswith(("timm_", "hf_"))} == set(NAMES)  # others: test_namings.py
 
 
-@pytest.mark.parametrize("name", mostly_slow(NAMES, 2))
+@pytest.mark.parametrize("name", mostly_slow(NAMES, 5))
 def test_the_libraries_numbers(references, helpers, name):
     model, parameters, report = weights.load(references / name, **OVERRIDES.get(name, {}))
     recorded = np.load(references / name / "numbers.npz")
@@ -69,7 +69,7 @@ def test_every_recording_of_other_sizes_is_tried(references):
     assert sorted(SIZES) == sorted(path.parent.name for path in references.glob("*/sizes.npz"))
 
 
-@pytest.mark.parametrize("name", mostly_slow(SIZES, 7))
+@pytest.mark.parametrize("name", mostly_slow(SIZES, 14))
 def test_other_sizes_and_images_that_are_not_square(references, helpers, name):
     """Learned positions are resampled as by the library itself, as make_size_references.py has recorded it."""
     recorded = np.load(references / name / "sizes.npz")
@@ -163,7 +163,7 @@ ROUND = [
 ]
 
 
-@pytest.mark.parametrize("name", ROUND)
+@pytest.mark.parametrize("name", mostly_slow(ROUND, 4))
 def test_timms_files_come_back_bit_for_bit(references, tmp_path, name):
     model, parameters, report = weights.load(references / name)
     weights.save(tmp_path / "model.safetensors", model, parameters, report.image_size or (12, 12), report.channels)
