@@ -140,7 +140,7 @@ def synthetic(count: int, size: int) -> Source:
             file, "JPEG"
         )
         stored.append(file.getvalue())
-    records = lazy_images.Records(count, lambda index, shape: (images.decode(stored[index % 64], shape), 0), str)
+    records = lazy_images.Records(count, lambda index, shape, how: (images.decode(stored[index % 64], shape), 0), str)
     encoded = lazy_images.LazyImages(((records, range(count)),), (size, size, 3))
     return Source("synthetic", "train", encoded, np.zeros(count, np.int32), ("0",), (0.5,) * 3, (0.5,) * 3)
 
