@@ -221,3 +221,11 @@ def test_the_state_of_training_is_one_row_of_the_report(workdir):
         f"initial parameters: runs/one, a run of vit_jax, {len(report.rows)} arrays: {loaded} loaded, {arrays} ignored"
     )
     assert report.changes("runs/one").splitlines() == [first, *rows, "note: the parameters of step 0"]
+
+
+@pytest.mark.parametrize("fields", [{"pooling": "map", "class_token": False}, {"final_norm": False}], ids=str)
+def test_an_export_with_a_norm_before_the_blocks_is_no_perception_encoder(tmp_path, helpers, fields):
+    """Files without a config.json that have such arrays are of PE, whose positions are rotary too."""
+    model, parameters = helpers.small((16, 16), input_norm="tokens", layer_norm_epsilon=1e-5, **fields)
+    weights.save(tmp_path / "model.safetensors", model, parameters, (16, 16))
+    assert weights.load(tmp_path)[0] == model

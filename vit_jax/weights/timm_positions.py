@@ -72,7 +72,8 @@ def _with_table(parts: Parts, spelling: Spelling, side: int | None, architecture
     gated = parts.mlp == "swiglu"
     if spelling.qkv == "apart" or (spelling.bias == "query_value" and gated) or architecture.startswith("eva02_"):
         return Implied("learned_eva02", _EVA02_GRID)
-    if parts.input_norm == "tokens" and (parts.map or not parts.final_norm):
+    is_pe = architecture == "" or "_pe_" in architecture
+    if is_pe and parts.input_norm == "tokens" and (parts.map or not parts.final_norm):
         grid = next((grid for pattern, grid in _GRIDS.items() if re.match(pattern, architecture)), side)
         return Implied("learned_pe", grid)
     if re.match(r".*_rope_ape_", architecture):
