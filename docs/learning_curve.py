@@ -1,4 +1,4 @@
-"""Draws the learning curves of runs from their metrics.jsonl (needs matplotlib).
+"""Draws the learning curves of runs from their metrics.jsonl.
 
 python docs/learning_curve.py runs/digits docs/digits.png
 python docs/learning_curve.py runs/chain/scratch runs/chain/finetune docs/chain.png

@@ -18,6 +18,7 @@ LAYERS = (
     ("weights",),
     ("optim", "objectives"),
     ("evaluation", "training", "classifier", "inference"),
+    ("visualization",),
     ("config.check",),
     (COMMANDS,),
 )
