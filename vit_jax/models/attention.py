@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax.models import masking
-from vit_jax.models.attention_backends import BACKENDS, FALLBACK, Backend, Shape, plain, split
+from vit_jax.models.attention_backends import BACKENDS, FALLBACK, Backend, Shape, observed, plain, split
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.dense import Dense, stacked
 from vit_jax.models.dropout import Dropout
@@ -61,8 +61,7 @@ class Attention(nn.Module):
         if sown or mask is not None or (train and config.attention_dropout > 0):
 
             def sow_and_drop(weights: jax.Array) -> jax.Array:
-                self.sow("intermediates", "weights", weights)
-                return Dropout(config.attention_dropout)(weights, train)
+                return Dropout(config.attention_dropout)(observed(self, weights), train)
 
             parts = self._project(tokens, BACKENDS[FALLBACK], positions)
             mixed = plain(*parts, positions.bias, lengths, mask, sow_and_drop).reshape(batch, count, width)

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -126,6 +127,17 @@ def plain(
     if on_weights is not None:
         weights = on_weights(weights)
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(queries.dtype), values)
+
+
+def observed(module: nn.Module, weights: jax.Array) -> jax.Array:
+    """Sows the weights of a module into 'intermediates', and returns those to use: plus 'perturbations', if given.
+
+    The gradient with respect to a perturbation of zeros is that with respect to the weights.
+    """
+    module.sow("intermediates", "weights", weights)
+    if module.has_variable("perturbations", "weights"):
+        weights = weights + module.get_variable("perturbations", "weights")
+    return weights
 
 
 def plain_fused(fused: Fused, heads: int) -> Mixed:

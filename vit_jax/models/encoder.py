@@ -178,7 +178,7 @@ def _scan(run, block: EncoderBlock, tokens: jax.Array, rates: list[float]) -> ja
     step = nn.scan(
         # A rate of zero stays a Python number, so that no random numbers are drawn for it.
         lambda block, tokens, rate: (run(block, tokens, rate if any(rates) else 0.0), None),
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, "perturbations": 0},
         split_rngs={"params": True, "dropout": True},
         length=len(rates),
     )

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vit_jax.models.attention_backends import plain
+from vit_jax.models.attention_backends import observed, plain
 from vit_jax.models.block_config import BlockConfig
 from vit_jax.models.dense import Dense, stacked
 from vit_jax.models.mlp import MlpBlock
@@ -88,12 +88,7 @@ class AttentionPooling(Pooling):
         fused = Dense(2 * width, dtype=dtype, kernel_init=kernel_init, name="key_value")(tokens)
         keys, values = jnp.moveaxis(fused.reshape(batch, count, 2, heads, size), 2, 0)
         queries = jnp.broadcast_to(queries, (batch, *queries.shape[1:]))
-
-        def sow(weights: jax.Array) -> jax.Array:
-            self.sow("intermediates", "weights", weights)
-            return weights
-
-        mixed = plain(queries, keys, values, on_weights=sow).reshape(batch, 1, width)
+        mixed = plain(queries, keys, values, on_weights=partial(observed, self)).reshape(batch, 1, width)
         pooled = Dense(width, dtype=dtype, name="out")(mixed)
         normed = config.make_norm("norm")(pooled)
         # Always the GELU MLP, without dropout, and in the compute dtype: one token per image takes hardly any time.

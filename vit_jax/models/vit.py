@@ -151,7 +151,7 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
                 tokens = self.make_norm("norm_input")(tokens)
             if replace is not None:
                 tokens = replace(tokens)
-            layout, at = self._layout(grid), position_at(self)
+            layout, at = self.layout(grid), position_at(self)
             positions = Terms() if at == "layers" else POSITIONS[self.position](layout, name="positions")()
             tokens = self._join(tokens, positions)
             if at == "input" and not self.position_width and positions.table is not None:
@@ -179,7 +179,9 @@ class VisionTransformer(nn.Module, BlockConfig, kw_only=True):
         head = Heads if isinstance(self.classes, Mapping) else Head
         return head(self.classes, self.pre_logits, self.head_bias, name="head")
 
-    def _layout(self, grid: tuple[int, int]) -> TokenLayout:
+    @nn.nowrap
+    def layout(self, grid: tuple[int, int]) -> TokenLayout:
+        """The tokens of images with these rows and columns of patches, for a position embedding."""
         width = self.position_width or self.width
         size = self.width // self.heads
         return TokenLayout(*grid, int(self.class_token), self.registers, width, size, self.heads, self.position_grid)

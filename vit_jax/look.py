@@ -1,0 +1,315 @@
+"""The command `python -m vit_jax.look`; from Python: `look.draw`."""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_jax import atomic, commands, paths, terminal
+from vit_jax.errors import UserError, few, one_line
+
+if TYPE_CHECKING:
+    from vit_jax.classifier import Classifier
+    from vit_jax.data.user_images import Image
+    from vit_jax.visualization.figures import Picture
+
+DESCRIPTION = """\
+Draws what a model learned.
+
+  %(prog)s --workdir=runs/digits --what=rollout
+  %(prog)s --workdir=runs/photos --what=attention --layer=5 --patch=3,4 --out=attention.png holiday.jpg
+  %(prog)s --init=dinov2-s14 --what=features --out=features.pdf album/
+  %(prog)s --init=augreg-b16-224 --what=relevance --class=goldfish fish.jpg
+
+--what is one of
+
+  filters      the filters of the patch embedding: their principal components, and kernels
+  positions    the similarity of each position embedding with all others
+  distance     the mean attention distance of each head against depth, over many images
+  attention    the attention of each head of a layer, over the images
+  rollout      attention through all layers, over the images
+  relevance    the patches that speak for a class: attention weighted by its gradients
+  features     the first three principal components of the patches' features as colors
+  patches      the images as the model reads them
+  masks        an attention mask at work
+
+Images have any size and format; a directory stands for all images below it. Without images, those of the test split of
+the run are drawn, the first 12, for distance 128 (--count). The pictures are explained in docs/looking.md.
+
+The suffix of --out is the format: .png, .svg, .pdf, ...; .npz for the arrays in place of the picture.
+"""
+DEFAULT_WHAT = "rollout"
+COUNT, COUNT_DISTANCE = 12, 128
+MAX_DRAWN = 48  # images; distance takes all of them
+OPTIONS = {"layer": "layer", "patch": "patch", "class_name": "class", "mask": "mask"}  # option of a picture -> flag
+ARRAYS = ".npz"
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `Picture` when it is first used, so that --help does not wait for JAX."""
+    if name == "Picture":
+        from vit_jax.visualization.figures import Picture
+
+        return Picture
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def draw(
+    what: str,
+    source: "str | Path | Classifier",
+    images: "Image | Iterable[Image] | None" = None,
+    **options: Any,
+) -> "Picture":
+    """Returns a picture of a model: `figure`, of matplotlib, and the `arrays` that it shows.
+
+    Args:
+        what: as --what of the command.
+        source: a run directory; weights: a file, URL or name; or a `Classifier`.
+        images: as for `Predictor`: paths, directories, arrays, ...; not needed for 'filters' and 'positions'.
+        options: `layer`, `patch`, `class_name`, `mask`, as the functions in `visualization.pictures` document them.
+
+    Raises:
+        UserError: the model or an image cannot be read, or the picture is not defined for this model.
+    """
+    from vit_jax.classifier import Classifier
+    from vit_jax.visualization import pictures
+
+    pictures.check(what, options)
+    model = source if isinstance(source, Classifier) else _open(source)
+    pixels, names, unreadable = _read(model, images) if images is not None else (None, (), [])
+    if unreadable:
+        raise UserError(f"{unreadable[0]}\n  leave it out, or use another image")
+    return pictures.draw(what, model, pixels, names, **options)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Returns the command's flags; --help and wrong flags end the process, the latter with status 2."""
+    parser = commands.parser("look", DESCRIPTION)
+    parser.add_argument("images", metavar="IMAGE_OR_DIRECTORY", nargs="*", help="images to draw")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", metavar="DIR", help="run directory of the model")
+    source.add_argument("--init", metavar="FILE", help="or its weights: a file, URL or name (docs/weights.md)")
+    parser.add_argument("--what", default=DEFAULT_WHAT, help="the picture (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="output file (default: WHAT.png)")
+    parser.add_argument(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="attention, features, masks, positions: a layer from 0, or -1 for the last",
+    )
+    parser.add_argument(
+        "--patch",
+        metavar="ROW,COLUMN",
+        help="attention, rollout: of this patch, from 0, in place of what the head reads",
+    )
+    parser.add_argument(
+        "--class", dest="class_name", metavar="NAME", help="relevance: for this class (default: the most probable one)"
+    )
+    parser.add_argument("--mask", help="masks: random, causal or local (default: random)")
+    parser.add_argument(
+        "--count",
+        type=int,
+        help=f"without images: the number of those of the split (default: {COUNT}; distance: {COUNT_DISTANCE})",
+    )
+    parser.add_argument("--split", help="without images: the split (default: test)")
+    step = parser.add_mutually_exclusive_group()
+    step.add_argument("--step", type=int, help="with --workdir: use the checkpoint of this step (default: the newest)")
+    step.add_argument(
+        "--best", action="store_true", help="with --workdir: use the checkpoint with the best validation result"
+    )
+    commands.add_classes_flags(parser)
+    commands.add_image_flags(parser)
+    parser.add_argument(
+        "--dpi", type=int, default=150, help="dots per inch of a picture of pixels (default: %(default)s)"
+    )
+    return parser.parse_args(arguments)
+
+
+def look(flags: argparse.Namespace) -> int:
+    """Draws the picture and writes it; returns the exit status: 1 if some images could not be read.
+
+    Raises:
+        UserError: a flag is wrong, the model cannot be read, there are no images, or the file cannot be written.
+    """
+    options, out = _check(flags)
+    commands.start_jax()
+    from vit_jax.runtime import compilation_cache
+    from vit_jax.visualization import pictures
+
+    compilation_cache.cache_compilations()
+    pictures.check(flags.what, options)
+    is_of_parameters = flags.what in pictures.OF_PARAMETERS
+    if is_of_parameters and flags.images:
+        raise UserError(f"--what={flags.what} needs no images\n  omit {few(flags.images)}")
+    listed = _listed(flags.images) if flags.images else None
+    model = _model_of(flags)
+    unreadable: list[str] = []
+    if listed is not None:
+        if len(listed) > MAX_DRAWN and flags.what != "distance":
+            terminal.warn(f"the first {MAX_DRAWN} of {len(listed):,} images are drawn")
+            listed = listed[:MAX_DRAWN]
+        images, names, unreadable = _read(model, listed)
+    elif is_of_parameters:
+        images, names = None, ()
+    else:
+        images, names = _of_split(flags, model)
+    for line in unreadable:
+        terminal.warn(line)
+    if images is not None and not len(images):
+        raise UserError(f"none of {few(flags.images)} can be read as an image\n  use other images")
+    title = flags.workdir or flags.init
+    picture = pictures.draw(flags.what, model, images, names, title, **options)
+    size = _write(picture, out, flags)
+    terminal.say(f"wrote {out}: {flags.what} of {title}{size}")
+    return 1 if unreadable else 0
+
+
+def _check(flags: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    """Returns the options of the picture, and the path of the output.
+
+    Raises:
+        UserError: a flag has a value that is not allowed, or is of no use.
+    """
+    if flags.dpi < 10 or flags.dpi > 1200:
+        raise UserError(f"--dpi is {flags.dpi}\n  allowed: 10 to 1200")
+    flags.batch_size = None
+    commands.check_flags(flags, ("step", "best", "split", "count"), ("classes", "prompt", "image_size", "normalize"))
+    for name in ("split", "count"):
+        if flags.images and getattr(flags, name) is not None:
+            raise UserError(f"--{name} cannot be combined with images\n  omit it, or the images")
+    if flags.count is not None and flags.count < 1:
+        raise UserError(f"--count is {flags.count}\n  allowed: an integer of at least 1")
+    options = {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
+    if flags.patch is not None:
+        options["patch"] = _pair(flags.patch)
+    out = paths.expand(flags.out or f"{flags.what}.png", "--out")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out={flags.out or out} cannot be written\n  use a file name in an existing directory")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = [f".{name}" for name in sorted(FigureCanvasBase.get_supported_filetypes())]
+    if out.suffix.lower() not in (*formats, ARRAYS):
+        raise UserError(f"--out={flags.out or out} has no known format\n  allowed: {', '.join((*formats, ARRAYS))}")
+    return options, out
+
+
+def _pair(text: str) -> tuple[int, int]:
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f"--patch={text}\n  allowed: row and column from 0, such as 3,4")
+    return int(parts[0]), int(parts[1])
+
+
+def _listed(images: list[str]) -> list[str]:
+    """Returns the paths of the images, those below directories included.
+
+    Raises:
+        UserError: there are none.
+    """
+    from vit_jax.data import user_images
+
+    notes: list[str] = []
+    listed = list(user_images.expand((paths.expand(path, "IMAGE_OR_DIRECTORY") for path in images), notes.append))
+    if not listed:
+        left_out = f"{few(notes)}\n  " if notes else ""
+        raise UserError(f"no images found below {few(images)}\n  {left_out}allowed: image files or directories")
+    for note in notes:
+        terminal.warn(note)
+    return listed
+
+
+def _model_of(flags: argparse.Namespace) -> "Classifier":
+    from vit_jax import classifier
+
+    if flags.workdir:
+        workdir, step = paths.expand(flags.workdir, "--workdir"), "best" if flags.best else flags.step
+        return classifier.of_run(workdir, step, needs_head=False)
+    if flags.classes or flags.prompt:
+        return commands.classifier_of(flags)
+    return classifier.of_file(flags.init, None, flags.image_size, flags.normalize, needs_head=False)
+
+
+def _open(source: str | Path) -> "Classifier":
+    from vit_jax import backbones
+
+    return backbones.classifier(source)
+
+
+def _read(model: "Classifier", images: Any) -> tuple[Any, tuple[str, ...], list[str]]:
+    """Returns the images as the model takes them, their names, and a line about each that cannot be read."""
+    import os
+
+    import numpy as np
+
+    from vit_jax.data import user_images
+
+    pixels, names, unreadable = [], [], []
+    for index, image in enumerate(user_images.each_image(images)):
+        one = [*user_images.expand([image])] if isinstance(image, str) else [image]
+        for each in one:
+            name = os.fspath(each) if isinstance(each, str | Path) else f"image {index}"
+            read = model.read(each)
+            if isinstance(read, str):
+                unreadable.append(f"{name}: cannot be read as an image: {read}")
+            else:
+                pixels.append(read)
+                names.append(name)
+    return np.stack(pixels) if pixels else np.zeros((0, *model.inputs.image_shape), np.uint8), tuple(names), unreadable
+
+
+def _of_split(flags: argparse.Namespace, model: "Classifier") -> tuple[Any, tuple[str, ...]]:
+    """Returns the first images of a split of the run, and their classes.
+
+    Raises:
+        UserError: there is no run, or its data is missing.
+    """
+    import numpy as np
+
+    from vit_jax.training import run_directory, setup
+
+    if not flags.workdir:
+        raise UserError(f"--what={flags.what}: images are missing\n  name one or more images, or a directory of images")
+    config = run_directory.trained_config(paths.expand(flags.workdir, "--workdir"))
+    split = flags.split or commands.TEST
+    split = config.data.get(split) if split in commands.SPLITS else split
+    if split is None:
+        raise UserError(f"{flags.workdir}: the run has no split {flags.split or commands.TEST}\n  use another --split")
+    source = setup.load(config, split, config.data.labels)
+    if flags.what == "distance":
+        count = flags.count or COUNT_DISTANCE
+    else:
+        count = min(flags.count or COUNT, MAX_DRAWN)
+    ids = np.arange(min(count, len(source)))
+    return source.read(ids), tuple(source.class_names[label] for label in source.labels[ids])
+
+
+def _write(picture: "Picture", out: Path, flags: argparse.Namespace) -> str:
+    """Writes a picture or its arrays; returns a few words about the size.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    import numpy as np
+
+    try:
+        with atomic.replace(out) as file:
+            if out.suffix.lower() == ARRAYS:
+                np.savez(file, **picture.arrays)
+            else:
+                picture.figure.savefig(file, format=out.suffix[1:].lower(), dpi=flags.dpi)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out={out} cannot be written: {one_line(error)}\n  use another file") from error
+    if out.suffix.lower() == ARRAYS:
+        return "; " + ", ".join(f"{name} {list(np.shape(array))}" for name, array in picture.arrays.items())
+    width, height = (round(side * flags.dpi) for side in picture.figure.get_size_inches())
+    return f", {width}x{height} pixels" if out.suffix.lower() == ".png" else ""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command; returns its exit status."""
+    return commands.finish(lambda: look(parse(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
