@@ -10,7 +10,7 @@ COMMANDS = "commands"
 # From bottom to top. A package or module may import what is in its own layer and below. `config` stands for the package
 # but for `config.check`; modules at the top level that no layer names are commands and what only commands share.
 LAYERS = (
-    ("errors", "atomic", "arguments", "machine_errors", "terminal", "progress", "paths"),
+    ("errors", "atomic", "arguments", "machine_errors", "terminal", "progress", "paths", "fonts"),
     ("config",),
     ("models",),
     ("data", "sharding", "runtime"),

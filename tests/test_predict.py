@@ -272,3 +272,25 @@ def test_the_command_runs_in_a_process(digits_run, album):
     assert [Path(json.loads(line)["path"]).name for line in output.splitlines()][:2] == ["00.png", "01.png"]
     output = run_command('"$@" | true\n', "bash", sys.executable, "-m", *arguments, python="bash")
     assert "left out" in output and len(output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "fields", [{"pooling": "map", "pool_heads": 4}, {"pooling": "mean", "norm_after_pooling": True}]
+)
+def test_patches_of_models_whose_options_belong_to_their_pooling(fields):
+    """Options that have no meaning without pooling do not prevent reading the tokens before it."""
+    import jax
+
+    from vit_jax.checkpoint.input_spec import InputSpec
+    from vit_jax.classifier import Classifier
+    from vit_jax.data.augment import Augment
+    from vit_jax.inference import Predictor
+    from vit_jax.models.vit import VisionTransformer
+
+    model = VisionTransformer(classes=2, patch_size=4, width=16, depth=1, heads=2, mlp_width=16, **fields)
+    half = ((0.5,) * 3,) * 2
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    parameters = model.init(jax.random.key(0), Augment(*half).normalize(jax.numpy.asarray(images)))["params"]
+    spec = InputSpec("test", (8, 8, 3), *half, {"label": ("a", "b")})
+    found = Predictor(Classifier(model, parameters, Augment(*half), spec)).features(images, patches=True)
+    assert found.shape == (2, 5 - 1, 16) and np.isfinite(found).all()

@@ -19,7 +19,7 @@ from vit_jax.classifier import Classifier, of_file, of_run
 from vit_jax.data import listing, user_images
 from vit_jax.data.user_images import Image, expand
 from vit_jax.errors import UserError, few
-from vit_jax.models.vit import VisionTransformer, extra_tokens
+from vit_jax.evaluation import tokens
 from vit_jax.objectives import losses
 
 BATCH_SIZE = 64
@@ -238,17 +238,20 @@ class Predictor:
 
     @functools.cached_property
     def _features(self) -> Callable[[Any, jax.Array], Any]:
-        return self._compile_headless(self.module.clone(classes=None), 0)
+        model, augment = self.module.clone(classes=None), self._classifier.augment
+
+        def apply(parameters: Any, images: jax.Array) -> Any:
+            return model.apply({"params": parameters}, augment.normalize(images))
+
+        return self._compile(apply)
 
     @functools.cached_property
     def _patches(self) -> Callable[[Any, jax.Array], Any]:
-        return self._compile_headless(self.module.clone(classes=None, pooling="none"), extra_tokens(self.module))
-
-    def _compile_headless(self, model: VisionTransformer, first_token: int) -> Callable[[Any, jax.Array], Any]:
-        augment = self._classifier.augment
+        model, augment = self.module, self._classifier.augment
 
         def apply(parameters: Any, images: jax.Array) -> Any:
-            return model.apply({"params": parameters}, augment.normalize(images))[:, first_token:]
+            patches = tokens.apply(model, parameters, augment.normalize(images))["patches"]
+            return patches.reshape(len(images), -1, model.width)
 
         return self._compile(apply)
 

@@ -138,7 +138,12 @@ def look(flags: argparse.Namespace) -> int:
     from vit_jax.visualization import pictures
 
     compilation_cache.cache_compilations()
-    pictures.check(flags.what, options)
+    pictures.check(flags.what, {})
+    for name in options.keys() - {*pictures.options_of(flags.what)}:
+        users = [what for what in pictures.KINDS if name in pictures.options_of(what)]
+        raise UserError(
+            f"--{OPTIONS[name]} cannot be combined with --what={flags.what}\n  omit it; it is for {few(users, len(users))}"
+        )
     is_of_parameters = flags.what in pictures.OF_PARAMETERS
     if is_of_parameters and flags.images:
         raise UserError(f"--what={flags.what} needs no images\n  omit {few(flags.images)}")
@@ -188,9 +193,9 @@ def _check(flags: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         raise UserError(f"--out={flags.out or out} cannot be written\n  use a file name in an existing directory")
     from matplotlib.backend_bases import FigureCanvasBase
 
-    formats = [f".{name}" for name in sorted(FigureCanvasBase.get_supported_filetypes())]
-    if out.suffix.lower() not in (*formats, ARRAYS):
-        raise UserError(f"--out={flags.out or out} has no known format\n  allowed: {', '.join((*formats, ARRAYS))}")
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix.lower() != ARRAYS and out.suffix.lower()[1:] not in formats:
+        raise UserError(f"--out={flags.out or out} has no known format\n  allowed: .png, .svg, .pdf, ..., {ARRAYS}")
     return options, out
 
 
@@ -201,7 +206,7 @@ def _pair(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _listed(images: list[str]) -> list[str]:
+def _listed(images: list[str]) -> list[Path]:
     """Returns the paths of the images, those below directories included.
 
     Raises:
@@ -276,11 +281,8 @@ def _of_split(flags: argparse.Namespace, model: "Classifier") -> tuple[Any, tupl
     if split is None:
         raise UserError(f"{flags.workdir}: the run has no split {flags.split or commands.TEST}\n  use another --split")
     source = setup.load(config, split, config.data.labels)
-    if flags.what == "distance":
-        count = flags.count or COUNT_DISTANCE
-    else:
-        count = min(flags.count or COUNT, MAX_DRAWN)
-    ids = np.arange(min(count, len(source)))
+    usual, limit = (COUNT_DISTANCE, len(source)) if flags.what == "distance" else (COUNT, MAX_DRAWN)
+    ids = np.arange(min(flags.count or usual, limit, len(source)))
     return source.read(ids), tuple(source.class_names[label] for label in source.labels[ids])
 
 
@@ -302,7 +304,7 @@ def _write(picture: "Picture", out: Path, flags: argparse.Namespace) -> str:
         raise UserError(f"--out={out} cannot be written: {one_line(error)}\n  use another file") from error
     if out.suffix.lower() == ARRAYS:
         return "; " + ", ".join(f"{name} {list(np.shape(array))}" for name, array in picture.arrays.items())
-    width, height = (round(side * flags.dpi) for side in picture.figure.get_size_inches())
+    width, height = (int(side * flags.dpi) for side in picture.figure.get_size_inches())
     return f", {width}x{height} pixels" if out.suffix.lower() == ".png" else ""
 
 

@@ -1,5 +1,6 @@
 """Figures of matplotlib: sheets of tiles with captions, title and color bar, laid out in inches without overlap."""
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -116,30 +117,29 @@ class Sheet:
 
 def put(figure: Figure, corner: tuple[float, float], text: str, size: float, width: float, **style: str) -> None:
     """Writes a line of text at a corner in inches from the top left; it is cut off where it is wider than `width`."""
-    text, font = listing.printable(text), _font(text, size)
-    if _inches(text, size) > width:
-        while text and _inches(f"{text}...", size) > width:
-            text = text[:-1]
-        text = f"{text.rstrip()}..."
+    text, font = _drawable(listing.printable(text), size)
+    if _inches(text, size, font) > width:
+        count = bisect.bisect_right(range(len(text)), width, key=lambda n: _inches(f"{text[:n]}...", size, font))
+        text = f"{text[: max(count - 1, 0)].rstrip()}..."
     full = figure.get_size_inches()
     x, y = corner[0] / full[0], 1 - corner[1] / full[1]
     figure.text(x, y, text, fontsize=size, va="top", ha="left", parse_math=False, fontproperties=font, **style)
 
 
-def _inches(text: str, size: float) -> float:
+def _inches(text: str, size: float, font: FontProperties | None = None) -> float:
     """Returns the width of a line of text."""
-    if not text.strip():
+    if not text:
         return 0.0
-    path = TextPath((0, 0), text.replace("$", "S"), size=size, prop=_font(text, size))
+    path = TextPath((0, 0), text.replace("$", "S").replace(" ", "n"), size=size, prop=font)
     return path.get_extents().width / 72 * 1.06
 
 
-def _font(text: str, size: float) -> FontProperties:
-    """Returns the default font, or one of the machine's that has the characters."""
+def _drawable(text: str, size: float) -> tuple[str, FontProperties]:
+    """Returns a text and its font: the default one, or one of the machine's that has the characters."""
     if all(ord(character) < 0x250 for character in text):
-        return FontProperties(size=size)
-    path = getattr(fonts.fit(text, 12)[0], "path", None)
-    return FontProperties(fname=path, size=size) if isinstance(path, str) else FontProperties(size=size)
+        return text, FontProperties(size=size)
+    font, text = fonts.fit(text, 12)
+    return text, FontProperties(fname=font.path if isinstance(font.path, str) else None, size=size)
 
 
 def maps(
@@ -323,7 +323,7 @@ def filters(
     panels = [(components, 7, f"{len(components)} principal components, {100 * variance.sum():.0f} % of the variance")]
     panels.append((kernels, 14, f"the {len(kernels)} kernels of the largest norm"))
     rows = max(math.ceil(len(components) / 7), math.ceil(len(kernels) / 14) / 2)
-    sheet = Sheet(1, 2, (5.2, 5.2 * rows / 7), title, subtitle, lines=1)
+    sheet = Sheet(1, 2, (5.4, 5.2 * rows / 7), title, subtitle, lines=1)
     for column, (tiles, per_row, caption) in enumerate(panels):
         axes = sheet.tile(0, column, caption)
         scaled = 0.5 + tiles / (2 * np.maximum(np.abs(tiles).max(axis=(1, 2, 3), keepdims=True), 1e-30))
@@ -366,8 +366,8 @@ def positions(
     low, high = float(similarity.min()), float(similarity.max())
     axes.imshow(canvas, cmap=SEQUENTIAL, vmin=low, vmax=high, interpolation="nearest")
     for index, (size, set_ticks) in enumerate(zip(pitch, (axes.set_yticks, axes.set_xticks), strict=True)):
-        places = [k * size + (size - gap - 1) / 2 for k in range(len(chosen[index]))]
-        set_ticks(places, [str(one + 1) for one in chosen[index]], size=TEXT - 1)
+        centres = [k * size + (size - gap - 1) / 2 for k in range(len(chosen[index]))]
+        set_ticks(centres, [str(one + 1) for one in chosen[index]], size=TEXT - 1)
     axes.tick_params(length=0)
     axes.set_xlabel("column of the patch", size=TEXT)
     axes.set_ylabel("row of the patch", size=TEXT)

@@ -1,7 +1,7 @@
 """The pictures of a model that `vit-jax look` draws: one function for each value of --what."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jaxtyping import Bool, UInt8
 
 from vit_jax.classifier import Classifier
 from vit_jax.errors import UserError, few, nearest
+from vit_jax.evaluation import tokens
 from vit_jax.models import intermediates
 from vit_jax.models.vit import pixels_per_patch
 from vit_jax.visualization import embeddings, figures, maps
@@ -132,7 +133,7 @@ def relevance(subject: Subject, *, class_name: str | None = None) -> Picture:
         )
     chosen = _class_index(subject.model, class_name)
 
-    def apply(parameters: Any, inputs: jax.Array, ids: jax.Array) -> Any:
+    def apply(parameters: Any, inputs: jax.Array) -> Any:
         def select(outputs: Any) -> jax.Array:
             logits = first_head(outputs)
             return (logits.max(axis=-1) if chosen is None else logits[:, chosen]).sum()
@@ -154,26 +155,21 @@ def relevance(subject: Subject, *, class_name: str | None = None) -> Picture:
     return Picture(figure, {"relevance": found, "classes": classes})
 
 
-def features(subject: Subject, *, layer: int | None = None) -> Picture:
+def features(subject: Subject, *, layer: int = -1) -> Picture:
     """The first three principal components of the outputs of the patches, as red, green and blue.
 
     All images have the same components, so that equal colors are similar features (arXiv 2304.07193, Fig. 1). The
-    features are those after the final norm, or the output of the block `layer`. Arrays: `components`
-    [images, rows, columns, 3], not scaled, and `variance` [3], the share of each.
+    features are the outputs of the block `layer` after the final norm, as of `vit-jax features --layers`. Arrays:
+    `components` [images, rows, columns, 3], not scaled, and `variance` [3], the share of each.
     """
-    index = None if layer is None else subject.check_layer(layer)
-    module = subject.module.clone(classes=None, pooling="none", norm_after_pooling=False)
-
-    def reduce(outputs: Any, inside: intermediates.Intermediates) -> Any:
-        tokens = outputs if index is None else inside.blocks[index]
-        return tokens[:, subject.extra :].astype(jnp.float32)
-
-    tokens = subject.over_images(reduce, module)
-    flat = tokens.reshape(-1, tokens.shape[-1])
+    index = subject.check_layer(layer)
+    patches = subject.compute(
+        lambda parameters, inputs: tokens.apply(subject.module, parameters, inputs, [index])["patches"][0]
+    )
+    flat = patches.reshape(-1, patches.shape[-1])
     basis, variance, mean = embeddings.principal_components(flat, 3)
-    components = ((flat - mean) @ basis.T).reshape(len(tokens), *subject.grid, -1)
-    where = "" if index is None else f", layer {index + 1} of {subject.module.depth}"
-    title = f"Principal components of the patches' features{where}"
+    components = ((flat - mean) @ basis.T).reshape(*patches.shape[:3], -1)
+    title = f"Principal components of the patches' features, layer {index + 1} of {subject.module.depth}"
     figure = figures.features(subject.images, components, subject.captions(), title, subject.title)
     return Picture(figure, {"components": components, "variance": variance})
 
@@ -243,7 +239,7 @@ def draw(
     what: str,
     model: Classifier,
     images: UInt8[np.ndarray, "images height width channels"] | None = None,
-    names: tuple[str, ...] = (),
+    names: Sequence[str] = (),
     title: str = "",
     **options: Any,
 ) -> Picture:
@@ -308,8 +304,8 @@ def _mask(kind: str, extra: int, grid: tuple[int, int]) -> Bool[np.ndarray, "tok
     elif kind == "causal":
         among = np.tri(count, dtype=bool)
     else:
-        places = np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1).reshape(-1, 2)
-        among = np.abs(places[:, None] - places[None]).max(axis=-1) <= 1
+        cells = np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1).reshape(-1, 2)
+        among = np.abs(cells[:, None] - cells[None]).max(axis=-1) <= 1
     allowed = np.ones((extra + count, extra + count), bool)
     allowed[extra:, extra:] = among
     if kind == "random":

@@ -101,32 +101,34 @@ class Subject:
     def over_images(
         self,
         reduce: Callable[[Any, Intermediates], Any],
-        module: VisionTransformer | None = None,
         mask: Bool[np.ndarray, "1 1 tokens tokens"] | None = None,
     ) -> Any:
         """Returns what `reduce` does of the outputs and intermediate arrays, for all images, in one pass.
 
         Args:
             reduce: from the outputs and intermediate arrays of a batch to a tree of arrays [batch, ...].
-            module: instead of the model, with the same parameters.
             mask: as `VisionTransformer.__call__` takes it.
         """
-        module = self.module if module is None else module
+        mask = None if mask is None else jnp.asarray(mask)
 
         def apply(parameters: Any, inputs: jax.Array) -> Any:
-            return reduce(*intermediates.run(module, {"params": parameters}, inputs, mask))
+            variables, inputs = {"params": parameters}, jax.lax.optimization_barrier(inputs)
+            outputs, inside = intermediates.run(self.module, variables, inputs, mask)
+            # The compiler must not compute only what is read of the weights, which would change their last bits.
+            weights = [jax.lax.optimization_barrier(layer) for layer in inside.weights]
+            return reduce(outputs, inside._replace(weights=weights))
 
-        return self.compute(lambda parameters, inputs, ids: apply(parameters, inputs))
+        return self.compute(apply)
 
-    def compute(self, apply: Callable[[Any, jax.Array, Int[jax.Array, " batch"]], Any]) -> Any:
-        """Returns the outputs of (parameters, normalized images, their indices) -> arrays [batch, ...], in batches."""
+    def compute(self, apply: Callable[[Any, jax.Array], Any]) -> Any:
+        """Returns the outputs of a function (parameters, normalized images) -> arrays [batch, ...] for all images."""
         size, count, parts = self.batch_size, len(self.images), []
-        compiled = jax.jit(lambda parameters, images, ids: apply(parameters, self.model.augment.normalize(images), ids))
+        compiled = jax.jit(lambda parameters, images: apply(parameters, self.model.augment.normalize(images)))
         parameters = jax.device_put(self.parameters)
         with Counter("computing", count, "images") as counter:
             for start in range(0, count, size):
                 ids = np.minimum(np.arange(start, start + size), count - 1)
-                outputs = jax.device_get(compiled(parameters, self.images[ids], jnp.asarray(ids)))
+                outputs = jax.device_get(compiled(parameters, self.images[ids]))
                 parts.append(jax.tree.map(lambda array, start=start: array[: count - start], outputs))
                 counter.add(min(size, count - start))
         return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)

@@ -1,0 +1,85 @@
+"""The command `vit-jax look`, and `vit_jax.look.draw`."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax import look
+from vit_jax.errors import UserError
+
+FILE = Path(__file__).resolve().parent / "weights" / "references" / "hf_dinov2_registers"
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory):
+    root = tmp_path_factory.mktemp("album")
+    for index in range(2):
+        pixels = np.random.default_rng(index).integers(0, 256, (20, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(root / f"{index}.png")
+    return root
+
+
+def run(capsys, *arguments):
+    status = look.main(list(map(str, arguments)))
+    return status, *capsys.readouterr()
+
+
+def test_it_draws_the_images_below_a_directory(album, tmp_path, capsys):
+    (album / "broken.png").write_bytes(b"nothing")
+    out = tmp_path / "rollout.png"
+    status, said, warned = run(capsys, f"--init={FILE}", "--what=rollout", f"--out={out}", "--dpi=50", album)
+    (album / "broken.png").unlink()
+    assert status == 1 and "broken.png: cannot be read as an image" in warned
+    assert said.startswith(f"wrote {out}: rollout of {FILE}, ")
+    with Image.open(out) as picture:
+        assert f"{picture.width}x{picture.height} pixels" in said
+
+
+@pytest.mark.parametrize("suffix", ["svg", "pdf"])
+def test_the_suffix_is_the_format(tmp_path, capsys, suffix):
+    out = tmp_path / f"filters.{suffix}"
+    assert run(capsys, f"--init={FILE}", "--what=filters", f"--out={out}")[0] == 0
+    assert out.read_bytes()[:5] in (b"<?xml", b"%PDF-")
+
+
+def test_the_arrays_are_written_to_npz_and_are_those_of_python(album, tmp_path, capsys):
+    out = tmp_path / "attention.npz"
+    assert run(capsys, f"--init={FILE}", "--what=attention", "--layer=0", f"--out={out}", album)[0] == 0
+    stored = np.load(out)["attention"]
+    picture = look.draw("attention", FILE, [album / "0.png", album / "1.png"], layer=0)
+    np.testing.assert_array_equal(stored, picture.arrays["attention"])
+    assert stored.ndim == 4 and isinstance(picture, look.Picture)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--what=rolout"], "there is no picture 'rolout'\n  nearest: rollout"),
+        (["--what=filters", "image.png"], "--what=filters needs no images"),
+        (["--what=rollout"], "--what=rollout: images are missing\n  name one or more images"),
+        (
+            ["--what=rollout", "--layer=1"],
+            "--layer cannot be combined with --what=rollout\n  omit it; it is for positions, attention",
+        ),
+        (["--what=attention", "--patch=3"], "--patch=3\n  allowed: row and column from 0, such as 3,4"),
+        (["--what=filters", "--out=filters.txt"], "--out=filters.txt has no known format\n  allowed: .png, .svg, .pdf"),
+        (["--what=filters", "--out=nowhere/filters.png"], "--out=nowhere/filters.png cannot be written"),
+        (["--what=filters", "--dpi=0"], "--dpi is 0\n  allowed: 10 to 1200"),
+        (["--what=rollout", "--count=3"], "--count cannot be combined with --init"),
+        (["--what=rollout", "missing.png"], "missing.png"),
+    ],
+)
+def test_mistakes_are_named(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, said, warned = run(capsys, f"--init={FILE}", *arguments)
+    assert status == 2 and not said and message in warned
+    assert len(warned[warned.index("error: ") :].splitlines()) <= 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_python_an_image_that_cannot_be_read_is_an_error(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"broken\.png: cannot be read as an image"):
+        look.draw("rollout", FILE, [tmp_path / "broken.png"])
