@@ -29,12 +29,12 @@ def run(capsys, *arguments):
 def test_it_draws_the_images_below_a_directory(album, tmp_path, capsys):
     (album / "broken.png").write_bytes(b"nothing")
     out = tmp_path / "rollout.png"
-    status, said, warned = run(capsys, f"--init={FILE}", "--what=rollout", f"--out={out}", "--dpi=50", album)
+    status, output, warned = run(capsys, f"--init={FILE}", "--what=rollout", f"--out={out}", "--dpi=50", album)
     (album / "broken.png").unlink()
     assert status == 1 and "broken.png: cannot be read as an image" in warned
-    assert said.startswith(f"wrote {out}: rollout of {FILE}, ")
+    assert output.startswith(f"wrote {out}: rollout of {FILE}, ")
     with Image.open(out) as picture:
-        assert f"{picture.width}x{picture.height} pixels" in said
+        assert f"{picture.width}x{picture.height} pixels" in output
 
 
 @pytest.mark.parametrize("suffix", ["svg", "pdf"])
@@ -73,8 +73,8 @@ def test_the_arrays_are_written_to_npz_and_are_those_of_python(album, tmp_path, 
 )
 def test_mistakes_are_named(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, said, warned = run(capsys, f"--init={FILE}", *arguments)
-    assert status == 2 and not said and message in warned
+    status, output, warned = run(capsys, f"--init={FILE}", *arguments)
+    assert status == 2 and not output and message in warned
     assert len(warned[warned.index("error: ") :].splitlines()) <= 3
     assert not list(tmp_path.iterdir())
 

@@ -142,7 +142,8 @@ def look(flags: argparse.Namespace) -> int:
     for name in options.keys() - {*pictures.options_of(flags.what)}:
         users = [what for what in pictures.KINDS if name in pictures.options_of(what)]
         raise UserError(
-            f"--{OPTIONS[name]} cannot be combined with --what={flags.what}\n  omit it; it is for {few(users, len(users))}"
+            f"--{OPTIONS[name]} cannot be combined with --what={flags.what}\n"
+            f"  omit it; it is for {few(users, len(users))}"
         )
     is_of_parameters = flags.what in pictures.OF_PARAMETERS
     if is_of_parameters and flags.images:
@@ -299,7 +300,9 @@ def _write(picture: "Picture", out: Path, flags: argparse.Namespace) -> str:
             if out.suffix.lower() == ARRAYS:
                 np.savez(file, **picture.arrays)
             else:
-                picture.figure.savefig(file, format=out.suffix[1:].lower(), dpi=flags.dpi)
+                suffix = out.suffix[1:].lower()
+                smaller = {"pil_kwargs": {"optimize": True}} if suffix == "png" else {}
+                picture.figure.savefig(file, format=suffix, dpi=flags.dpi, **smaller)
     except (OSError, ValueError) as error:
         raise UserError(f"--out={out} cannot be written: {one_line(error)}\n  use another file") from error
     if out.suffix.lower() == ARRAYS:

@@ -46,8 +46,8 @@ def test_rollout_equals_numpy_in_float64(small, inside):
 @pytest.mark.parametrize(("grid", "extra"), [((4, 4), 1), ((2, 3), 0), ((3, 5), 5)])
 def test_the_distance_of_uniform_and_of_identity_attention(grid, extra):
     tokens = extra + grid[0] * grid[1]
-    places = list(itertools.product(range(grid[0]), range(grid[1])))
-    mean = np.mean([16 * np.hypot(a - c, b - d) for (a, b), (c, d) in itertools.product(places, places)])
+    cells = list(itertools.product(range(grid[0]), range(grid[1])))
+    mean = np.mean([16 * np.hypot(a - c, b - d) for (a, b), (c, d) in itertools.product(cells, cells)])
     uniform = jnp.full((1, 2, tokens, tokens), 1 / tokens)
     np.testing.assert_allclose(maps.mean_distance(uniform, extra, grid, 16), np.full((1, 2), mean), rtol=1e-6)
     identity = jnp.broadcast_to(jnp.eye(tokens), (1, 2, tokens, tokens))
