@@ -126,9 +126,10 @@ def relevance(subject: Subject, *, class_name: str | None = None) -> Picture:
     The class is `class_name` for all images, or the most probable one of each. Arrays: `relevance`
     [images, rows, columns] and `classes` [images].
     """
-    if subject.module.classes is None:
+    if not subject.is_classifier:
+        why = subject.model.no_head if subject.module.classes is None else "the model classifies each token"
         raise UserError(
-            f"relevance: {subject.model.no_head}, and relevance is that for a class\n"
+            f"relevance: {why}, and relevance is that for the class of an image\n"
             "  use a classifier, or another picture, such as rollout"
         )
     chosen = _class_index(subject.model, class_name)
@@ -205,7 +206,7 @@ def masks(subject: Subject, *, mask: str = "random", layer: int = 0) -> Picture:
 
     plain_outputs, without = subject.over_images(reduce)
     outputs, found = subject.over_images(reduce, mask=allowed[None, None])
-    (rows, columns), has_classes = subject.grid, subject.module.classes is not None
+    (rows, columns), has_classes = subject.grid, subject.is_classifier
     patch = rows // 2, columns // 2  # the query for which the hidden patches are drawn
     visible = allowed[subject.query(patch)[0], subject.extra :].reshape(rows, columns)
     captions = subject.captions(plain_outputs) if has_classes else subject.captions()

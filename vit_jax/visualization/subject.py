@@ -65,6 +65,11 @@ class Subject:
         return self.extra + self.grid[0] * self.grid[1]
 
     @property
+    def is_classifier(self) -> bool:
+        """Whether the model has a head that is applied to the image as a whole."""
+        return self.module.classes is not None and self.module.pooling != "none"
+
+    @property
     def batch_size(self) -> int:
         """Images per batch, so that the attention weights of a batch take at most `MAX_WEIGHT_BYTES`."""
         per_image = 4 * self.module.depth * self.module.heads * self.tokens**2
@@ -141,7 +146,7 @@ class Subject:
             classes: their indices; None for the most probable ones.
         """
         lines = [Path(name).name for name in self.names] or [""] * len(self.images)
-        if outputs is None or self.module.classes is None:
+        if outputs is None or not self.is_classifier:
             return lines
         logits = first_head(outputs)
         logits = logits.astype(np.float64)
