@@ -209,7 +209,7 @@ def masks(subject: Subject, *, mask: str = "random", layer: int = 0) -> Picture:
     (rows, columns), has_classes = subject.grid, subject.is_classifier
     patch = rows // 2, columns // 2  # the query for which the hidden patches are drawn
     visible = allowed[subject.query(patch)[0], subject.extra :].reshape(rows, columns)
-    captions = subject.captions(plain_outputs) if has_classes else subject.captions()
+    captions = subject.captions(plain_outputs)
     masked = [line.rpartition("\n")[2] for line in subject.captions(outputs)] if has_classes else []
     title = f"Attention mask '{mask}', layer {index + 1} of {subject.module.depth}, mean over heads"
     arrays = visible, allowed, without, found
