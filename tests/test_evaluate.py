@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import scipy.special
 from PIL import Image
 from sklearn import metrics
 
@@ -56,6 +57,13 @@ def test_the_files_of_each_head_agree_with_the_logits_of_every_image(digits_run,
         assert [row["predicted"] for row in rows] == [names[index] for index in predicted]
         probabilities = [one.heads[head][0].probability for one in every]
         np.testing.assert_allclose([float(row["probability"]) for row in rows], probabilities, atol=1e-5)
+        every_class = range(len(names))
+        assert [int(row["rank"]) <= 2 for row in rows] == [
+            label in np.argsort(-one, kind="stable")[:2] for label, one in zip(labels, logits, strict=True)
+        ]
+        softmax = scipy.special.softmax(logits.astype(np.float64), axis=1)
+        own = softmax[np.arange(len(labels)), labels]
+        np.testing.assert_allclose([float(row["true_probability"]) for row in rows], own, atol=1e-5)
         counts = metrics.confusion_matrix(labels, predicted, labels=range(len(names)))
         matrix = table(directory / "confusion.csv")
         assert [[int(row[name]) for name in names] for row in matrix] == counts.tolist()
@@ -64,6 +72,14 @@ def test_the_files_of_each_head_agree_with_the_logits_of_every_image(digits_run,
         assert found["accuracy"] == printed[f"test/{head}/accuracy"] == (predicted == labels).mean()
         assert found["balanced_accuracy"] == printed[f"test/{head}/balanced_accuracy"]
         assert found["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(labels, predicted))
+        assert found["nll"] == printed[f"test/{head}/nll"] == pytest.approx(found["loss"], rel=1e-5)
+        assert found["nll"] == pytest.approx(metrics.log_loss(labels, softmax, labels=every_class), rel=1e-4)
+        top5 = metrics.top_k_accuracy_score(labels, logits, k=5, labels=every_class) if len(names) > 5 else 1
+        assert found["top5"] == printed[f"test/{head}/top5"] == top5
+        bins = [row for row in table(directory / "reliability.csv") if int(row["examples"])]
+        weighted = [int(row["examples"]) * abs(float(row["probability"]) - float(row["accuracy"])) for row in bins]
+        assert sum(int(row["examples"]) for row in bins) == found["examples"] == 360
+        assert found["calibration_error"] == pytest.approx(sum(weighted) / 360, rel=1e-4)
         assert found["macro_f1"] == pytest.approx(metrics.f1_score(labels, predicted, average="macro"))
         with Image.open(directory / "confusion.png") as picture:
             assert picture.format == "PNG"
@@ -85,6 +101,38 @@ def mirrored(make_run, digits):
     """A run that is evaluated on each image and its mirror image, and its predictions."""
     workdir = make_run(augment={"test_flip": True})
     return workdir, inference.Predictor(workdir)(digits.images)
+
+
+def test_the_metrics_of_one_view_and_of_several_are_those_of_runs_with_such_views(make_run, mirrored, tmp_path, capsys):
+    workdir, _ = mirrored
+    averaged, plain = run(capsys, workdir)[0], run(capsys, workdir, "--views=off")[0]
+    both, lines = run(capsys, workdir, "--views=both", f"--out={tmp_path}")
+    expected = {f"{name}/one_view": value for name, value in plain.items() if name.startswith("test/")}
+    del expected["test/examples/one_view"]
+    assert both == averaged | expected and (averaged["views"], plain["views"]) == (2, 1)
+    assert averaged["test/loss"] != plain["test/loss"]
+    percent = [f"{100 * one['test/accuracy']:.2f} %" for one in (averaged, plain)]
+    assert f"accuracy {percent[0]} averaged over 2 views, {percent[1]} on one view" in lines
+    written = strict(tmp_path / "metrics.json")
+    assert written["nll/one_view"] == plain["test/nll"] and written["views"] == 2
+    # A run of the same parameters that was trained without views.
+    alone = make_run()
+    assert run(capsys, alone)[0] == plain
+    assert run(capsys, alone, "--test_flip")[0] == averaged
+    shifted = run(capsys, alone, "--test_shift=1", "--views=both")[0]
+    assert shifted["views"] == 5 and shifted["test/loss/one_view"] == plain["test/loss"] != shifted["test/loss"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--views=both"], "--views=both: this model is scored on one view"),
+        (["--test_shift=8"], "--test_shift is 8\n  allowed: an integer from 0 to 7"),
+    ],
+)
+def test_views_that_a_run_cannot_have_are_refused(make_run, arguments, words, capsys):
+    assert evaluate.main([f"--workdir={make_run()}", *arguments]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +186,7 @@ def test_several_seeds_give_each_result_and_mean_and_spread(seeds, tmp_path, cap
     assert printed["test/loss/std"] == pytest.approx(np.std(losses, ddof=1))
     assert "without a checkpoint, left out: seed 5" in errors and "over 2 seeds" in errors[-1]
     assert {path.name for path in (tmp_path / "seed-3").iterdir()} == {
-        *("metrics.json", "classes.csv", "predictions.csv", "confusion.csv", "confusion.png")
+        *("metrics.json", "classes.csv", "predictions.csv", "reliability.csv", "confusion.csv", "confusion.png")
     }
 
 

@@ -223,6 +223,11 @@ def test_a_converted_run_has_the_metrics_of_the_run(make_run, tmp_path, capsys):
         found = json.loads(output)
         assert found["test/accuracy"] == expected["test/accuracy"] and found["test/examples"] == 360
         assert found["test/loss"] == pytest.approx(expected["test/loss"], rel=1e-5)
+    flags = f"--init={tmp_path / 'model.safetensors'}", "--data=digits", "--views=both"
+    found = json.loads(run(capsys, *flags)[1])
+    for name, view in (("test/loss", None), ("test/nll/one_view", "off")):
+        status, output, _ = run(capsys, f"--workdir={workdir}", *([] if view is None else [f"--views={view}"]))
+        assert found[name] == pytest.approx(json.loads(output)[name.removesuffix("/one_view")], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,17 @@ def expected_test(photos):
     return {str(photos / path) for path in held_out}
 
 
+def predictions_of(labels, predicted, names):
+    """Predictions without probabilities."""
+    none = np.ones(len(labels), np.float32)
+    return Predictions(labels, predicted, none, names, true_probability=none, rank=np.ones_like(labels), nll=none)
+
+
 def test_the_lines_per_class_are_those_of_counting_by_hand():
     names = tuple(f"class {k}" for k in range(4))
     labels = np.array([0, 0, 0, 0, 1, 1, 3], np.int32)  # no example of class 2
     predicted = np.array([0, 0, 0, 1, 1, 0, 3], np.int32)
-    text = describe.classes(Predictions(labels, predicted, np.ones(7, np.float32), names))
+    text = describe.classes(predictions_of(labels, predicted, names))
     assert "balanced accuracy 75.00 %" in text and "3 classes" in text  # (3/4 + 1/2 + 1/1) / 3
     assert [line.split() for line in text.splitlines()[1:]] == [
         ["class", "0", "75.00", "%", "3", "of", "4"],
@@ -86,7 +92,7 @@ def test_of_many_classes_the_lowest_are_listed():
     labels = np.repeat(np.arange(50, dtype=np.int32), 2)
     predicted = labels.copy()
     predicted[:6] = 49  # classes 0 to 2 are never right
-    lines = describe.classes(Predictions(labels, predicted, np.ones(100, np.float32), tuple(map(str, range(50)))))
+    lines = describe.classes(predictions_of(labels, predicted, tuple(map(str, range(50)))))
     listed = [line.split()[0] for line in lines.splitlines()[1:]]
     assert len(listed) == 10 and listed[:3] == ["0", "1", "2"]
 

@@ -2,9 +2,10 @@
 
 import argparse
 import copy
+import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from vit_jax import atomic, commands, evaluate_weights, paths, terminal
 from vit_jax.errors import UserError, few
 
 if TYPE_CHECKING:
+    from vit_jax.data.augment import Augment
     from vit_jax.data.sources import Source
     from vit_jax.evaluation.per_class import Predictions
 
@@ -30,11 +32,20 @@ The classes of the lowest recall, and the balanced accuracy of unbalanced classe
 
   confusion.png, confusion.csv    number of images by true class (row) and predicted class (column)
   classes.csv                     images, recall, precision and F1 of each class, and its most frequent confusion
-  predictions.csv                 true and predicted class of each image, and the probability of the latter
-  metrics.json                    accuracy, balanced accuracy, macro F1, loss, calibration error
+  predictions.csv                 true and predicted class of each image, their probabilities, rank of the true class
+  reliability.csv                 number, mean probability and accuracy of the images by probability, in 15 bins
+  metrics.json                    the metrics, as printed
 
 A model with several heads has these files in one directory per head. For the directory of several seeds, each seed is
 evaluated, and the mean and the sample standard deviation are printed.
+
+The negative log-likelihood (nll) of the true class is the loss of a softmax head. For a sigmoid head it is that of the
+softmax of the same logits: of each class, given that exactly one is present. calibration_error is the expected
+calibration error (ECE).
+
+A run with augment.test_flip or test_shift averages the probabilities over several views of each image. --views=off
+scores the unchanged image alone, --views=both prints both results, that of one view as <metric>/one_view (the files
+are then those of the average). --test_flip and --test_shift=1 average over views that the run did not have.
 
 If the run averages its parameters (config.optimizer.average_decay), the average is evaluated. A split expression such
 as 'test[:1000]' takes the examples in the dataset's own order, as it is stored.
@@ -48,6 +59,7 @@ training on it holds out.
 """
 
 MAX_CLASSES = 2000  # with more, a matrix with a cell for each pair is no use
+VIEWS = ("on", "off", "both")
 SHOWN = 5  # lines about the classes of the lowest recall
 
 
@@ -59,6 +71,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--weights", metavar="FILE", help="with --workdir: evaluate the parameters in this file, not a checkpoint"
     )
+    parser.add_argument(
+        "--views",
+        choices=VIEWS,
+        help="average over the test-time views (on), score one view (off), or both (default: on)",
+    )
+    parser.add_argument("--test_flip", action="store_true", help="average over the image and its mirror image")
+    parser.add_argument("--test_shift", type=int, metavar="N", help="average over four shifts by N pixels; 0 for none")
     parser.add_argument("--out", metavar="DIR", help="write confusion matrix, results per class and predictions here")
     flags = parser.parse_args(arguments)
     if flags.weights is not None and (flags.best or flags.step is not None):
@@ -73,15 +92,16 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
     (`<metric>/std`) and the values of each seed (`<metric>/each`).
 
     Raises:
-        UserError: as `commands.open_run` or `evaluate_weights.evaluate`; or a flag is of no use, the files of `--out`
+        UserError: as `commands.open_run` or `evaluate_weights.prepare`; or a flag is of no use, the files of `--out`
             cannot be written, or the run has no classes.
     """
     commands.check_flags(flags, evaluate_weights.OF_RUN, evaluate_weights.OF_INIT)
     flags = copy.copy(flags)
     out = None if flags.out is None else _output_directory(flags.out)
     if flags.init:
-        metrics, heads, source = evaluate_weights.evaluate(flags)
-        return _finish(flags, {"init": flags.init, "data": source.name}, metrics, heads, source, out)
+        augment, score, source = evaluate_weights.prepare(flags)
+        evaluated = {"init": flags.init, "data": source.name}
+        return _finish(flags, evaluated, augment, score, source, out)
     flags.split = flags.split or commands.TEST
     workdir = paths.expand(flags.workdir, "--workdir")
     seeds = _seeds(workdir)
@@ -101,12 +121,13 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
         terminal.warn(f"seed {seed}")
         results.append(_evaluate_run(of_seed, None if out is None else multi_seed.workdir_of(out, seed)))
     metrics = {name: [result[name] for result in results] for name in results[0]}
-    steps, summary = metrics.pop("step"), multi_seed.mean_and_std(metrics)
+    steps, (views, *_) = metrics.pop("step"), metrics.pop("views")
+    summary = multi_seed.mean_and_std(metrics)
     name = next(one for one in (f"{flags.split}/accuracy", f"{flags.split}/loss") if one in summary)
     factor, digits, unit = (100, 2, " %") if name.endswith("accuracy") else (1, 4, "")
     mean, std = (f"{factor * (value or 0):.{digits}f}" for value in (summary[name], summary[f"{name}/std"]))
     terminal.warn(f"{name.replace('/', ' ')} {mean} +- {std}{unit} over {len(seeds)} seeds")
-    return {"seeds": seeds, "step": steps[0] if len({*steps}) == 1 else steps, **summary}
+    return {"seeds": seeds, "step": steps[0] if len({*steps}) == 1 else steps, "views": views, **summary}
 
 
 def _seeds(workdir: Path) -> list[int]:
@@ -125,42 +146,93 @@ def _seeds(workdir: Path) -> list[int]:
 
 def _evaluate_run(flags: argparse.Namespace, out: Path | None) -> dict[str, Any]:
     """As `evaluate`, for the run of one seed, and an expanded path in place of `--out`."""
+    from vit_jax.evaluation import exact
+
     trained = commands.open_run(flags)
     run, state = trained.run, trained.state
-    if out is not None and not run.objective.needs_labels:
-        raise UserError(
-            f"--out={flags.out}: {flags.workdir} was trained without labels, so it predicts no classes\n  omit --out"
-        )
-    metrics, heads = run.evaluate(state.for_evaluation(), flags.split)
+    of_classes = ("out", flags.out), ("views", flags.views), ("test_flip", flags.test_flip or None)
+    for name, value in (*of_classes, ("test_shift", flags.test_shift)) if not run.objective.needs_labels else ():
+        if value is not None:
+            raise UserError(
+                f"--{name}={value}: {flags.workdir} was trained without labels, so it predicts no classes\n"
+                f"  omit --{name}"
+            )
+
+    def score(augment: "Augment") -> tuple[dict[str, Any], dict[str, "Predictions"]]:
+        scorer = exact.make_scorer(run.module, augment, run.mesh, run.objective)
+        batches = run.pipelines[flags.split], run.evaluation_batch_size, flags.split
+        return exact.evaluate(scorer, state.for_evaluation(), *batches, run.objective)
+
     evaluated = {"step": int(state.step)} if flags.weights is None else {"weights": flags.weights}
-    return _finish(flags, evaluated, metrics, heads, run.sources[flags.split], out)
+    return _finish(flags, evaluated, run.augment, score, run.sources[flags.split], out)
 
 
 def _finish(
     flags: argparse.Namespace,
     evaluated: dict[str, Any],
-    metrics: dict[str, Any],
-    heads: dict[str, "Predictions"],
+    augment: "Augment",
+    score: Callable[["Augment"], tuple[dict[str, Any], dict[str, "Predictions"]]],
     source: "Source",
     out: Path | None,
 ) -> dict[str, Any]:
-    """Returns what was evaluated, and the metrics with balanced accuracy; prints lines about classes, writes `out`."""
+    """Returns what was evaluated and the metrics, with those of the predictions; prints lines, writes `out`.
+
+    `score` is called with the views to average over, which are those of `augment` or of the flags.
+    """
+    augment, one_view = _views(flags, augment, source)
+    metrics, heads = _score(flags.split, score, augment)
+    evaluated = {**evaluated, "views": augment.num_views}
+    if flags.views == "both":
+        of_one = _score(flags.split, score, one_view)[0]
+        accuracy, of_view = (100 * one[f"{flags.split}/accuracy"] for one in (metrics, of_one))
+        terminal.warn(f"accuracy {accuracy:.2f} % averaged over {augment.num_views} views, {of_view:.2f} % on one view")
+        metrics |= {f"{name}/one_view": value for name, value in of_one.items() if not name.endswith("/examples")}
     if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
         terminal.warn(f"warning: {few(wrong)} is not finite: null in the result")
     for head, predictions in heads.items():
-        prefix = f"{flags.split}/{head}" if len(heads) > 1 else flags.split
-        accuracy, balanced = metrics[f"{prefix}/accuracy"], predictions.balanced_accuracy()
-        metrics[f"{prefix}/balanced_accuracy"] = balanced
+        prefix = _prefix(flags.split, head, heads)
         name = f"{head}: " if len(heads) > 1 else ""
-        for line in _describe(predictions, accuracy, balanced):
+        for line in _describe(predictions, *(metrics[f"{prefix}{one}"] for one in ("accuracy", "balanced_accuracy"))):
             terminal.warn(name + line)
         if out is not None:
             directory = out / head if len(heads) > 1 else out
-            of_head = {one: metrics[f"{prefix}/{one}"] for one in ("accuracy", "balanced_accuracy", "top5", "loss")}
+            of_head = {one.removeprefix(prefix): metrics[one] for one in metrics if one.startswith(prefix)}
             workdir = {"workdir": str(paths.expand(flags.workdir, "--workdir"))} if flags.workdir else {}
             about = {**workdir, "split": flags.split, **evaluated, "head": head}
             _write(directory, predictions, {**about, **of_head}, source.paths() or list(range(len(source))))
     return {**evaluated, **metrics}
+
+
+def _prefix(split: str, head: str, heads: dict[str, "Predictions"]) -> str:
+    """Returns what the names of a head's metrics begin with."""
+    return f"{split}/{head}/" if len(heads) > 1 else f"{split}/"
+
+
+def _score(split: str, score: Callable, augment: "Augment") -> tuple[dict[str, Any], dict[str, "Predictions"]]:
+    """Returns the metrics, with those of the predictions, and the predictions by head."""
+    metrics, heads = score(augment)
+    for head, predictions in heads.items():
+        metrics |= {_prefix(split, head, heads) + name: value for name, value in predictions.metrics().items()}
+    return metrics, heads
+
+
+def _views(flags: argparse.Namespace, augment: "Augment", source: "Source") -> tuple["Augment", "Augment"]:
+    """Returns the views to average over, by the flags and else by the model, and the unchanged image alone.
+
+    Raises:
+        UserError: the shift is as large as the image, or there is only one view and `--views=both`.
+    """
+    one_view = dataclasses.replace(augment, test_flip=False, test_shift=0)
+    if flags.test_flip:
+        augment = dataclasses.replace(augment, test_flip=True)
+    if flags.test_shift is not None:
+        side = min(source.images.shape[1:3])
+        if not 0 <= flags.test_shift < side:
+            raise UserError(f"--test_shift is {flags.test_shift}\n  allowed: an integer from 0 to {side - 1}")
+        augment = dataclasses.replace(augment, test_shift=flags.test_shift)
+    if flags.views == "both" and augment.num_views == 1:
+        raise UserError("--views=both: this model is scored on one view\n  add others: --test_flip, --test_shift=1")
+    return one_view if flags.views == "off" else augment, one_view
 
 
 def _describe(predictions: "Predictions", accuracy: float, balanced: float) -> list[str]:
@@ -198,33 +270,45 @@ def _output_directory(out: str) -> Path:
 def _write(directory: Path, predictions: "Predictions", metrics: dict[str, Any], examples: Sequence[str | int]) -> None:
     """Writes the files about one head; `examples` are the paths or indices of its examples."""
     names = predictions.class_names
-    more = {"macro_f1": predictions.macro_f1(), "calibration_error": predictions.calibration_error()}
     by_class = (
         [row.name, row.images, row.correct, *map(_number, (row.recall, row.precision, row.f1))]
         + [row.confused_with, row.confused]
         for row in predictions.rows()
     )
-    columns = [a.tolist() for a in (predictions.labels, predictions.predicted, predictions.probability)]
-    by_image = (
-        [example, names[label], names[guess] if guess >= 0 else None, _number(probability if guess >= 0 else None)]
-        for example, label, guess, probability in zip(examples, *columns, strict=True)
-    )
-    identity = "path" if isinstance(examples[0], str) else "index"
     header = ["class", "images", "correct", "recall", "precision", "f1", "confused_with", "confused"]
+    bins = predictions.reliability()
+    by_bin = ([*map(_number, row[:2]), row.examples, *map(_number, row[3:])] for row in bins)
     try:
         atomic.make_directory(directory)
         atomic.write_csv(directory / "classes.csv", header, by_class)
-        atomic.write_csv(directory / "predictions.csv", [identity, "true", "predicted", "probability"], by_image)
+        atomic.write_csv(directory / "predictions.csv", *_by_image(predictions, examples))
+        atomic.write_csv(directory / "reliability.csv", bins[0]._fields, by_bin)
         if len(names) <= MAX_CLASSES:
             _write_confusion(directory, predictions, metrics)
-        atomic.write_json(directory / "metrics.json", {**metrics, **more, "examples": len(predictions.labels)})
+        atomic.write_json(directory / "metrics.json", {**metrics, "examples": len(predictions.labels)})
     except OSError as error:
         raise UserError(
             f"--out: {directory} cannot be written to: {error.strerror}\n  use another directory"
         ) from error
-    written = "metrics.json, classes.csv, predictions.csv"
+    written = "metrics.json, classes.csv, predictions.csv, reliability.csv"
     matrix = ", confusion.csv, confusion.png" if len(names) <= MAX_CLASSES else "; no matrix of so many classes"
     terminal.warn(f"wrote {directory}: {written}{matrix}")
+
+
+def _by_image(
+    predictions: "Predictions", examples: Sequence[str | int]
+) -> tuple[list[str], Iterator[list[str | int | None]]]:
+    """Returns the header and the rows of predictions.csv; of logits that are not finite, only the true class."""
+    names = predictions.class_names
+    fields = ("labels", "predicted", "probability", "true_probability", "rank")
+    columns = zip(examples, *(getattr(predictions, name).tolist() for name in fields), strict=True)
+    rows = (
+        [example, names[label]]
+        + ([names[guess], *map(_number, (probability, own)), rank] if guess >= 0 else [None] * 4)
+        for example, label, guess, probability, own, rank in columns
+    )
+    identity = "path" if isinstance(examples[0], str) else "index"
+    return [identity, "true", "predicted", "probability", "true_probability", "rank"], rows
 
 
 def _write_confusion(directory: Path, predictions: "Predictions", metrics: dict[str, Any]) -> None:

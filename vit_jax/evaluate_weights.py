@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vit_jax import commands, terminal
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Int32
 
+    from vit_jax.data.augment import Augment
     from vit_jax.data.sources import Source
     from vit_jax.evaluation.per_class import Predictions
     from vit_jax.inference import Classifier
@@ -28,8 +30,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     commands.add_classes_flags(parser)
 
 
-def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Predictions"], "Source"]:
-    """Returns the metrics on the split, the predictions by head, and the examples, labelled as the model's classes.
+def prepare(
+    flags: argparse.Namespace,
+) -> "tuple[Augment, Callable[[Augment], tuple[dict[str, Any], dict[str, Predictions]]], Source]":
+    """Returns the views of the model, the function that scores it with such views, and the examples that it scores.
+
+    The function returns the metrics on the split and the predictions by head. The examples are labelled as the model's
+    classes.
 
     Sets `flags.split` to the prefix of the metrics: 'all' for a folder without splits.
 
@@ -72,10 +79,14 @@ def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, "Pred
     mesh = sharding.make_mesh(None)
     batch_size = -(-(flags.batch_size or inference.BATCH_SIZE) // mesh.size) * mesh.size
     objective = Classification({source.label: 1.0}, model.loss)
-    scorer = exact.make_scorer(model.model, model.augment, mesh, objective)
     parameters = jax.device_put(model.parameters, sharding.replicated(mesh))
     batches = pipeline.make(source, mesh)
-    return *exact.evaluate(scorer, parameters, batches, batch_size, flags.split, objective), source
+
+    def score(augment: "Augment") -> tuple[dict[str, Any], "dict[str, Predictions]"]:
+        scorer = exact.make_scorer(model.model, augment, mesh, objective)
+        return exact.evaluate(scorer, parameters, batches, batch_size, flags.split, objective)
+
+    return model.augment, score, source
 
 
 def _matched(

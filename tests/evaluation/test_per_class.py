@@ -2,20 +2,26 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from sklearn import metrics
 
 from vit_jax import confusion
 from vit_jax.evaluation.per_class import Predictions
+from vit_jax.objectives import losses
 
 
 def made(labels, predicted, probability=None, classes=None):
     labels, predicted = (np.asarray(array, np.int32) for array in (labels, predicted))
     probability = np.full(len(labels), 0.5) if probability is None else probability
     count = classes or max(labels.max(), predicted.max()) + 1
+    others = {"true_probability": np.ones(len(labels)), "nll": np.where(predicted < 0, np.nan, 0.0)}
+    others = {name: array.astype(np.float32) for name, array in others.items()}
+    names = tuple(f"class {i}" for i in range(count))
     return Predictions(
-        labels, predicted, np.asarray(probability, np.float32), tuple(f"class {i}" for i in range(count))
+        labels, predicted, np.asarray(probability, np.float32), names, rank=np.ones_like(labels), **others
     )
 
 
@@ -60,6 +66,50 @@ def test_the_calibration_error_equals_a_loop_over_the_bins(case):
         if inside.any():
             total += inside.mean() * abs(right[inside].mean() - case.probability[inside].astype(np.float64).mean())
     assert case.calibration_error() == pytest.approx(total, rel=1e-6)
+
+
+def test_the_bins_of_probability_and_accuracy_hold_every_example_once(case):
+    rows, bins = case.reliability(), np.digitize(case.probability.astype(np.float64), np.arange(1, 15) / 15)
+    assert len(rows) == 15 and rows[0].low == 0 and rows[-1].high == 1
+    for index, row in enumerate(rows):
+        inside = bins == index
+        assert (row.examples, row.high) == (inside.sum(), pytest.approx(row.low + 1 / 15))
+        if row.examples:
+            assert row.probability == pytest.approx(case.probability[inside].astype(np.float64).mean(), rel=1e-12)
+            assert row.accuracy == pytest.approx((case.labels == case.predicted)[inside].mean(), rel=1e-12)
+
+
+def test_bins_without_examples_have_no_accuracy_and_those_of_certain_predictions_are_in_the_last():
+    rows = made([0, 1, 1, 0], [0, 1, -1, 1], [1.0, 1.0, 0.9, 0.0]).reliability()
+    assert [row.examples for row in rows] == [1, *[0] * 13, 2]
+    assert rows[5][3:] == (None, None) and rows[0][3:] == (0.0, 0.0) and rows[-1][3:] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_likelihood_rank_and_probability_of_the_true_class_equal_scikit_learn(loss):
+    generator = np.random.default_rng(3)
+    logits, labels = generator.normal(0, 4, (200, 12)).astype(np.float32), generator.integers(0, 12, 200)
+    labels = np.concatenate([np.arange(12), labels[12:]]).astype(np.int32)
+    logits[7, 3:] = -60.0  # a likelihood of the true class that float32 holds as a logarithm only
+    found = losses.predictions(jnp.asarray(logits), jnp.asarray(labels), loss)
+    predictions = Predictions(labels, class_names=tuple("abcdefghijkl"), **{n: np.asarray(a) for n, a in found.items()})
+    wide = logits.astype(np.float64)
+    each = scipy.special.softmax(wide, axis=1) if loss == "softmax" else scipy.special.expit(wide)
+    # Of independent classes: each alone present and all others absent, given that one is.
+    present = scipy.special.expit(wide[:7, None])
+    alone = np.where(np.eye(12, dtype=bool), present, 1 - present).prod(axis=-1)
+    alone /= alone.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(predictions.nll[:7], -np.log(alone[np.arange(7), labels[:7]]), rtol=1e-5, atol=1e-6)
+    others = np.arange(200) != 7  # scikit-learn takes 2e-16 for smaller probabilities
+    expected = metrics.log_loss(labels[others], scipy.special.softmax(wide[others], axis=1))
+    assert predictions.nll[others].astype(np.float64).mean() == pytest.approx(expected, rel=1e-6)
+    assert predictions.nll[7] == pytest.approx(60 + scipy.special.logsumexp(wide[7]), rel=1e-6)
+    assert predictions.metrics()["nll"] == pytest.approx((199 * expected + predictions.nll[7]) / 200, rel=1e-6)
+    for k in (1, 2, 5):
+        assert np.mean(predictions.rank <= k) == metrics.top_k_accuracy_score(labels, wide, k=k)
+    np.testing.assert_allclose(predictions.true_probability, each[np.arange(200), labels], rtol=1e-5)
+    np.testing.assert_allclose(predictions.probability, each.max(axis=1), rtol=1e-6)
+    assert ((predictions.rank == 1) == (predictions.predicted == labels)).all()
 
 
 def test_the_calibration_error_of_confident_predictions_is_the_share_of_wrong_ones():

@@ -158,6 +158,11 @@ class Augment:
         """Returns (x / 255 - mean) / std per channel, arranged as the model expects it."""
         return self._arrange(self._normalize(images))
 
+    @property
+    def num_views(self) -> int:
+        """Number of views that evaluation averages over."""
+        return (5 if self.test_shift else 1) * (2 if self.test_flip else 1)
+
     def views(self, images: Images) -> list[Float[Array, "batch ..."]]:
         """Returns the normalized views that evaluation averages over, the unchanged image first."""
         height, width = images.shape[1:3]

@@ -101,9 +101,7 @@ def _predictions(
     """Returns the predictions of all dispatches by head, without padding, in the order of the examples."""
     labels, names, found = source.labels_by_kind(), source.class_names_by_label(), {}
     for head in parts[0]:
-        arrays = {
-            name: np.stack([part[head][name] for part in parts])[is_real] for name in ("predicted", "probability")
-        }
+        arrays = {name: np.stack([part[head][name] for part in parts])[is_real] for name in parts[0][head]}
         found[head] = Predictions(labels[head], class_names=names[head], **arrays)
     return found
 

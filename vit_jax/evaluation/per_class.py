@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32
@@ -36,6 +37,24 @@ class ClassRow:
     confused: int
 
 
+class ReliabilityRow(NamedTuple):
+    """The examples whose predicted class has a probability from `low` to `high`.
+
+    Attributes:
+        low: smallest probability.
+        high: the probability below which the next row begins.
+        examples: number of these examples.
+        probability: mean of these probabilities; None without examples.
+        accuracy: share of correct predictions; None without examples.
+    """
+
+    low: float
+    high: float
+    examples: int
+    probability: float | None
+    accuracy: float | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictions:
     """The predictions of one head for every example of a split.
@@ -45,12 +64,18 @@ class Predictions:
         predicted: index of the most probable class; `NOT_FINITE` if the logits are not finite.
         probability: of that class.
         class_names: one name per class.
+        true_probability: of the true class.
+        rank: of the true class by probability; 1 if the prediction is correct.
+        nll: negative log-likelihood of the true class; NaN if the logits are not finite.
     """
 
     labels: Int32[np.ndarray, " examples"]
     predicted: Int32[np.ndarray, " examples"]
     probability: Float32[np.ndarray, " examples"]
     class_names: tuple[str, ...]
+    true_probability: Float32[np.ndarray, " examples"]
+    rank: Int32[np.ndarray, " examples"]
+    nll: Float32[np.ndarray, " examples"]
 
     @functools.cached_property
     def images(self) -> Int[np.ndarray, " classes"]:
@@ -118,10 +143,36 @@ class Predictions:
         """
         if (self.predicted == NOT_FINITE).any():
             return float("nan")
-        probability = self.probability.astype(np.float64)
+        rows = [row for row in self.reliability() if row.examples]
+        return sum(row.examples * abs(row.probability - row.accuracy) for row in rows) / len(self.labels)
+
+    def reliability(self) -> list[ReliabilityRow]:
+        """Returns 15 bins of equal width, by the probability of the predicted class; the last one includes 1.
+
+        Examples whose logits are not finite are left out.
+        """
+        finite = self.predicted != NOT_FINITE
+        probability, correct = self.probability[finite].astype(np.float64), (self.labels == self.predicted)[finite]
         bins = np.minimum((probability * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-        excess = probability - (self.labels == self.predicted)
-        return float(np.abs(np.bincount(bins, excess, CALIBRATION_BINS)).sum() / len(self.labels))
+        counts, *sums = (np.bincount(bins, of, CALIBRATION_BINS) for of in (None, probability, correct))
+        return [
+            ReliabilityRow(
+                index / CALIBRATION_BINS,
+                (index + 1) / CALIBRATION_BINS,
+                int(count),
+                *(float(of[index] / count) if count else None for of in sums),
+            )
+            for index, count in enumerate(counts)
+        ]
+
+    def metrics(self) -> dict[str, float]:
+        """Returns 'balanced_accuracy', 'macro_f1', 'nll' (the mean) and 'calibration_error'."""
+        return {
+            "balanced_accuracy": self.balanced_accuracy(),
+            "macro_f1": self.macro_f1(),
+            "nll": float(self.nll.astype(np.float64).mean()),
+            "calibration_error": self.calibration_error(),
+        }
 
     def is_unbalanced(self) -> bool:
         """Returns whether the largest class has at least 1.5 times as many examples as the smallest one present."""

@@ -138,8 +138,7 @@ class Objective(abc.ABC):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns `eval_sums`, and the predictions for each example of the batch by head; by default none.
 
-        The predictions of a head are 'predicted' (int32 [batch], -1 if the logits are not finite) and 'probability'
-        (float32 [batch]).
+        The predictions of a head are arrays [batch] by the names of the fields of `evaluation.per_class.Predictions`.
         """
         return self.eval_sums(module, parameters, views, labels, example_ids), {}
 

@@ -65,9 +65,9 @@ class Classification(Objective):
         real = example_ids >= 0
         if isinstance(logits, Mapping):
             sums = {name: losses.eval_sums(logits[name], labels[name], real, self.loss) for name in labels}
-            return sums, {name: losses.predictions(logits[name], self.loss) for name in labels}
+            return sums, {name: losses.predictions(logits[name], labels[name], self.loss) for name in labels}
         (head,) = self.weights
-        return losses.eval_sums(logits, labels, real, self.loss), {head: losses.predictions(logits, self.loss)}
+        return losses.eval_sums(logits, labels, real, self.loss), {head: losses.predictions(logits, labels, self.loss)}
 
     def summarize(self, split: str, sums: Mapping[str, Any]) -> dict[str, float | int]:
         """Returns '<split>/accuracy', '/top5', '/loss' and '/examples'.

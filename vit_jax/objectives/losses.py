@@ -129,12 +129,7 @@ def eval_sums(
 
     An example with a non-finite logit is never correct.
     """
-    finite = jnp.isfinite(logits).all(axis=-1)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    # Ties go to the lower index, as in argmax: constant logits are correct by chance, not always.
-    before = jnp.arange(logits.shape[-1]) < labels[:, None]
-    rank = ((logits > own) | ((logits == own) & before)).sum(axis=-1)
-    counted = real & finite
+    counted, rank = real & jnp.isfinite(logits).all(axis=-1), _rank(logits, labels)
     return {
         "examples": real.sum(),
         "correct": (counted & (rank == 0)).sum(),
@@ -143,18 +138,39 @@ def eval_sums(
     }
 
 
-def predictions(
-    logits: Float[Array, "batch classes"], loss: str
-) -> dict[str, Int[Array, " batch"] | Float[Array, " batch"]]:
-    """Returns 'predicted', the most probable class of each example (-1 with a non-finite logit), and its 'probability'.
+def _rank(logits: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Int[Array, " batch"]:
+    """Returns the number of classes that come before the true one, by logit.
 
-    Ties go to the lower index, as in `eval_sums`.
+    Ties go to the lower index, as in argmax: constant logits are correct by chance, not always.
+    """
+    own = _at(logits, labels)[:, None]
+    before = jnp.arange(logits.shape[-1]) < labels[:, None]
+    return ((logits > own) | ((logits == own) & before)).sum(axis=-1)
+
+
+def _at(values: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Float[Array, " batch"]:
+    return jnp.take_along_axis(values, labels[:, None], axis=-1)[:, 0]
+
+
+def predictions(
+    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], loss: str
+) -> dict[str, Int[Array, " batch"] | Float[Array, " batch"]]:
+    """Returns what `evaluation.per_class.Predictions` holds of each example of a batch, by the names of its fields.
+
+    Probabilities are those of the softmax, or each class's sigmoid. The negative log-likelihood is that of the softmax
+    for both losses: independent classes, of which exactly one is present, have the softmax of their logits as
+    probabilities. For a softmax head it is thus the loss. It is NaN with a non-finite logit.
     """
     finite = jnp.isfinite(logits).all(axis=-1)
     logits = logits.astype(jnp.float32)
     probabilities = jax.nn.softmax(logits) if loss == "softmax" else jax.nn.sigmoid(logits)
-    predicted = jnp.where(finite, logits.argmax(axis=-1), -1).astype(jnp.int32)
-    return {"predicted": predicted, "probability": probabilities.max(axis=-1)}
+    return {
+        "predicted": jnp.where(finite, logits.argmax(axis=-1), -1).astype(jnp.int32),
+        "probability": probabilities.max(axis=-1),
+        "true_probability": _at(probabilities, labels),
+        "rank": _rank(logits, labels).astype(jnp.int32) + 1,
+        "nll": jnp.where(finite, -_at(jax.nn.log_softmax(logits), labels), jnp.nan),
+    }
 
 
 def average_views(views: Sequence[Logits], loss: str) -> Logits:
