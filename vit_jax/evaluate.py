@@ -226,7 +226,7 @@ def _views(flags: argparse.Namespace, augment: "Augment", source: "Source") -> t
     if flags.test_flip:
         augment = dataclasses.replace(augment, test_flip=True)
     if flags.test_shift is not None:
-        side = min(source.images.shape[1:3])
+        side = min(source.image_shape[:2])
         if not 0 <= flags.test_shift < side:
             raise UserError(f"--test_shift is {flags.test_shift}\n  allowed: an integer from 0 to {side - 1}")
         augment = dataclasses.replace(augment, test_shift=flags.test_shift)
