@@ -115,7 +115,7 @@ BAD = {
     "train.epochs=None": ["steps", "epochs"],
     "train.steps=10 train.epochs=1": ["steps is 10 and config.train.epochs is 1.0", "exactly one of the two"],
     "optimizer.lr=1": ["config.optimizer.lr does not exist (given: '1')", "nearest: config.optimizer.learning_rate"],
-    "log.wandb=True": ["config.log.wandb does not exist", "metrics.jsonl", "config.log.tensorboard"],
+    "log.wandb=True": ["config.log.wandb does not exist", "metrics.jsonl", "config.log.tracker=wandb"],
     "train.seeds=0": ["config.train.seeds", "'0'", "0,3,7"],
     "train.seeds=three": ["config.train.seeds", "'three'", "0,3,7"],
     "train.seeds=1,2,1": ["config.train.seeds", "'1,2,1'", "different seeds"],
@@ -320,7 +320,7 @@ FREE = {
     "train": "steps_per_dispatch max_minutes evaluation_batch_size",
     "checkpoint": "every keep keep_best",
     "mesh": "devices distributed",
-    "log": "every tensorboard profile",
+    "log": "every tensorboard tracker profile",
 }
 CHANGEABLE = {
     "model": "dropout attention_dropout stochastic_depth stochastic_depth_schedule remat attention_kernel dtype",

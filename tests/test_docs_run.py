@@ -48,6 +48,7 @@ NOT_RUN = {
     r".*\$RECIPE.*": "RECIPE is a shell variable of the page",
     r"vit-jax predict .*--classes=(cat,|names|a photo|\"a photo).*": "its stand-in embeds no texts",
     r"vit-jax look --init=cifar10-lite .*": "the model is not part of the package: tests/test_look.py",
+    r".*--config\.log\.tracker=.*": "its package is not a requirement: tests/training/test_trackers.py",
     r".*dino\.pth.*": "it needs a file with several models: tests/situations/test_weights_files.py",
 }
 TRAINING = ("train", "finetune", "sweep")

@@ -50,7 +50,7 @@ MEANT = {
 }
 # What is no option, and a part of what is said.
 INSTEAD = {
-    "wandb log.wandb report_to trainer.logger": "metrics.jsonl in the run directory, and for TensorBoard",
+    "wandb log.wandb report_to trainer.logger": "for a tracker: config.log.tracker=wandb, mlflow or trackio",
     "early_stopping train.early_stopping patience": "best validation result is kept: see config.checkpoint.keep_best",
     "output_dir out save-dir log.log_dir": "--workdir=DIR",
     "resume train.resume resume_from_checkpoint": "run the same command again",

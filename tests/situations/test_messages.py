@@ -51,6 +51,7 @@ BROAD = {
     ("runtime/attention_choice.py", "choose"): "compilers and drivers raise many types; the next backend may work",
     ("terminal.py", "_run"): "errors of the machine are explained, all others raised again",
     ("training/environment.py", "_fact"): "a fact about the machine must never end a run",
+    ("training/trackers.py", "_work"): "a tracker may raise anything; it is reported, and the run continues",
     ("training/saving.py", "rescue"): "the error that ends the run is the one to report",
     ("weights/hub.py", "_from_hub"): "the HTTP client of huggingface_hub depends on its version",
     ("weights/hub.py", "sibling"): "the HTTP client of huggingface_hub depends on its version",

@@ -275,6 +275,12 @@ MESH = {
 LOG = {
     "every": free(50, int, "Steps between log records; train/... metrics are averaged over them.", min=1),
     "tensorboard": free(True, bool, "Write TensorBoard events in addition to metrics.jsonl."),
+    "tracker": free(
+        None,
+        str,
+        "Log the metrics to a tracker too, if its package is installed. None: to none.",
+        choices=("wandb", "mlflow", "trackio"),
+    ),
     "profile": free(
         None, STEPS, "Steps START:STOP to profile; the trace is written to WORKDIR/profile. None: no profile."
     ),

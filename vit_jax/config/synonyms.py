@@ -111,8 +111,8 @@ RELATED = {
 }
 # What is not an option, or need not be.
 NOTES = {
-    "wandb use_wandb wandb_project report_to logger loggers mlflow comet neptune": "metrics are written to "
-    "metrics.jsonl in the run directory, and for TensorBoard: see config.log.tensorboard",
+    "wandb use_wandb wandb_project report_to logger loggers mlflow trackio use_trackio comet neptune": "metrics are "
+    "written to metrics.jsonl and for TensorBoard; for a tracker: config.log.tracker=wandb, mlflow or trackio",
     "early_stopping early_stop early_stopping_patience patience": "there is no early stopping; the checkpoint with the "
     "best validation result is kept: see config.checkpoint.keep_best",
     "out out_dir outdir output output_dir save_dir log_dir logdir work_dir run_dir exp_dir experiment_dir exp_name "

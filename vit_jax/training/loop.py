@@ -13,7 +13,7 @@ from vit_jax.errors import UserError
 from vit_jax.evaluation.exact import Interrupted
 from vit_jax.runtime.profiling import Profiler
 from vit_jax.sharding import multihost
-from vit_jax.training import describe, init_from, plan, run_directory
+from vit_jax.training import describe, init_from, plan, run_directory, trackers
 from vit_jax.training.log import Log, NonFiniteBurst
 from vit_jax.training.metrics import MetricsWriter
 from vit_jax.training.plan import Chunk, ChunkLength
@@ -71,7 +71,8 @@ def train(
     throughput = experiment.make_throughput(resumed.get("seconds", 0.0))
     recovery = Recovery(experiment, seed, checkpoints, workdir, say)
     first = step if logged else step - 1  # the line of a step that is not logged yet is written again
-    with MetricsWriter(workdir, first, config.log.tensorboard, enabled=multihost.is_rank_0()) as writer:
+    tracker = trackers.start(config, workdir, record.environment, say)
+    with MetricsWriter(workdir, first, config.log.tensorboard, multihost.is_rank_0(), tracker) as writer:
         multihost.on_rank_0(record.write)
         log = Log(experiment, writer, progress, throughput, resumed.get("rolled_back_from"))
         saver = Saver(checkpoints, experiment.objective.primary_metric, config.checkpoint.keep_best, say, log.flush)
@@ -98,12 +99,8 @@ def train(
             saver.rescue(run.state, run.metadata)
             raise
         saver.finish(run.state, run.metadata())
-    return {
-        **results,
-        "steps": experiment.num_steps,
-        "seconds": throughput.seconds(),
-        "parameters": experiment.num_parameters,
-    }
+        totals = {"steps": experiment.num_steps, "seconds": throughput.seconds()}
+        return writer.finish({**results, **totals, "parameters": experiment.num_parameters})
 
 
 def train_steps(run: Run, update: Update, profiler: Profiler) -> None:

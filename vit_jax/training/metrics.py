@@ -1,22 +1,26 @@
-"""metrics.jsonl and TensorBoard events of a run."""
+"""metrics.jsonl and TensorBoard events of a run, and its tracker."""
 
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 from vit_jax import atomic
 from vit_jax.checkpoint import run_files
 from vit_jax.training import tensorboard
 from vit_jax.training.records import RecordFile
+from vit_jax.training.trackers import FAILED, FINISHED, STOPPED, Tracker
 
 
 class MetricsWriter:
-    """Writes one line per step to metrics.jsonl, and the same metrics as TensorBoard events.
+    """Writes one line per step to metrics.jsonl, and the same metrics as TensorBoard events and to a tracker.
 
     Lines that cannot be written, because the disk is full for example, are kept and written later.
     """
 
-    def __init__(self, workdir: Path, step: int, tensorboard: bool, enabled: bool = True):
+    def __init__(
+        self, workdir: Path, step: int, tensorboard: bool, enabled: bool = True, tracker: Tracker | None = None
+    ):
         """Opens the files and drops the records of later steps, which the run will repeat.
 
         Args:
@@ -24,10 +28,12 @@ class MetricsWriter:
             step: the last step whose metrics are kept.
             tensorboard: whether to write TensorBoard events too.
             enabled: False to write nothing.
+            tracker: also gets the metrics; what it has of later steps stays.
 
         Raises:
             OSError: a file cannot be opened or written.
         """
+        self._tracker, self._summary = tracker, None
         self._path, self._enabled, self._tensorboard = workdir / run_files.METRICS, enabled, tensorboard
         self._file = self._events = None
         self._open(step)
@@ -45,11 +51,21 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
+        if self._tracker is not None:
+            state = FAILED if kind is not None else STOPPED if self._summary is None else FINISHED
+            self._tracker.finish(state, self._summary or {})
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Returns the summary of a finished run, which the tracker gets at the end."""
+        self._summary = summary
+        return summary
 
     def write(self, step: int, metrics: dict[str, float]) -> str | None:
         """Appends the metrics of a step; returns None, or why they could not be written yet."""
+        if self._tracker is not None:
+            self._tracker.log(step, metrics)
         if self._file is None:
             return None
         if self._events is not None:

@@ -22,6 +22,9 @@ class RunRecord:
     A checkpoint has the config under which its last step was trained, and the changes until then. config.json and
     changes.jsonl have those of the newest checkpoint: a run that resumes with another config, and ends before it has
     saved a checkpoint, leaves them as they were. Before the first checkpoint they have the config of the run.
+
+    Attributes:
+        environment: the content of environment.json.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class RunRecord:
             spec: the content of data.json; None if there is to be none.
             on_save: is called after each checkpoint.
         """
-        self._config, self._workdir, self._environment = config, workdir, environment
+        self._config, self._workdir, self.environment = config, workdir, environment
         self._spec, self._on_save = spec, on_save
         self._time = multihost.on_rank_0(lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
         self._has_environment = False
@@ -116,5 +119,5 @@ class RunRecord:
         run_files.write_config(self._workdir, content["config"], content["changes"])
 
     def _write_environment(self) -> None:
-        atomic.write_json(self._workdir / run_files.ENVIRONMENT, self._environment)
+        atomic.write_json(self._workdir / run_files.ENVIRONMENT, self.environment)
         self._has_environment = True

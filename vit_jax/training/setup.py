@@ -29,7 +29,7 @@ from vit_jax.objectives.base import Objective
 from vit_jax.optim import layer_decay, trainable
 from vit_jax.runtime import attention_choice, hardware
 from vit_jax.runtime.attention_choice import Choice
-from vit_jax.training import build_model, stored_features
+from vit_jax.training import build_model, stored_features, trackers
 from vit_jax.training.plan import Chunk
 from vit_jax.training.state import TrainState, zero_metrics
 from vit_jax.training.throughput import Throughput
@@ -252,6 +252,7 @@ def check(config: ConfigDict) -> Mesh:
     Raises:
         UserError: what is wrong, and what to do.
     """
+    trackers.check(config)
     data = config.data
     try:
         mesh = check_data(config, [data[role] for role in ROLES if data[role]])
