@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import scipy.special
 from PIL import Image
 from sklearn import metrics
 
-from vit_jax import atomic, evaluate, inference
+from vit_jax import atomic, commands, evaluate, inference
 from vit_jax.checkpoint import run_files
 from vit_jax.data import sources
+from vit_jax.objectives.masked import PatchPrediction
 
 pytestmark = pytest.mark.slow  # each compiles an evaluation
 
@@ -133,6 +135,14 @@ def test_the_metrics_of_one_view_and_of_several_are_those_of_runs_with_such_view
 def test_views_that_a_run_cannot_have_are_refused(make_run, arguments, words, capsys):
     assert evaluate.main([f"--workdir={make_run()}", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_views_of_a_run_without_classes_are_refused(tmp_path, capsys, monkeypatch):
+    opened = types.SimpleNamespace(run=types.SimpleNamespace(objective=PatchPrediction), state=None)
+    monkeypatch.setattr(commands, "open_run", lambda flags: opened)
+    for flag in ("--views=both", "--test_flip", "--test_shift=1", f"--out={tmp_path}"):
+        assert evaluate.main([f"--workdir={tmp_path}", flag]) == 2
+        assert f"omit {flag.partition('=')[0]}" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,7 @@ def test_runs_of_several_seeds_are_a_group_and_variables_name_the_project(name, 
 
 @pytest.mark.parametrize("call", ["init", "log", "finish", "exit"])
 def test_an_error_of_a_tracker_is_one_warning_and_every_record_is_written(call, stored, tmp_path, monkeypatch):
-    runs, said = stored("trackio"), []
+    runs, warnings = stored("trackio"), []
 
     def fail(*_, **__):
         if call == "exit":
@@ -202,15 +202,15 @@ def test_an_error_of_a_tracker_is_one_warning_and_every_record_is_written(call, 
         raise OSError("no network\nat all")
 
     monkeypatch.setattr(trackers.TRACKERS["trackio"], "__init__" if call in ("init", "exit") else call, fail)
-    with writing("trackio", tmp_path, say=said.append) as writer:
+    with writing("trackio", tmp_path, say=warnings.append) as writer:
         for step in range(20):
             writer.write(step, {"train/loss": 1.0})
             time.sleep(0.001)
         writer.finish(SUMMARY)
-    assert len(said) == 1 and said[0].startswith(
+    assert len(warnings) == 1 and warnings[0].startswith(
         "warning: log.tracker=trackio failed, the run continues without it: no n"
     )
-    assert "\n" not in said[0] and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 20
+    assert "\n" not in warnings[0] and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 20
     assert all(run.state is None for run in runs.values())
 
 
@@ -219,16 +219,16 @@ def test_a_tracker_that_hangs_does_not_keep_the_run(call, stored, tmp_path, monk
     stored("trackio"), monkeypatch.setattr(trackers, "START_SECONDS", 0.05)
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.1)
     monkeypatch.setattr(trackers, "MAX_RECORDS", 5)
-    said, ended = [], threading.Event()
+    warnings, ended = [], threading.Event()
     monkeypatch.setattr(trackers.TRACKERS["trackio"], call, lambda *_, **__: ended.wait(20))
     began = time.monotonic()
-    with writing("trackio", tmp_path, say=said.append) as writer:
+    with writing("trackio", tmp_path, say=warnings.append) as writer:
         for step in range(20):
             writer.write(step, {"train/loss": 1.0})
             time.sleep(0.001 if call == "finish" else 0)
     assert time.monotonic() - began < 5
     reason = "not finished after 0 s" if call == "finish" else "it does not keep up"
-    assert said == [f"warning: log.tracker=trackio failed, the run continues without it: {reason}"]
+    assert warnings == [f"warning: log.tracker=trackio failed, the run continues without it: {reason}"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 20
     ended.set()
 
