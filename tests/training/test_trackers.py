@@ -166,7 +166,7 @@ def test_a_run_that_fails_resumes_and_is_rolled_back_is_one_run_with_every_recor
     assert losses == [*before, before[-1], infinite, (40, 0.5)]
     assert run.records[5][1]["test/accuracy"] == 0.5
     if name == "wandb":
-        assert run.summary == SUMMARY and run.axes["*"] == {"step_metric": "step"} and run.state == 0
+        assert run.summary == OF_ALL and run.axes["*"] == {"step_metric": "step"} and run.state == 0
     else:
         assert run.records[6:] == [(40, OF_ALL)] and run.state.lower() == "finished"
     assert json.loads((workdir / trackers.IDS).read_text()) == {name: next(iter(runs))}

@@ -1,6 +1,5 @@
 """The metrics of a run in Weights & Biases, MLflow or Trackio, if installed; none of them stops or fails a run."""
 
-import abc
 import contextlib
 import importlib.util
 import os
@@ -28,29 +27,7 @@ _PART_OF_ONE = re.compile(r"seed-\d+|(rate|final)-.+")  # run directories of sev
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
 
-class Adapter(abc.ABC):
-    """A run in one of the trackers. Every method may take long, and raise anything.
-
-    Attributes:
-        id: with which a resumed run continues this one.
-    """
-
-    id: str
-
-    @abc.abstractmethod
-    def __init__(self, name: str, group: str | None, config: Mapping[str, Any], id: str | None):
-        """Starts a run with a name, in a group of runs, or continues that of an id."""
-
-    @abc.abstractmethod
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs the metrics of a step; steps come again after a rollback, and after a process was killed."""
-
-    @abc.abstractmethod
-    def finish(self, state: str, summary: Mapping[str, float]) -> None:
-        """Logs the content of summary.json, {} if there is none, and ends the run: finished, stopped or failed."""
-
-
-class _Wandb(Adapter):
+class _Wandb:
     def __init__(self, name, group, config, id):
         import wandb
 
@@ -84,7 +61,7 @@ class _Wandb(Adapter):
         self._run.finish(exit_code=int(state == FAILED))
 
 
-class _MLflow(Adapter):
+class _MLflow:
     def __init__(self, name, group, config, id):
         import mlflow
 
@@ -118,11 +95,11 @@ class _MLflow(Adapter):
 
     def finish(self, state, summary):
         if summary:
-            self.log(summary["steps"], _without_slash(summary))
+            self.log(summary["steps"], summary)
         self._client.set_terminated(self.id, {FINISHED: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED"}[state])
 
 
-class _Trackio(Adapter):
+class _Trackio:
     def __init__(self, name, group, config, id):
         import trackio
 
@@ -137,13 +114,8 @@ class _Trackio(Adapter):
 
     def finish(self, state, summary):
         if summary:
-            self.log(summary["steps"], _without_slash(summary))
+            self.log(summary["steps"], summary)
         self._run.finish()
-
-
-def _without_slash(summary: Mapping[str, float]) -> dict[str, float]:
-    """Returns the numbers about the whole run; the others are logged as metrics."""
-    return {name: value for name, value in summary.items() if "/" not in name}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -152,7 +124,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
         yield from _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
 
 
-TRACKERS: dict[str, type[Adapter]] = {"wandb": _Wandb, "mlflow": _MLflow, "trackio": _Trackio}
+# Each starts a run with a name, in a group of runs, or continues that of an id, and has the attribute `id`. Its methods
+# may take long, and raise anything. Steps are logged again after a rollback, and after a process was killed.
+TRACKERS: dict[str, type] = {"wandb": _Wandb, "mlflow": _MLflow, "trackio": _Trackio}
 
 
 def check(config: ConfigDict) -> None:
@@ -200,7 +174,7 @@ class Tracker:
             self._error = error
         self._has_started.set()
 
-    def _start(self) -> Adapter:
+    def _start(self) -> Any:
         ids = run_files.read_json(self._path)
         ids = ids if isinstance(ids, dict) else {}
         adapter = TRACKERS[self._name](**self._about, id=ids.get(self._name))
@@ -213,8 +187,9 @@ class Tracker:
         self._call("log", step, dict(metrics))
 
     def finish(self, state: str, summary: Mapping[str, float]) -> None:
-        """Ends the run, as `Adapter.finish`; waits for `FINISH_SECONDS` at most."""
-        self._call("finish", state, dict(summary))
+        """Ends the run (finished, stopped or failed) with the content of summary.json; waits `FINISH_SECONDS` at most."""
+        totals = {name: value for name, value in summary.items() if "/" not in name}  # the others are metrics
+        self._call("finish", state, totals)
         if self._say is not None:
             self._thread.join(FINISH_SECONDS)
             self._drop(f"not finished after {FINISH_SECONDS:.0f} s" if self._thread.is_alive() else self._error)
