@@ -187,7 +187,7 @@ class Tracker:
         self._call("log", step, dict(metrics))
 
     def finish(self, state: str, summary: Mapping[str, float]) -> None:
-        """Ends the run (finished, stopped or failed) with the content of summary.json; waits `FINISH_SECONDS` at most."""
+        """Ends the run (finished, stopped or failed), with the content of summary.json; waits for up to 30 s."""
         totals = {name: value for name, value in summary.items() if "/" not in name}  # the others are metrics
         self._call("finish", state, totals)
         if self._say is not None:
