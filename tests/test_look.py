@@ -37,6 +37,7 @@ def test_it_draws_the_images_below_a_directory(album, tmp_path, capsys):
         assert f"{picture.width}x{picture.height} pixels" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["svg", "pdf"])
 def test_the_suffix_is_the_format(tmp_path, capsys, suffix):
     out = tmp_path / f"filters.{suffix}"

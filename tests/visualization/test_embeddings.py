@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import mostly_slow
 from sklearn.decomposition import PCA
 
 from vit_jax.errors import UserError
@@ -40,6 +41,7 @@ def test_filters_of_images_that_are_neither_grey_nor_rgb_are_not_defined():
         pictures.draw("filters", classifier(channels=4))
 
 
+@pytest.mark.slow
 def test_features_are_the_components_of_all_patches_together(small):
     from vit_jax.inference import Predictor
 
@@ -50,6 +52,9 @@ def test_features_are_the_components_of_all_patches_together(small):
     scores, found = expected.transform(tokens), arrays["components"].reshape(-1, 3)
     np.testing.assert_allclose(found * np.sign(np.sum(found * scores, axis=0)), scores, atol=1e-4)
     np.testing.assert_allclose(arrays["variance"], expected.explained_variance_ratio_, atol=1e-5)
+
+
+OTHERS = {"learned_2d", "sinusoidal", "relative_class", "dinov3", "eva02", "learned_pe"}
 
 
 def similarity(position, size=(8, 6), **fields):
@@ -100,7 +105,7 @@ def test_of_a_learned_table_it_is_the_cosine_without_class_token_and_registers()
     np.testing.assert_allclose(found.reshape(12, 12), unit @ unit.T, atol=1e-6)
 
 
-@pytest.mark.parametrize("position", ["learned_2d", "sinusoidal", "relative_class", "dinov3", "eva02", "learned_pe"])
+@pytest.mark.parametrize("position", mostly_slow(sorted(OTHERS), 3))
 def test_every_other_kind_of_position_has_a_picture_with_the_largest_similarity_at_itself(position):
     _, found = similarity(position)
     assert found.shape == (4, 3, 4, 3)
@@ -118,6 +123,5 @@ def test_a_model_without_position_embedding_has_no_picture_of_it():
 def test_no_kind_of_position_is_forgotten():
     from vit_jax.models.positions import POSITIONS
 
-    tested = {"learned_2d", "sinusoidal", "relative_class", "dinov3", "eva02", "learned_pe"}
-    tested |= {"learned", "relative", "rotary", "sincos_2d", "none"}
+    tested = {*OTHERS, "learned", "relative", "rotary", "sincos_2d", "none"}
     assert POSITIONS.keys() - tested == {"pe", "learned_rotary", "learned_eva02"}  # as eva02 and learned_pe

@@ -5,6 +5,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_slow
 
 from vit_jax.errors import UserError
 from vit_jax.visualization import maps, pictures
@@ -43,8 +44,9 @@ def test_rollout_equals_numpy_in_float64(small, inside):
     np.testing.assert_allclose(drawn, expected[:, 0, 1:].reshape(3, 4, 4), atol=1e-6)
 
 
-@pytest.mark.parametrize(("grid", "extra"), [((4, 4), 1), ((2, 3), 0), ((3, 5), 5)])
-def test_the_distance_of_uniform_and_of_identity_attention(grid, extra):
+@pytest.mark.parametrize("layout", mostly_slow([((3, 5), 5), ((2, 3), 0), ((4, 4), 1)], 3))
+def test_the_distance_of_uniform_and_of_identity_attention(layout):
+    grid, extra = layout
     tokens = extra + grid[0] * grid[1]
     cells = list(itertools.product(range(grid[0]), range(grid[1])))
     mean = np.mean([16 * np.hypot(a - c, b - d) for (a, b), (c, d) in itertools.product(cells, cells)])
@@ -59,6 +61,7 @@ def test_each_head_of_two_tokens_has_the_distance_that_its_weights_give():
     np.testing.assert_allclose(maps.mean_distance(weights, 0, (1, 2), 8), [[8 * (0.25 + 0.5) / 2, 0]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_distance_does_not_depend_on_the_batches(small, monkeypatch):
     images = pixels(5)
     whole = pictures.draw("distance", small, images).arrays["distance"]
@@ -130,6 +133,7 @@ def test_relevance_equals_numpy_with_finite_differences(small):
     assert found["classes"].tolist() == [chosen]
 
 
+@pytest.mark.slow
 def test_relevance_is_by_default_that_for_the_predicted_class(small, inside):
     found = pictures.draw("relevance", small, pixels()).arrays
     predicted = np.asarray(inside[0]).argmax(axis=-1)
@@ -150,9 +154,8 @@ def test_the_class_of_relevance_must_exist(small):
 # --- masks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "mask", ["local", *(pytest.param(one, marks=pytest.mark.slow) for one in ("random", "causal"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", pictures.MASKS)
 def test_a_mask_hides_keys_and_the_others_are_rescaled(small, mask):
     arrays = pictures.draw("masks", small, pixels(2), mask=mask).arrays
     allowed, found = arrays["mask"], arrays["attention"]

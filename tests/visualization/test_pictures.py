@@ -18,6 +18,7 @@ from .conftest import classifier, pixels
 
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 DPI = 40
+PICTURED = ["rollout", "attention", "distance", "features", "filters", "masks", "patches", "positions"]
 MODELS = [
     {"pooling": "map", "class_token": False, "registers": 2, "scan": True, "size": (8, 12)},
     {"pooling": "mean", "class_token": False},
@@ -41,7 +42,7 @@ def render(figure, **options):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("fields", mostly_slow(MODELS, 12), ids=str)
+@pytest.mark.parametrize("fields", mostly_slow(MODELS, 100), ids=str)
 def test_every_kind_of_model_has_every_picture_that_is_defined_for_it(fields):
     fields = dict(fields)
     size, channels = fields.pop("size", (8, 8)), fields.pop("channels", 3)
@@ -62,6 +63,7 @@ def test_every_kind_of_model_has_every_picture_that_is_defined_for_it(fields):
     assert render(picture.figure).std() > 1
 
 
+@pytest.mark.slow
 def test_the_row_of_rollout_is_that_of_what_the_head_reads():
     """Mean pooling: the mean of the patches' rows; attention pooling: the rows weighted by the query of the pooling."""
     import jax
@@ -94,9 +96,7 @@ def test_patches_are_those_of_the_model_in_their_order(small):
     np.testing.assert_array_equal(found.reshape(3, 16, 12), np.asarray(patchify(jnp.asarray(images), 2)))
 
 
-@pytest.mark.parametrize(
-    "what", ["attention", "distance", "features", "filters", "masks", "patches", "positions", "rollout"]
-)
+@pytest.mark.parametrize("what", mostly_slow(PICTURED, 8))
 def test_figures_look_as_they_did(small, what):
     """A picture differs little from the recorded one; fonts are drawn slightly differently elsewhere."""
     images = None if what in pictures.OF_PARAMETERS else smooth(2)
@@ -118,6 +118,7 @@ def smooth(count):
     return np.stack([np.stack([one, one / 2, 255 - one], axis=-1) for one in disc]).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_text_that_is_too_long_is_cut_off_and_nothing_is_outside_the_figure(small):
     names = ("x" * 300, "\u5c0f\u732b.png")
     figure = pictures.draw("rollout", small, pixels(2), names=names, title="y" * 500).figure
@@ -136,7 +137,7 @@ def overlap(a, b):
     return max(0, min(a.x1, b.x1) - max(a.x0, b.x0)) * max(0, min(a.y1, b.y1) - max(a.y0, b.y0))
 
 
-@pytest.mark.parametrize("count", mostly_slow([2, 12, 3, 1], 4))
+@pytest.mark.parametrize("count", mostly_slow([12, 2, 3, 1], 4))
 def test_tiles_and_captions_do_not_overlap(small, count):
     for what in ("attention", "rollout", "patches", "masks"):
         figure = pictures.draw(what, small, pixels(count), names=[f"image {i}.jpeg" for i in range(count)]).figure
