@@ -48,6 +48,10 @@ install_import_hook("vit_jax", "typechecker.check")
 
 import pytest  # noqa: E402
 
+from vit_jax import report  # noqa: E402
+
+_at_end, report.at_end = report.at_end, lambda *_: contextlib.nullcontext()  # a report takes seconds
+
 IMAGES = "VIT_JAX_TEST_DATA"
 SECONDS = "vit_jax/seconds"  # in pytest's cache: how long each test took when it last ran
 _seconds = collections.Counter()
@@ -94,6 +98,12 @@ def pytest_sessionfinish(session) -> None:
     """Records the durations for the next run."""
     if hasattr(session.config, "cache") and not hasattr(session.config, "workerinput"):
         session.config.cache.set(SECONDS, _recorded(session.config) | _seconds)
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """Runs that finish in a test write their report, which they do not in other tests."""
+    monkeypatch.setattr(report, "at_end", _at_end)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from vit_jax import config as options
 ROOT = Path(__file__).resolve().parents[1]
 # With VIT_JAX_TEST_THOROUGH=1 tests that repeat themselves run all their cases; otherwise a few, to save time.
 THOROUGH = bool(os.environ.get("VIT_JAX_TEST_THOROUGH"))
+NO_REPORT = "--config.log.report=False"  # of runs in other processes; in this one, see conftest.py
 TINY = {"variant": "Ti/4", "width": 16, "depth": 1, "heads": 2, "mlp_width": 16}
 
 
@@ -31,7 +32,7 @@ def tiny_config(*defaults: dict, **sections):
     config = options.default()
     config.model.update(TINY)
     config.train.update(batch_size=64, steps=20)
-    config.mesh.devices, config.log.tensorboard = 1, False
+    config.mesh.devices, config.log.tensorboard, config.log.report = 1, False, False
     for options_by_section in (*defaults, sections):
         for section, values in options_by_section.items():
             config[section].update(values)
@@ -58,6 +59,7 @@ def start_command(
 
     All processes of a session share a compilation cache, unless `variables` (of the environment) give XDG_CACHE_HOME.
     The output has what goes to stderr as well, unless `stderr` is another one of the constants of `subprocess`.
+    Training writes no report at its end.
     """
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "PYTHONPATH")}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -66,6 +68,8 @@ def start_command(
     else:
         environment["XDG_CACHE_HOME"] = f"{environment['JAX_COMPILATION_CACHE_DIR']}/home"
     how = [] if isinstance(program, Path) else ["-c"] if "\n" in program else ["-m"]
+    if program == "vit_jax.main" or (program == "vit_jax" and arguments[0] == "train"):
+        arguments = (*arguments, NO_REPORT)
     command = [python, *how, program, *arguments]
     pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": stderr, "text": True}
     return subprocess.Popen([str(part) for part in command], cwd=cwd, env=environment | variables, **pipes)

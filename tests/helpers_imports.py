@@ -18,7 +18,8 @@ LAYERS = (
     ("weights",),
     ("optim", "objectives"),
     ("evaluation", "training", "classifier", "inference"),
-    ("visualization",),
+    ("visualization", "chart"),
+    ("reporting",),
     ("config.check",),
     (COMMANDS,),
 )

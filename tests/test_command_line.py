@@ -372,7 +372,7 @@ def test_the_wheel_has_everything_and_works_elsewhere(tmp_path):
     run_command(build, tmp_path, cwd=tmp_path / "source")
     wheel = zipfile.ZipFile(next(tmp_path.glob("vit_jax-*.whl")))
     inside = {name for name in wheel.namelist() if not name.startswith(f"vit_jax-{__version__}.dist-info/")}
-    kinds = (".py", ".npz", ".txt")
+    kinds = (".py", ".npz", ".txt", ".css")
     files = {name: [file for file in path.iterdir() if file.suffix in kinds] for name, path in packages().items()}
     assert inside == {f"{name.replace('.', '/')}/{path.name}" for name, paths in files.items() for path in paths}
     entry = wheel.read(f"vit_jax-{__version__}.dist-info/entry_points.txt").decode()

@@ -320,7 +320,7 @@ FREE = {
     "train": "steps_per_dispatch max_minutes evaluation_batch_size",
     "checkpoint": "every keep keep_best",
     "mesh": "devices distributed",
-    "log": "every tensorboard tracker profile",
+    "log": "every report tensorboard tracker profile",
 }
 CHANGEABLE = {
     "model": "dropout attention_dropout stochastic_depth stochastic_depth_schedule remat attention_kernel dtype",

@@ -12,6 +12,7 @@ COMMANDS = {
     "finetune": ("vit_jax.finetune", "fine-tune a published or trained model on a dataset or a directory of images"),
     "evaluate": ("vit_jax.evaluate", "score a run or a published model on every example of a split"),
     "predict": ("vit_jax.predict", "classify images"),
+    "report": ("vit_jax.report", "write a run, or a comparison of runs, as one HTML page"),
     "sweep": ("vit_jax.sweep", "find the learning rate"),
     "transfer": ("vit_jax.transfer", "few-shot, k-NN and linear probe on frozen features"),
     "features": ("vit_jax.features", "compute and store the features of a split or of images without labels"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vit_jax import arguments, backbones, commands, config, inference, objectives, paths
+from vit_jax import arguments, backbones, commands, config, inference, objectives, paths, report
 from vit_jax.backbones import Backbone
 from vit_jax.checkpoint import run_files
 from vit_jax.checkpoint.manager import CheckpointManager
@@ -129,7 +129,8 @@ def train(
     made = commands.make_config(config, _assignments({**(overrides or {}), **options}), workdir)
     compilation_cache.cache_compilations()
     stop = Interruption(made.train.max_minutes)
-    (training.train if made.train.seeds is None else multi_seed.train)(made, workdir, stop)
+    with report.at_end(made, workdir, None if isinstance(config, ConfigDict) else config):
+        (training.train if made.train.seeds is None else multi_seed.train)(made, workdir, stop)
     if stop.interrupted:
         raise KeyboardInterrupt
     return _result(workdir)

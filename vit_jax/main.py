@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from vit_jax import commands, config, paths, terminal
+from vit_jax import commands, config, paths, report, terminal
 from vit_jax.checkpoint import run_files
 from vit_jax.config import document
 from vit_jax.errors import UserError, nearest
@@ -132,7 +132,8 @@ def run(arguments: list[str]) -> None:
 
     compilation_cache.cache_compilations()
     trained = train.train if made.train.seeds is None else multi_seed.train
-    trained(made, workdir, shown=describe.Shown(parameters=flags.parameters))
+    with report.at_end(made, workdir, flags.config):
+        trained(made, workdir, shown=describe.Shown(parameters=flags.parameters))
 
 
 if __name__ == "__main__":

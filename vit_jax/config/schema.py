@@ -274,6 +274,9 @@ MESH = {
 
 LOG = {
     "every": free(50, int, "Steps between log records; train/... metrics are averaged over them.", min=1),
+    "report": free(
+        True, bool, "Write report.html at the end of the run: curves, evaluation, images; see docs/report.md."
+    ),
     "tensorboard": free(True, bool, "Write TensorBoard events in addition to metrics.jsonl."),
     "tracker": free(
         None,
