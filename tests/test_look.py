@@ -67,7 +67,10 @@ def test_the_arrays_are_written_to_npz_and_are_those_of_python(album, tmp_path, 
         (["--what=attention", "--patch=3"], "--patch=3\n  allowed: row and column from 0, such as 3,4"),
         (["--what=filters", "--out=filters.txt"], "--out=filters.txt has no known format\n  allowed: .png, .svg, .pdf"),
         (["--what=filters", "--out=nowhere/filters.png"], "--out=nowhere/filters.png cannot be written"),
-        (["--what=filters", "--dpi=0"], "--dpi is 0\n  allowed: 10 to 1200"),
+        (["--what=filters", "--count=3"], "--count cannot be combined with --init"),
+        (["--what=positions", "--layer=0"], "layer is 0, but the layers of this model have no positions of their own"),
+        (["--what=filters", "--out=filters.pgf"], "--out=filters.pgf has no known format"),
+        (["--what=filters", "--dpi=0"], "--dpi is 0\n  allowed: 30 to 1200"),
         (["--what=rollout", "--count=3"], "--count cannot be combined with --init"),
         (["--what=rollout", "missing.png"], "missing.png"),
     ],
@@ -78,6 +81,38 @@ def test_mistakes_are_named(arguments, message, capsys, tmp_path, monkeypatch):
     assert status == 2 and not output and message in warned
     assert len(warned[warned.index("error: ") :].splitlines()) <= 3
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "message"),
+    [
+        ("attention", {"patch": (1.5, 2)}, "patch is 1.5"),
+        ("attention", {"patch": "3,4"}, "patch is '3,4'\n  allowed: a row and a column"),
+        ("masks", {"mask": np.ones((2, 2), bool)}, "mask is .*\n  allowed: random, causal, local"),
+    ],
+)
+def test_from_python_an_option_of_another_type_is_named(what, options, message):
+    with pytest.raises(UserError, match=message):
+        look.draw(what, FILE, np.zeros((1, 20, 20, 3), np.uint8), **options)
+
+
+def test_no_images_are_an_error():
+    with pytest.raises(UserError, match="rollout: there are no images"):
+        look.draw("rollout", FILE, [])
+
+
+def test_embeddings_of_texts_are_not_taken_for_classes(album, capsys, tmp_path):
+    """A model with a text tower projects onto its embeddings, whose channels have no class names."""
+    clip = FILE.parent / "clip"
+    status, _, warned = run(capsys, f"--init={clip}", "--what=relevance", f"--out={tmp_path / 'x.png'}", album)
+    assert status == 2 and "its outputs are embeddings, not classes (name some: --classes=cat,dog)" in warned
+
+
+def test_a_line_of_a_file_name_is_one_line_of_a_caption(album, tmp_path):
+    from vit_jax.visualization.subject import Subject
+
+    subject = Subject(look._open(FILE), np.zeros((1, 20, 20, 3), np.uint8), ("new\nline.jpg",))
+    assert "\n" not in subject.captions()[0]
 
 
 def test_from_python_an_image_that_cannot_be_read_is_an_error(tmp_path):

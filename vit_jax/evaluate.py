@@ -77,7 +77,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="average over the test-time views (on), score one view (off), or both (default: on)",
     )
     parser.add_argument("--test_flip", action="store_true", help="average over the image and its mirror image")
-    parser.add_argument("--test_shift", type=int, metavar="N", help="average over four shifts by N pixels; 0 for none")
+    parser.add_argument(
+        "--test_shift", type=int, metavar="N", help="average over the image and four shifts by N pixels; 0: none"
+    )
     parser.add_argument("--out", metavar="DIR", help="write confusion matrix, results per class and predictions here")
     flags = parser.parse_args(arguments)
     if flags.weights is not None and (flags.best or flags.step is not None):
@@ -223,6 +225,9 @@ def _views(flags: argparse.Namespace, augment: "Augment", source: "Source") -> t
         UserError: the shift is as large as the image, or there is only one view and `--views=both`.
     """
     one_view = dataclasses.replace(augment, test_flip=False, test_shift=0)
+    if flags.views == "off" and (flags.test_flip or flags.test_shift):
+        added = "--test_flip" if flags.test_flip else "--test_shift"
+        raise UserError(f"{added} cannot be combined with --views=off\n  omit one of them")
     if flags.test_flip:
         augment = dataclasses.replace(augment, test_flip=True)
     if flags.test_shift is not None:

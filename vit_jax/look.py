@@ -1,6 +1,7 @@
 """The command `python -m vit_jax.look`; from Python: `look.draw`."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,8 +35,9 @@ Draws what a model learned.
   patches      the images as the model reads them
   masks        an attention mask at work
 
-Images have any size and format; a directory stands for all images below it. Without images, those of the test split of
-the run are drawn, the first 12, for distance 128 (--count). The pictures are explained in docs/looking.md.
+Images can have any size and any format that Pillow reads; a directory stands for all images below it. Without images,
+the first 12 of the run's test split are drawn (--count), and 128 of them are used for distance. Layers, heads and
+patches are counted from 0. docs/looking.md explains the pictures.
 
 The suffix of --out is the format: .png, .svg, .pdf, ...; .npz for the arrays in place of the picture.
 """
@@ -96,12 +98,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--layer",
         type=int,
         metavar="N",
-        help="attention, features, masks, positions: a layer from 0, or -1 for the last",
+        help="attention, features (default: the last), masks, positions (default: the first): a layer from 0, or from "
+        "the end, -1",
     )
     parser.add_argument(
         "--patch",
         metavar="ROW,COLUMN",
-        help="attention, rollout: of this patch, from 0, in place of what the head reads",
+        help="attention, rollout: those of this patch, from 0 (default: of what the classifier reads)",
     )
     parser.add_argument(
         "--class", dest="class_name", metavar="NAME", help="relevance: for this class (default: the most probable one)"
@@ -146,8 +149,9 @@ def look(flags: argparse.Namespace) -> int:
             f"  omit it; it is for {few(users, len(users))}"
         )
     is_of_parameters = flags.what in pictures.OF_PARAMETERS
-    if is_of_parameters and flags.images:
-        raise UserError(f"--what={flags.what} needs no images\n  omit {few(flags.images)}")
+    if is_of_parameters and (flags.images or flags.split or flags.count):
+        unused = few(flags.images) or ("--split" if flags.split else "--count")
+        raise UserError(f"--what={flags.what} needs no images\n  omit {unused}")
     listed = _listed(flags.images) if flags.images else None
     model = _model_of(flags)
     unreadable: list[str] = []
@@ -177,13 +181,13 @@ def _check(flags: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     Raises:
         UserError: a flag has a value that is not allowed, or is of no use.
     """
-    if flags.dpi < 10 or flags.dpi > 1200:
-        raise UserError(f"--dpi is {flags.dpi}\n  allowed: 10 to 1200")
-    flags.batch_size = None
-    commands.check_flags(flags, ("step", "best", "split", "count"), ("classes", "prompt", "image_size", "normalize"))
+    if not 30 <= flags.dpi <= 1200:
+        raise UserError(f"--dpi is {flags.dpi}\n  allowed: 30 to 1200")
     for name in ("split", "count"):
         if flags.images and getattr(flags, name) is not None:
             raise UserError(f"--{name} cannot be combined with images\n  omit it, or the images")
+    flags.batch_size = None
+    commands.check_flags(flags, ("step", "best", "split", "count"), ("classes", "prompt", "image_size", "normalize"))
     if flags.count is not None and flags.count < 1:
         raise UserError(f"--count is {flags.count}\n  allowed: an integer of at least 1")
     options = {name: getattr(flags, name) for name in OPTIONS if getattr(flags, name) is not None}
@@ -194,7 +198,7 @@ def _check(flags: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         raise UserError(f"--out={flags.out or out} cannot be written\n  use a file name in an existing directory")
     from matplotlib.backend_bases import FigureCanvasBase
 
-    formats = FigureCanvasBase.get_supported_filetypes()
+    formats = FigureCanvasBase.get_supported_filetypes().keys() - {"pgf"}  # which needs LaTeX and further files
     if out.suffix.lower() != ARRAYS and out.suffix.lower()[1:] not in formats:
         raise UserError(f"--out={flags.out or out} has no known format\n  allowed: .png, .svg, .pdf, ..., {ARRAYS}")
     return options, out
@@ -233,13 +237,29 @@ def _model_of(flags: argparse.Namespace) -> "Classifier":
         return classifier.of_run(workdir, step, needs_head=False)
     if flags.classes or flags.prompt:
         return commands.classifier_of(flags)
-    return classifier.of_file(flags.init, None, flags.image_size, flags.normalize, needs_head=False)
+    found = classifier.of_file(flags.init, None, flags.image_size, flags.normalize, needs_head=False)
+    return _without_projection(flags.init, found)
 
 
 def _open(source: str | Path) -> "Classifier":
     from vit_jax import backbones
 
-    return backbones.classifier(source)
+    return _without_projection(source, backbones.classifier(source))
+
+
+def _without_projection(source: Any, model: "Classifier") -> "Classifier":
+    """Returns a model without its head if that projects onto embeddings of texts, which are no classes."""
+    from vit_jax.checkpoint import run_files
+    from vit_jax.weights import texts
+
+    is_run = (Path(source) / run_files.CHECKPOINTS).is_dir()
+    if model.model.classes is None or is_run or not texts.has_text(str(source)):
+        return model
+    parameters = {name: value for name, value in model.parameters.items() if name != "head"}
+    inputs = dataclasses.replace(model.inputs, classes={})
+    no_head = "its outputs are embeddings, not classes (name some: --classes=cat,dog)"
+    module = model.model.clone(classes=None)
+    return dataclasses.replace(model, model=module, parameters=parameters, inputs=inputs, no_head=no_head)
 
 
 def _read(model: "Classifier", images: Any) -> tuple[Any, tuple[str, ...], list[str]]:
@@ -283,8 +303,15 @@ def _of_split(flags: argparse.Namespace, model: "Classifier") -> tuple[Any, tupl
         raise UserError(f"{flags.workdir}: the run has no split {flags.split or commands.TEST}\n  use another --split")
     source = setup.load(config, split, config.data.labels)
     usual, limit = (COUNT_DISTANCE, len(source)) if flags.what == "distance" else (COUNT, MAX_DRAWN)
-    ids = np.arange(min(flags.count or usual, limit, len(source)))
-    return source.read(ids), tuple(source.class_names[label] for label in source.labels[ids])
+    count = min(flags.count or usual, limit, len(source))
+    if flags.count and count < flags.count:
+        terminal.warn(
+            f"the first {count} of {flags.count:,} images are drawn"
+            if count == limit
+            else f"{flags.workdir} has {count} images"
+        )
+    ids = np.arange(count)
+    return source.read(ids), tuple(f"true: {source.class_names[label]}" for label in source.labels[ids])
 
 
 def _write(picture: "Picture", out: Path, flags: argparse.Namespace) -> str:
@@ -303,8 +330,9 @@ def _write(picture: "Picture", out: Path, flags: argparse.Namespace) -> str:
                 suffix = out.suffix[1:].lower()
                 smaller = {"pil_kwargs": {"optimize": True}} if suffix == "png" else {}
                 picture.figure.savefig(file, format=suffix, dpi=flags.dpi, **smaller)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out={out} cannot be written: {one_line(error)}\n  use another file") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = one_line(getattr(error, "strerror", None) or error)
+        raise UserError(f"--out={out} cannot be written: {reason}\n  use another file") from error
     if out.suffix.lower() == ARRAYS:
         return "; " + ", ".join(f"{name} {list(np.shape(array))}" for name, array in picture.arrays.items())
     width, height = (int(side * flags.dpi) for side in picture.figure.get_size_inches())

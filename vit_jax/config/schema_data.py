@@ -189,6 +189,10 @@ AUGMENT = {
         False, bool, "Test-time augmentation: average over the image and its mirror image.", read_by=CLASSIFY
     ),
     "test_shift": changeable(
-        0, int, "Test-time augmentation: average over four shifts by this many pixels.", min=0, read_by=CLASSIFY
+        0,
+        int,
+        "Test-time augmentation: average over the image and four shifts by this many pixels.",
+        min=0,
+        read_by=CLASSIFY,
     ),
 }

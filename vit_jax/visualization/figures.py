@@ -20,10 +20,13 @@ from vit_jax.data import listing
 HEAT = "inferno"  # of maps over images; its lightness rises steadily, so that it needs no color vision
 SEQUENTIAL = "viridis"  # of matrices
 RELATIVE = "from each map's minimum to its maximum"
+BETWEEN = (0.82, 0.88, 0.94)  # of the gaps between tiles in one mosaic, which no grey of a tile is mistaken for
 OPACITY = 0.65  # of a map over an image
 TEXT, TITLE = 8, 11  # sizes, points
+BOLD = 1.16  # width of bold text over that of the same text in regular
 LINE = 0.15  # height of a line of text, inches
 GAP, MARGIN = 0.08, 0.18  # inches
+BAR = 2.3  # height of a color bar with its label, inches
 WIDTH = 11.0  # of a sheet with many tiles, inches
 Images = UInt8[np.ndarray, "images height width channels"]
 
@@ -68,9 +71,10 @@ class Sheet:
         self._tile, self._below, self._lines = tile, LINE * lines + GAP, lines
         self.top = MARGIN + 0.22 + 0.2 + GAP
         content = columns * (tile[0] + GAP)
-        title_width = max(_inches(title, TITLE), _inches(subtitle, TEXT))
+        title_width = max(_inches(title, TITLE) * BOLD, _inches(subtitle, TEXT))
         self.width = max(content + (0.75 if bar else 0.0), min(title_width, WIDTH)) + 2 * MARGIN - GAP
-        self.height = self.top + rows * (tile[1] + self._below) + MARGIN - GAP
+        content_height = rows * (tile[1] + self._below)
+        self.height = self.top + max(content_height, BAR + GAP if bar else 0.0) + MARGIN - GAP
         self._right = MARGIN + content
         self.figure = Figure(figsize=(self.width, self.height), facecolor="white")
         put(self.figure, (MARGIN, MARGIN), title, TITLE, self.width - 2 * MARGIN, weight="bold")
@@ -105,7 +109,7 @@ class Sheet:
 
     def bar(self, label: str, color: str, low: float = 0.0, high: float = 1.0, opacity: float = 1.0) -> None:
         """Draws a color bar at the right."""
-        height = min(2.2, self.height - self.top - MARGIN)
+        height = min(BAR, self.height - self.top - MARGIN)
         axes = self.box(self._right + 0.04, self.top, 0.14, height)
         scale = cm.ScalarMappable(colors.Normalize(low, high), color)
         bar = self.figure.colorbar(scale, cax=axes, alpha=opacity)
@@ -286,42 +290,36 @@ def patches(
 ) -> Figure:
     """Returns the images and, beside each, its patches with gaps, numbered as tokens from `first` on."""
     count, rows, columns, height, width = parts.shape[:5]
-    gap = max(1, round(height / 6))
-    sheets = np.full((count, rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-    for row in range(rows):
-        for column in range(columns):
-            top, left = row * (height + gap), column * (width + gap)
-            for index in range(count):
-                sheets[index, top : top + height, left : left + width] = rgb(parts[index, row, column])
+    tiles = parts.reshape(count, rows * columns, height, width, -1)
+    sheets = [_mosaic(np.stack([rgb(tile) for tile in image]) / 255, columns) for image in tiles]
     images = parts.swapaxes(2, 3).reshape(count, rows * height, columns * width, -1)
-    figure = _pairs(images, sheets, captions, title, subtitle)
+    figure = _pairs(images, np.stack(sheets), captions, title, subtitle)
+    across = max(1, math.ceil(columns / 8)) if count == 1 else columns  # numbers only where there is room for them
+    down = max(1, math.ceil(rows / 8))
+    size = (rows * height, columns * width), _mosaic_size(tiles.shape[1:4], columns)
     for axes in figure.axes[1::2]:
-        step = max(1, math.ceil(columns / 8)) if count == 1 else columns
-        for row in range(0, rows, 1 if step < columns else max(1, rows // 8)):
-            for column in range(0, columns, step):
-                _number(axes, first + row * columns + column, row, column, (rows, columns), count)
+        for row in range(0, rows, down):
+            for column in range(0, columns, across):
+                corner = [k * (side + _gap(height)) for k, side in ((row, height), (column, width))]
+                y, x = (pixel * full / drawn for pixel, full, drawn in zip(corner, *size, strict=True))
+                box = {"facecolor": "white", "alpha": 0.75, "pad": 0.4, "linewidth": 0}
+                text = {"size": 6 if count == 1 else 5, "va": "top", "ha": "left", "bbox": box}
+                axes.text(x, y, str(first + row * columns + column), **text)
     return figure
-
-
-def _number(axes: Axes, number: int, row: int, column: int, grid: tuple[int, int], count: int) -> None:
-    """Writes the number of a token at the top left of its patch."""
-    left, right = axes.get_xlim()
-    bottom, top = axes.get_ylim()
-    x, y = left + (right - left) * column / grid[1], top + (bottom - top) * row / grid[0]
-    box = {"facecolor": "white", "alpha": 0.75, "pad": 0.4, "linewidth": 0}
-    axes.text(x, y, str(number), size=6 if count == 1 else 5, va="top", ha="left", bbox=box)
 
 
 def filters(
     components: Float[np.ndarray, "components height width channels"],
     kernels: Float[np.ndarray, "kernels height width channels"],
     variance: Float[np.ndarray, " components"],
+    num_kernels: int,
     title: str,
     subtitle: str,
 ) -> Figure:
-    """Returns the principal components of the filters and kernels; each is scaled by its largest entry."""
+    """Returns principal components and kernels, of `num_kernels`; each is scaled by its largest entry."""
     panels = [(components, 7, f"{len(components)} principal components, {100 * variance.sum():.0f} % of the variance")]
-    panels.append((kernels, 14, f"the {len(kernels)} kernels of the largest norm"))
+    some = "all" if len(kernels) == num_kernels else "of the largest norm,"
+    panels.append((kernels, 14, f"kernels: {some} {len(kernels)} of {num_kernels}"))
     rows = max(math.ceil(len(components) / 7), math.ceil(len(kernels) / 14) / 2)
     sheet = Sheet(1, 2, (5.4, 5.2 * rows / 7), title, subtitle, lines=1)
     for column, (tiles, per_row, caption) in enumerate(panels):
@@ -333,14 +331,24 @@ def filters(
 
 
 def _mosaic(tiles: Float[np.ndarray, "tiles height width channels"], per_row: int) -> np.ndarray:
-    """Returns tiles in rows with white gaps, [height, width, 3]."""
-    gap, (height, width) = max(1, round(tiles.shape[1] / 8)), tiles.shape[1:3]
-    rows = math.ceil(len(tiles) / per_row)
-    canvas = np.ones((rows * (height + gap) - gap, per_row * (width + gap) - gap, 3))
+    """Returns tiles in rows with gaps between them, [height, width, 3]."""
+    gap, (height, width) = _gap(tiles.shape[1]), tiles.shape[1:3]
+    canvas = np.full((*_mosaic_size(tiles.shape[:3], per_row), 3), BETWEEN)
     for index, tile in enumerate(tiles):
         top, left = (index // per_row) * (height + gap), index % per_row * (width + gap)
         canvas[top : top + height, left : left + width] = tile
     return canvas
+
+
+def _mosaic_size(shape: Sequence[int], per_row: int) -> tuple[int, int]:
+    """Returns height and width of a mosaic of tiles [tiles, height, width]."""
+    count, height, width = shape
+    gap = _gap(height)
+    return math.ceil(count / per_row) * (height + gap) - gap, min(count, per_row) * (width + gap) - gap
+
+
+def _gap(height: int) -> int:
+    return max(1, round(height / 8))
 
 
 MAX_TILES = 14  # along an axis
@@ -367,7 +375,7 @@ def positions(
     axes.imshow(canvas, cmap=SEQUENTIAL, vmin=low, vmax=high, interpolation="nearest")
     for index, (size, set_ticks) in enumerate(zip(pitch, (axes.set_yticks, axes.set_xticks), strict=True)):
         centres = [k * size + (size - gap - 1) / 2 for k in range(len(chosen[index]))]
-        set_ticks(centres, [str(one + 1) for one in chosen[index]], size=TEXT - 1)
+        set_ticks(centres, [str(one) for one in chosen[index]], size=TEXT - 1)
     axes.tick_params(length=0)
     axes.set_xlabel("column of the patch", size=TEXT)
     axes.set_ylabel("row of the patch", size=TEXT)
@@ -380,7 +388,7 @@ def distance(found: Float[np.ndarray, "depth heads"], uniform: float, title: str
     depth, heads = found.shape
     sheet = Sheet(1, 1, (6.2, 3.8), title, subtitle)
     axes = sheet.box(MARGIN + 0.5, sheet.top + 0.02, 5.6, 3.3, ticks=True)
-    layers = np.arange(1, depth + 1)
+    layers = np.arange(depth)
     axes.axhline(uniform, color="0.5", linestyle="--", linewidth=1, label=f"uniform attention: {uniform:.1f}")
     axes.plot(np.repeat(layers, heads), found.ravel(), "o", color="#0072b2", alpha=0.55, markersize=4.5, label="a head")
     axes.plot(layers, found.mean(axis=1), "-", color="#d55e00", linewidth=2, label="mean over heads")
@@ -416,12 +424,15 @@ def masks(
         line = f"\n{masked[row]} with mask" if masked else ""
         shown = np.where(is_visible, rgb(image), np.uint8(128))
         _show(sheet.tile(row, 1, f"keys of the outlined patch{line}"), shown, visible.shape, patch)
-        sheet.tile(row, 2, "mask: white = may attend").imshow(allowed, cmap="gray", interpolation="nearest", vmin=0)
+        axes = sheet.tile(row, 2, "mask: white = may attend")
+        axes.imshow(allowed, cmap="gray", interpolation="nearest", vmin=0)
+        for spine in axes.spines.values():
+            spine.set(visible=True, color="0.6", linewidth=0.6)
         high = max(float(np.percentile(found[row], 99.5)), np.finfo(np.float32).tiny)
         for column, (values, heading) in enumerate(
             ((without[row], "without mask"), (found[row], "with mask")), start=3
         ):
             axes = sheet.tile(row, column, f"attention {heading}")
             axes.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=high, interpolation="nearest")
-    sheet.bar("weight, share of the largest", SEQUENTIAL)
+    sheet.bar("weight / its 99.5th percentile with mask", SEQUENTIAL)
     return sheet.figure

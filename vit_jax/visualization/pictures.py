@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from vit_jax import arguments
 from vit_jax.classifier import Classifier
 from vit_jax.errors import UserError, few, nearest
 from vit_jax.evaluation import tokens
 from vit_jax.models import intermediates
-from vit_jax.models.vit import pixels_per_patch
+from vit_jax.models.vit import pixels_per_patch, position_at
 from vit_jax.visualization import embeddings, figures, maps
 from vit_jax.visualization.figures import Picture
 from vit_jax.visualization.subject import Subject, first_head
@@ -40,19 +41,24 @@ def filters(subject: Subject) -> Picture:
     components = components.reshape(-1, *kernels.shape[1:])
     order = np.argsort(-np.linalg.norm(flat, axis=1), kind="stable")[:MAX_KERNELS]
     what = "first convolution of the stem" if subject.module.stem is not None else "patch embedding"
-    figure = figures.filters(components, kernels[order], variance, f"Filters of the {what}", subject.title)
+    figure = figures.filters(
+        components, kernels[order], variance, len(kernels), f"Filters of the {what}", subject.title
+    )
     return Picture(figure, {"components": components, "variance": variance, "kernels": kernels})
 
 
-def positions(subject: Subject, *, layer: int = 0) -> Picture:
+def positions(subject: Subject, *, layer: Any = None) -> Picture:
     """How the position embedding relates each position to all others (arXiv 2010.11929, Fig. 7, centre).
 
     Array: `similarity` [rows, columns, rows, columns], as `embeddings.position_similarity` defines it for each kind.
     `layer`, from 0 or, from the end, -1, matters for position embeddings that each layer has of its own.
     """
-    layer = subject.check_layer(layer)
-    similarity, kind = embeddings.position_similarity(subject.module, subject.parameters, subject.grid, layer)
-    title = f"Position embeddings ({subject.module.position})"
+    index = subject.check_layer(layer or 0)
+    if layer is not None and position_at(subject.module) != "layers":
+        raise UserError(f"layer is {layer}, but the layers of this model have no positions of their own\n  omit it")
+    similarity, kind = embeddings.position_similarity(subject.module, subject.parameters, subject.grid, index)
+    where = "" if layer is None else f", {subject.describe_layer(index)}"
+    title = f"Position embeddings ({subject.module.position}){where}"
     return Picture(figures.positions(similarity, kind, title, subject.title), {"similarity": similarity})
 
 
@@ -72,7 +78,7 @@ def distance(subject: Subject) -> Picture:
     return Picture(figures.distance(mean, float(uniform), title, subject.title), {"distance": mean, "uniform": uniform})
 
 
-def attention(subject: Subject, *, layer: int | None = None, patch: tuple[int, int] | None = None) -> Picture:
+def attention(subject: Subject, *, layer: Any = None, patch: Any = None) -> Picture:
     """The attention of each head of a layer, over the images.
 
     The query is the patch (row, column) `patch`, or what the head of the model reads: the class token; without one, the
@@ -89,8 +95,8 @@ def attention(subject: Subject, *, layer: int | None = None, patch: tuple[int, i
         return outputs, maps.to_grid(row, subject.extra, subject.grid)
 
     outputs, found = subject.over_images(reduce)
-    where = "" if is_pooling else f" in layer {index + 1} of {subject.module.depth}"
-    titles = [f"head {head + 1}" for head in range(found.shape[1])]
+    where = "" if is_pooling else f", {subject.describe_layer(index)}"
+    titles = [f"head {head}" for head in range(found.shape[1])]
     figure = figures.maps(
         subject.images,
         found,
@@ -103,7 +109,7 @@ def attention(subject: Subject, *, layer: int | None = None, patch: tuple[int, i
     return Picture(figure, {"attention": found})
 
 
-def rollout(subject: Subject, *, patch: tuple[int, int] | None = None) -> Picture:
+def rollout(subject: Subject, *, patch: Any = None) -> Picture:
     """Attention rollout over the images (arXiv 2005.00928; 2010.11929, Figs. 6 and 14).
 
     It is that of the class token, of the mean over the patches, of the pooling's query averaged over its heads, or of
@@ -120,7 +126,7 @@ def rollout(subject: Subject, *, patch: tuple[int, int] | None = None) -> Pictur
     return Picture(figure, {"rollout": found})
 
 
-def relevance(subject: Subject, *, class_name: str | None = None) -> Picture:
+def relevance(subject: Subject, *, class_name: Any = None) -> Picture:
     """The relevance of each patch for a class: attention weighted by its gradients (arXiv 2103.15679).
 
     The class is `class_name` for all images, or the most probable one of each. Arrays: `relevance`
@@ -156,7 +162,7 @@ def relevance(subject: Subject, *, class_name: str | None = None) -> Picture:
     return Picture(figure, {"relevance": found, "classes": classes})
 
 
-def features(subject: Subject, *, layer: int = -1) -> Picture:
+def features(subject: Subject, *, layer: Any = -1) -> Picture:
     """The first three principal components of the outputs of the patches, as red, green and blue.
 
     All images have the same components, so that equal colors are similar features (arXiv 2304.07193, Fig. 1). The
@@ -170,7 +176,7 @@ def features(subject: Subject, *, layer: int = -1) -> Picture:
     flat = patches.reshape(-1, patches.shape[-1])
     basis, variance, mean = embeddings.principal_components(flat, 3)
     components = ((flat - mean) @ basis.T).reshape(*patches.shape[:3], -1)
-    title = f"Principal components of the patches' features, layer {index + 1} of {subject.module.depth}"
+    title = f"Principal components of the patches' features, {subject.describe_layer(index)}"
     figure = figures.features(subject.images, components, subject.captions(), title, subject.title)
     return Picture(figure, {"components": components, "variance": variance})
 
@@ -184,21 +190,21 @@ def patches(subject: Subject) -> Picture:
     images = subject.images
     parts = images.reshape(len(images), rows, size, columns, size, -1).swapaxes(2, 3)
     before = {"class token": int(subject.module.class_token), "registers": subject.module.registers}
-    extra = "".join(f" after {count} {name}" for name, count in before.items() if count)
-    title = f"{rows} x {columns} patches of {size} x {size} pixels{extra}"
+    extra = " and ".join(f"{count} {name}" for name, count in before.items() if count)
+    title = f"{rows} x {columns} patches of {size} x {size} pixels{extra and f', after {extra}'}"
     figure = figures.patches(parts, subject.extra, subject.captions(), title, subject.title)
     return Picture(figure, {"patches": parts})
 
 
-def masks(subject: Subject, *, mask: str = "random", layer: int = 0) -> Picture:
+def masks(subject: Subject, *, mask: Any = "random", layer: Any = 0) -> Picture:
     """An attention mask at work: the mask, and the attention of a layer without it and with it.
 
     True in a mask means that a query may attend to a key. `mask` is 'random' (half of the patches are hidden from all
     queries), 'causal' (from queries before them) or 'local' (from patches further away than a neighbour).
     Arrays: `mask` [tokens, tokens]; `without` and `attention` [images, tokens, tokens], means over the heads.
     """
-    if mask not in MASKS:
-        raise UserError(f"mask is {mask!r}\n  allowed: {', '.join(MASKS)}")
+    if not isinstance(mask, str) or mask not in MASKS:
+        raise UserError(f"mask is {arguments.shown(mask)}\n  allowed: {', '.join(MASKS)}")
     index, allowed = subject.check_layer(layer), _mask(mask, subject.extra, subject.grid)
 
     def reduce(outputs: Any, inside: intermediates.Intermediates) -> Any:
@@ -207,11 +213,15 @@ def masks(subject: Subject, *, mask: str = "random", layer: int = 0) -> Picture:
     plain_outputs, without = subject.over_images(reduce)
     outputs, found = subject.over_images(reduce, mask=allowed[None, None])
     (rows, columns), has_classes = subject.grid, subject.is_classifier
-    patch = rows // 2, columns // 2  # the query for which the hidden patches are drawn
-    visible = allowed[subject.query(patch)[0], subject.extra :].reshape(rows, columns)
+    cells = np.argwhere(
+        np.diag(allowed)[subject.extra :].reshape(rows, columns)
+    )  # queries that may attend to themselves
+    row, column = cells[np.abs(cells - [rows // 2, columns // 2]).sum(axis=1).argmin()].tolist()
+    patch = row, column  # the query whose keys are drawn
+    visible = allowed[subject.extra + row * columns + column, subject.extra :].reshape(rows, columns)
     captions = subject.captions(plain_outputs)
     masked = [line.rpartition("\n")[2] for line in subject.captions(outputs)] if has_classes else []
-    title = f"Attention mask '{mask}', layer {index + 1} of {subject.module.depth}, mean over heads"
+    title = f"Attention mask '{mask}', {subject.describe_layer(index)}, mean over heads"
     arrays = visible, allowed, without, found
     figure = figures.masks(subject.images, *arrays, captions, masked, patch, title, subject.title)
     return Picture(figure, {"mask": allowed, "without": without, "attention": found})
@@ -258,6 +268,8 @@ def draw(
         UserError: the picture is not defined for this model, or an option is wrong.
     """
     check(what, options)
+    if images is not None and not len(images):
+        raise UserError(f"{what}: there are no images\n  pass one or more images")
     if images is None and what not in OF_PARAMETERS:
         raise UserError(f"{what}: images are missing\n  pass one or more images")
     return KINDS[what](Subject(model, images, tuple(names), title or model.source), **options)
@@ -265,7 +277,7 @@ def draw(
 
 def check(what: str, options: Mapping[str, Any]) -> None:
     """Raises UserError if there is no such picture, or it has no such option."""
-    if what not in KINDS:
+    if arguments.text("what", what) not in KINDS:
         near = nearest(what, KINDS)
         raise UserError(
             f"there is no picture {what!r}\n  {f'nearest: {near[0]}' if near else f'allowed: {few(KINDS, len(KINDS))}'}"
@@ -286,9 +298,10 @@ def _read(joint: jax.Array, pooling: jax.Array | None, query: str | int, subject
     return maps.to_grid(row, subject.extra, subject.grid)
 
 
-def _class_index(model: Classifier, class_name: str | None) -> int | None:
+def _class_index(model: Classifier, class_name: Any) -> int | None:
     if class_name is None:
         return None
+    class_name = arguments.text("class_name", class_name)
     names = next(iter(model.inputs.classes.values()))
     if class_name in names:
         return names.index(class_name)

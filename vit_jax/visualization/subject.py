@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from vit_jax import arguments
 from vit_jax.classifier import Classifier
+from vit_jax.data import listing
 from vit_jax.errors import UserError
 from vit_jax.models import intermediates
 from vit_jax.models.intermediates import Intermediates
@@ -75,7 +76,7 @@ class Subject:
         per_image = 4 * self.module.depth * self.module.heads * self.tokens**2
         return max(1, min(MAX_BATCH, MAX_WEIGHT_BYTES // per_image, len(self.images)))
 
-    def check_layer(self, layer: int) -> int:
+    def check_layer(self, layer: Any) -> int:
         """Returns the index of a layer from 0.
 
         Raises:
@@ -87,7 +88,11 @@ class Subject:
             raise UserError(f"layer is {layer}\n  allowed: 0 to {depth - 1}, or -1 to -{depth} from the end")
         return index % depth
 
-    def query(self, patch: tuple[int, int] | None) -> tuple[str | int, str]:
+    def describe_layer(self, index: int) -> str:
+        """Returns 'layer 2 of 0 to 6'."""
+        return f"layer {index} of 0 to {self.module.depth - 1}"
+
+    def query(self, patch: Any) -> tuple[str | int, str]:
         """Returns the query of `maps.of_query` and a description: a patch (row, column), or what the head reads.
 
         Raises:
@@ -96,7 +101,10 @@ class Subject:
         if patch is None:
             query = maps.query_of(self.module)
             return query, query
-        (row, column), (rows, columns) = patch, self.grid
+        if not isinstance(patch, list | tuple) or len(patch) != 2:
+            raise UserError(f"patch is {arguments.shown(patch)}\n  allowed: a row and a column from 0, such as (3, 4)")
+        row, column = (arguments.integer("patch", one, minimum=None) for one in patch)
+        rows, columns = self.grid
         if not (0 <= row < rows and 0 <= column < columns):
             raise UserError(
                 f"patch is {row},{column}\n  allowed: a row to {rows - 1} and a column to {columns - 1}, from 0"
@@ -145,7 +153,7 @@ class Subject:
             outputs: logits of all images, or by head.
             classes: their indices; None for the most probable ones.
         """
-        lines = [Path(name).name for name in self.names] or [""] * len(self.images)
+        lines = [listing.printable(Path(name).name) for name in self.names] or [""] * len(self.images)
         if outputs is None or not self.is_classifier:
             return lines
         logits = first_head(outputs)
