@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from vit_jax import config as options
 from vit_jax import paths, terminal
 from vit_jax.checkpoint import orbax_logging, run_files
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, few
 from vit_jax.runtime import cpu_allocator
 
 if TYPE_CHECKING:
@@ -212,6 +212,34 @@ def add_flags(parser: argparse.ArgumentParser, init: bool = False) -> None:
         "--batch_size", type=int, help="examples per batch; does not change the result (default: the run's)"
     )
     parser.add_argument("--data_dir", metavar="DIR", help="directory of the dataset (default: the run's)")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that select a run and a checkpoint, or weights in its place."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", metavar="DIR", help="run directory of the model")
+    source.add_argument("--init", metavar="FILE", help="or its weights: a file, URL or name (docs/weights.md)")
+    step = parser.add_mutually_exclusive_group()
+    step.add_argument("--step", type=int, help="with --workdir: use the checkpoint of this step (default: the newest)")
+    step.add_argument(
+        "--best", action="store_true", help="with --workdir: use the checkpoint with the best validation result"
+    )
+
+
+def images_below(named: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Returns the paths of images, those below directories included, and notes about what was left out.
+
+    Raises:
+        UserError: there are none.
+    """
+    from vit_jax.data import user_images
+
+    notes: list[str] = []
+    images = list(user_images.expand((paths.expand(path, "IMAGE_OR_DIRECTORY") for path in named), notes.append))
+    if not images:
+        left_out = f"{few(notes)}\n  " if notes else ""
+        raise UserError(f"no images found below {few(named)}\n  {left_out}allowed: image files or directories")
+    return images, notes
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:

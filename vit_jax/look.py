@@ -89,9 +89,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Returns the command's flags; --help and wrong flags end the process, the latter with status 2."""
     parser = commands.parser("look", DESCRIPTION)
     parser.add_argument("images", metavar="IMAGE_OR_DIRECTORY", nargs="*", help="images to draw")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--workdir", metavar="DIR", help="run directory of the model")
-    source.add_argument("--init", metavar="FILE", help="or its weights: a file, URL or name (docs/weights.md)")
+    commands.add_model_flags(parser)
     parser.add_argument("--what", default=DEFAULT_WHAT, help="the picture (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", help="output file (default: WHAT.png)")
     parser.add_argument(
@@ -116,11 +114,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help=f"without images: the number of those of the split (default: {COUNT}; distance: {COUNT_DISTANCE})",
     )
     parser.add_argument("--split", help="without images: the split (default: test)")
-    step = parser.add_mutually_exclusive_group()
-    step.add_argument("--step", type=int, help="with --workdir: use the checkpoint of this step (default: the newest)")
-    step.add_argument(
-        "--best", action="store_true", help="with --workdir: use the checkpoint with the best validation result"
-    )
     commands.add_classes_flags(parser)
     commands.add_image_flags(parser)
     parser.add_argument(
@@ -152,7 +145,7 @@ def look(flags: argparse.Namespace) -> int:
     if is_of_parameters and (flags.images or flags.split or flags.count):
         unused = few(flags.images) or ("--split" if flags.split else "--count")
         raise UserError(f"--what={flags.what} needs no images\n  omit {unused}")
-    listed = _listed(flags.images) if flags.images else None
+    listed, notes = commands.images_below(flags.images) if flags.images else (None, [])
     model = _model_of(flags)
     unreadable: list[str] = []
     if listed is not None:
@@ -164,7 +157,7 @@ def look(flags: argparse.Namespace) -> int:
         images, names = None, ()
     else:
         images, names = _of_split(flags, model)
-    for line in unreadable:
+    for line in (*notes, *unreadable):
         terminal.warn(line)
     if images is not None and not len(images):
         raise UserError(f"none of {few(flags.images)} can be read as an image\n  use other images")
@@ -209,24 +202,6 @@ def _pair(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
         raise UserError(f"--patch={text}\n  allowed: row and column from 0, such as 3,4")
     return int(parts[0]), int(parts[1])
-
-
-def _listed(images: list[str]) -> list[Path]:
-    """Returns the paths of the images, those below directories included.
-
-    Raises:
-        UserError: there are none.
-    """
-    from vit_jax.data import user_images
-
-    notes: list[str] = []
-    listed = list(user_images.expand((paths.expand(path, "IMAGE_OR_DIRECTORY") for path in images), notes.append))
-    if not listed:
-        left_out = f"{few(notes)}\n  " if notes else ""
-        raise UserError(f"no images found below {few(images)}\n  {left_out}allowed: image files or directories")
-    for note in notes:
-        terminal.warn(note)
-    return listed
 
 
 def _model_of(flags: argparse.Namespace) -> "Classifier":

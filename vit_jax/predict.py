@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vit_jax import atomic, commands, paths, terminal
-from vit_jax.errors import UserError, few
+from vit_jax.errors import UserError
 from vit_jax.progress import Counter
 
 if TYPE_CHECKING:
@@ -43,14 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Returns the command's flags; --help and wrong flags end the process, the latter with status 2."""
     parser = commands.parser("predict", DESCRIPTION)
     parser.add_argument("images", metavar="IMAGE_OR_DIRECTORY", nargs="+", help="images to classify")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--workdir", metavar="DIR", help="run directory of the model")
-    source.add_argument("--init", metavar="FILE", help="or its weights: a file, URL or name (docs/weights.md)")
-    step = parser.add_mutually_exclusive_group()
-    step.add_argument("--step", type=int, help="with --workdir: use the checkpoint of this step (default: the newest)")
-    step.add_argument(
-        "--best", action="store_true", help="with --workdir: use the checkpoint with the best validation result"
-    )
+    commands.add_model_flags(parser)
     commands.add_classes_flags(parser)
     commands.add_image_flags(parser)
     parser.add_argument("--top", type=int, default=5, help="number of classes per image (default: %(default)s)")
@@ -70,11 +63,7 @@ def predict(flags: argparse.Namespace) -> int:
     _check(flags)
     from vit_jax import inference, prediction_sheet
 
-    notes: list[str] = []
-    images = list(inference.expand((paths.expand(path, "IMAGE_OR_DIRECTORY") for path in flags.images), notes.append))
-    if not images:
-        left_out = f"{few(notes)}\n  " if notes else ""
-        raise UserError(f"no images found below {few(flags.images)}\n  {left_out}allowed: image files or directories")
+    images, notes = commands.images_below(flags.images)
     predictor, num_unreadable, rows, drawn = _open(flags), 0, [], []
     for note in notes:
         terminal.warn(note)
