@@ -67,6 +67,7 @@ def test_pictures_and_normalized_images_have_the_same_tokens(pixels, expected, a
     assert backbone(Image.new("L", (50, 31)))["patches"].shape == (1, 3, 3, 12)
 
 
+@pytest.mark.slow
 def test_pictures_of_several_sizes_through_a_model_with_rotary_positions():
     file, sizes = REFERENCES / "timm_dinov3", ((40, 31), (31, 40), (64, 20))
     pictures = [np.random.default_rng(size[0]).integers(0, 256, (*size, 3), np.uint8) for size in sizes]

@@ -150,6 +150,7 @@ def test_all_measurements_run_with_small_models(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", mostly_slow(["gradient", "value", "refused"], 3))
+@pytest.mark.slow
 def test_a_wrong_attention_backend_is_detected(monkeypatch, capsys, wrong):
     import jax
     import kernels as measured

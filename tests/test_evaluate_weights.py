@@ -130,6 +130,7 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", mostly_slow(PREPARED, 3))
+@pytest.mark.slow
 def test_images_are_prepared_as_by_predict(prepared, pictures, case, tmp_path, capsys, monkeypatch):
     file = prepared(case)
     assert predict.main([f"--init={file}", str(pictures), "--top=13", f"--csv={tmp_path / 'predicted.csv'}"]) == 0

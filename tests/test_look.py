@@ -45,6 +45,7 @@ def test_the_suffix_is_the_format(tmp_path, capsys, suffix):
     assert out.read_bytes()[:5] in (b"<?xml", b"%PDF-")
 
 
+@pytest.mark.slow
 def test_the_arrays_are_written_to_npz_and_are_those_of_python(album, tmp_path, capsys):
     out = tmp_path / "attention.npz"
     assert run(capsys, f"--init={FILE}", "--what=attention", "--layer=0", f"--out={out}", album)[0] == 0

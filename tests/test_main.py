@@ -162,7 +162,9 @@ def test_evaluate_gives_the_metrics_of_training(uninterrupted):
     expected = {name: value for name, value in lines[-1].items() if name.startswith("validation/")}
     found = evaluated(workdir, "--split=validation")
     assert 0 < found.pop("validation/balanced_accuracy") < 1
-    assert found == {"step": 300} | expected
+    assert found.pop("validation/nll") == pytest.approx(expected["validation/loss"], rel=1e-6)
+    assert 0 < found.pop("validation/macro_f1") < 1 and 0 < found.pop("validation/calibration_error") < 1
+    assert found == {"step": 300, "views": 1} | expected
     best = evaluated(workdir, "--best", "--split=validation")
     accuracies = {line["step"]: line["validation/accuracy"] for line in lines if "validation/accuracy" in line}
     assert best["validation/accuracy"] == max(accuracies.values()) == accuracies[best["step"]]

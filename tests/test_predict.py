@@ -277,6 +277,7 @@ def test_the_command_runs_in_a_process(digits_run, album):
 @pytest.mark.parametrize(
     "fields", [{"pooling": "map", "pool_heads": 4}, {"pooling": "mean", "norm_after_pooling": True}]
 )
+@pytest.mark.slow
 def test_patches_of_models_whose_options_belong_to_their_pooling(fields):
     """Options that have no meaning without pooling do not prevent reading the tokens before it."""
     import jax

@@ -168,6 +168,7 @@ def test_runs_are_compared_by_what_differs_between_their_configs(tmp_path):
     assert 'href="one/run/report.html"' in (tmp_path / "all.html").read_text()
 
 
+@pytest.mark.slow
 def test_many_long_runs_have_a_page_of_limited_size(tmp_path):
     directories = [tmp_path / f"run-{index}" for index in range(12)]
     for index, directory in enumerate(directories):

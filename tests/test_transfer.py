@@ -236,6 +236,7 @@ def test_the_command_runs_in_a_process(digits_run, tmp_path):
     assert json.loads((tmp_path / "transfer.json").read_text())["seed"] == 0
 
 
+@pytest.mark.slow
 def test_what_is_assumed_of_a_backbone_is_said_once(tmp_path, capsys):
     """A DINOv2 file without JSON is normalized by ImageNet's mean and std, here of images with three channels."""
     path = Path(__file__).parent / "weights" / "references" / "hf_dinov2_registers"

@@ -230,6 +230,7 @@ def test_the_command_line_wins_over_what_photos_adapts(root):
     assert photos(root, "train.epochs=3").train.steps is None
 
 
+@pytest.mark.slow
 def test_photos_is_fine_tuned_at_the_image_size_of_the_model(root, make_run):
     """Whatever the recipe sets for training from scratch: the model is that of the run, with a new head."""
     run = make_run()

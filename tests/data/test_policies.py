@@ -28,6 +28,7 @@ def assert_share(hits, probability):
 
 
 @pytest.mark.parametrize("name", mostly_slow(list(POLICIES), 3))
+@pytest.mark.slow
 def test_policy_draws_exactly_its_operations(name, draw):
     codes, arguments = draw(name)
     drawn = {NAMES[code] for code in np.unique(codes)}

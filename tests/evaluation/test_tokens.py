@@ -66,6 +66,7 @@ GRIDS = {"timm_hybrid": (2, 2), "timm_wide": (3, 5)}
 @pytest.mark.parametrize(
     ("name", "scan"), [("timm_registers", True)] + [pytest.param(n, False, marks=pytest.mark.slow) for n in CASES]
 )
+@pytest.mark.slow
 def test_layers_are_those_of_blocks_applied_one_by_one(name, scan):
     model, parameters, _ = weights.load(REFERENCES / name, scan=scan)
     images = jnp.asarray(np.load(REFERENCES / name / "numbers.npz")["inputs"])

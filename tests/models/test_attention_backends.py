@@ -179,6 +179,7 @@ def test_lengths_are_the_mask_that_they_stand_for(draw):
     np.testing.assert_allclose(layer.apply(variables, tokens, lengths), layer.apply(variables, tokens, mask), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_no_backend_has_is_computed_step_by_step(draw):
     """A mask, dropout and sown weights, with a backend chosen; and its result where there are none."""
     tokens = draw(2, 7, 12)

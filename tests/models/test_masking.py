@@ -18,6 +18,7 @@ def test_so_many_patches_are_hidden_and_each_as_often_as_the_others():
     np.testing.assert_allclose(together[~np.eye(12, dtype=bool)], 5 / 12 * 4 / 11, atol=5 * 0.0026)
 
 
+@pytest.mark.slow
 def test_what_is_hidden_of_an_image_depends_on_its_key_alone():
     whole = masking.draw_hidden(KEYS[:8], 9, 4)
     for image in (0, 3, 7):

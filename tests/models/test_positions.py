@@ -151,6 +151,7 @@ def test_a_table_in_every_layer_is_added_before_each_block(small, randomise, dra
     np.testing.assert_allclose(own, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_concatenated_positions_are_the_last_channels(small, randomise, draw):
     from vit_jax.models.intermediates import apply_with_intermediates
 

@@ -103,7 +103,7 @@ def name_of(triple):
 EACH = [tuple(index % len(axis) for axis in AXES) for index in range(max(map(len, AXES)))]
 
 
-@pytest.mark.parametrize("triple", mostly_slow(EACH, 9), ids=name_of)
+@pytest.mark.parametrize("triple", mostly_slow(EACH, 14), ids=name_of)
 def test_every_option_trains(small, randomise, draw, triple):
     check(small, randomise, draw, fields_of(triple))
 

@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+from helpers import mostly_slow
 
 from vit_jax.models.resampling import resample, resample_positions, resample_tokens
 
@@ -97,8 +98,8 @@ def test_class_tokens_row_is_kept_and_every_table_found(small, randomise, draw, 
     assert moved["head"]["logits"]["kernel"] is parameters["head"]["logits"]["kernel"]
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("scan", mostly_slow([False, True], 2))
+@pytest.mark.parametrize("method", mostly_slow(["bilinear", "bicubic"], 2))
 @pytest.mark.parametrize("position", ["learned", "learned_2d", "relative"])
 def test_every_learned_kind_resamples_to_a_table_that_fits(small, randomise, draw, position, method, scan):
     model = small(position=position, position_at="layers", scan=scan)

@@ -130,6 +130,7 @@ def test_the_parts_of_a_block_add_up_to_it(small):
 @pytest.mark.parametrize(
     "fields", [{}, pytest.param({"mlp": "swiglu"}, marks=pytest.mark.slow), {"scan": True, "remat": True}], ids=str
 )
+@pytest.mark.slow
 def test_the_memory_of_training_is_near_what_the_compiler_plans(small, fields):
     model = small(width=64, depth=6, mlp_width=256, patch_size=4, **fields)
     images = jnp.zeros((32, 32, 32, 3))

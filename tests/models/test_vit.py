@@ -52,6 +52,7 @@ def test_dropout_is_off_unless_training_and_follows_its_key(small, draw, randomi
     np.testing.assert_array_equal(plain.apply(variables, images, train=True), plain.apply(variables, images))
 
 
+@pytest.mark.slow
 def test_bfloat16_arithmetic_leaves_parameters_float32_and_logits_near(draw, small, randomise):
     images = draw(4, 8, 8, 3)
     model = small(width=48, depth=4, mlp_width=96, pre_logits=32)
@@ -64,6 +65,7 @@ def test_bfloat16_arithmetic_leaves_parameters_float32_and_logits_near(draw, sma
     assert 0 < np.linalg.norm(near - exact) / np.linalg.norm(exact) < 0.02
 
 
+@pytest.mark.slow
 def test_the_last_norm_after_the_mean_is_of_the_mean(small, draw, randomise):
     images = draw(2, 4, 4, 3)
     model = small(pooling="mean", norm_after_pooling=True, registers=1, classes=None)

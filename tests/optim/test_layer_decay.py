@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mostly_slow
 
 from vit_jax import config as options
 from vit_jax import optim
@@ -108,7 +109,7 @@ def sgd(value, gradients, factor, decay):
 
 
 @pytest.mark.parametrize("name, reference", [("adamw", adamw), ("sgd", sgd)])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", mostly_slow([True, False], 2))
 def test_updates_equal_numpy(parameters, name, reference, scan):
     gradients = gradients_of(parameters)
     arrange = stack_blocks if scan else lambda tree: tree

@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers import THOROUGH, flags, read_json_lines, run_command
+from helpers import THOROUGH, flags, mostly_slow, read_json_lines, run_command
 
 from vit_jax import atomic, machine_errors
 from vit_jax.checkpoint import inventory, orbax_io, proof
@@ -66,7 +66,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, 4))
 def test_a_run_directory_of_any_name_can_be_used(tmp_path, name):
     use(tmp_path / os.fsdecode(NAMES[name]))
 

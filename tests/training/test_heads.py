@@ -96,6 +96,7 @@ def test_frozen_parts_stay_and_the_rest_is_trained(toy, make_config):
     assert {name.split("/")[0] for name in same} == {"embedding", "encoder"}
 
 
+@pytest.mark.slow
 def test_the_optimizer_has_no_state_for_frozen_parameters(toy, make_config):
     run = toy(make_config(optimizer={"trained": ("head/*",)}))
     sizes = [leaf.size for leaf in jax.tree.leaves(run.start().optimizer) if leaf.ndim]

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import kill, run_command, start_command, tiny_config
+from helpers import kill, mostly_slow, run_command, start_command, tiny_config
 
 from vit_jax import atomic
 from vit_jax.checkpoint import run_files
@@ -182,7 +182,9 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("released", [False, True], ids=["the other one runs", "the other one has ended"])
+@pytest.mark.parametrize(
+    "released", mostly_slow([False, True], 2), ids=["the other one runs", "the other one has ended"]
+)
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_a_holder_that_wakes_up_writes_nothing(tmp_path, write, released):
     """The lock's own thread does not run, as if the writing thread were the first to wake up."""

@@ -111,6 +111,7 @@ def erf(x):
     return erf(x)
 
 
+@pytest.mark.slow
 def test_relevance_equals_numpy_with_finite_differences(small):
     """arXiv 2103.15679, equations 5 and 6, with the gradient of the logit by central differences."""
     images, chosen, step = pixels(1), 3, 1e-4

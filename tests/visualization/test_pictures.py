@@ -88,6 +88,7 @@ def test_the_row_of_rollout_is_that_of_what_the_head_reads():
         np.testing.assert_allclose(found.sum(axis=(1, 2)), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_patches_are_those_of_the_model_in_their_order(small):
     from vit_jax.models.patches import patchify
 
@@ -138,6 +139,7 @@ def overlap(a, b):
 
 
 @pytest.mark.parametrize("count", mostly_slow([2, 12, 3, 1], 4))
+@pytest.mark.slow
 def test_tiles_and_captions_do_not_overlap(small, count):
     for what in ("attention", "rollout", "patches", "masks"):
         figure = pictures.draw(what, small, pixels(count), names=[f"image {i}.jpeg" for i in range(count)]).figure

@@ -52,6 +52,7 @@ def test_channels_that_are_equal_do_what_they_did(old, new):
         ),
     ],
 )
+@pytest.mark.slow
 def test_other_images_and_patches(tmp_path, helpers, overrides, detail, size):
     model, parameters = helpers.small((224, 224), patch_size=16)
     weights.save(tmp_path / "file.npz", model, parameters)

@@ -194,6 +194,7 @@ def test_unsupported_options_are_named(tmp_path, helpers, fields, named):
 
 @pytest.mark.parametrize("kind", mostly_slow(["sincos_2d", "sinusoidal", "learned_2d"], 3))
 @pytest.mark.parametrize("suffix", ["npz", pytest.param("safetensors", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_positions_that_are_a_table_in_the_end_are_written_as_one(tmp_path, helpers, kind, suffix):
     model, parameters = helpers.small((16, 32), position=kind, registers=2 if suffix == "safetensors" else 0)
     path = tmp_path / f"file.{suffix}"

@@ -49,7 +49,7 @@ def test_every_recording_is_tried(references):
     assert {name for name in names if name.startswith(("timm_", "hf_"))} == set(NAMES)  # others: test_namings.py
 
 
-@pytest.mark.parametrize("name", mostly_slow(NAMES, 5))
+@pytest.mark.parametrize("name", mostly_slow(NAMES, 9))
 def test_the_libraries_numbers(references, helpers, name):
     model, parameters, report = weights.load(references / name, **OVERRIDES.get(name, {}))
     recorded = np.load(references / name / "numbers.npz")

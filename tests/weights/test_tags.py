@@ -69,6 +69,7 @@ def recorded():
     return json.loads(gzip.decompress((HERE / "timm_tags.json.gz").read_bytes()))
 
 
+@pytest.mark.slow
 def test_the_tags_of_timm_that_are_read():
     models = walk(recorded())
     assert len(models) == 452 and sum(model is not None for model in models.values()) == 419

@@ -156,6 +156,7 @@ def test_several_prompts_are_averaged(library, recorded):
     np.testing.assert_allclose(both, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_from_python_and_at_the_command_line(library, recorded, picture, capsys):
     clip = str(recorded / "clip")
     model = vit_jax.load(clip, class_names=["cat", "dog"], prompt="a {}")
