@@ -123,13 +123,13 @@ def evaluate(flags: argparse.Namespace) -> dict[str, Any]:
         terminal.warn(f"seed {seed}")
         results.append(_evaluate_run(of_seed, None if out is None else multi_seed.workdir_of(out, seed)))
     metrics = {name: [result[name] for result in results] for name in results[0]}
-    steps, (views, *_) = metrics.pop("step"), metrics.pop("views")
+    steps, views = metrics.pop("step"), {"views": metrics.pop("views")[0]} if "views" in metrics else {}
     summary = multi_seed.mean_and_std(metrics)
     name = next(one for one in (f"{flags.split}/accuracy", f"{flags.split}/loss") if one in summary)
     factor, digits, unit = (100, 2, " %") if name.endswith("accuracy") else (1, 4, "")
     mean, std = (f"{factor * (value or 0):.{digits}f}" for value in (summary[name], summary[f"{name}/std"]))
     terminal.warn(f"{name.replace('/', ' ')} {mean} +- {std}{unit} over {len(seeds)} seeds")
-    return {"seeds": seeds, "step": steps[0] if len({*steps}) == 1 else steps, "views": views, **summary}
+    return {"seeds": seeds, "step": steps[0] if len({*steps}) == 1 else steps, **views, **summary}
 
 
 def _seeds(workdir: Path) -> list[int]:
@@ -183,7 +183,7 @@ def _finish(
     """
     augment, one_view = _views(flags, augment, source)
     metrics, heads = _score(flags.split, score, augment)
-    evaluated = {**evaluated, "views": augment.num_views}
+    evaluated |= {"views": augment.num_views} if heads else {}
     if flags.views == "both":
         of_one = _score(flags.split, score, one_view)[0]
         accuracy, of_view = (100 * one[f"{flags.split}/accuracy"] for one in (metrics, of_one))

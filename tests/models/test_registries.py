@@ -109,6 +109,6 @@ def test_every_option_trains(small, randomise, draw, triple):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("triple", pairs_once()[:: 1 if THOROUGH else 6], ids=name_of)
+@pytest.mark.parametrize("triple", pairs_once()[:: 1 if THOROUGH else 10], ids=name_of)
 def test_every_pair_of_options_trains(small, randomise, draw, triple):
     check(small, randomise, draw, fields_of(triple))

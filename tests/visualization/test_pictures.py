@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import mostly_slow
+from helpers import THOROUGH, mostly_slow
 from PIL import Image
 
 from vit_jax.errors import UserError
@@ -42,7 +42,7 @@ def render(figure, **options):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("fields", mostly_slow(MODELS, 100), ids=str)
+@pytest.mark.parametrize("fields", mostly_slow(MODELS[:: 1 if THOROUGH else 3], 100), ids=str)
 def test_every_kind_of_model_has_every_picture_that_is_defined_for_it(fields):
     fields = dict(fields)
     size, channels = fields.pop("size", (8, 8)), fields.pop("channels", 3)
