@@ -116,6 +116,13 @@ def test_a_line_of_a_file_name_is_one_line_of_a_caption(album, tmp_path):
     assert "\n" not in subject.captions()[0]
 
 
+def test_a_class_name_with_a_slash_is_written_whole():
+    from vit_jax.visualization.subject import Subject
+
+    subject = Subject(look._open(FILE), np.zeros((1, 20, 20, 3), np.uint8), ("true: cat/dog",))
+    assert subject.captions() == ["true: cat/dog"]
+
+
 def test_from_python_an_image_that_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"broken\.png: cannot be read as an image"):

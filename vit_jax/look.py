@@ -255,7 +255,7 @@ def _read(model: "Classifier", images: Any) -> tuple[Any, tuple[str, ...], list[
                 unreadable.append(f"{name}: cannot be read as an image: {read}")
             else:
                 pixels.append(read)
-                names.append(name)
+                names.append(os.path.basename(name))
     return np.stack(pixels) if pixels else np.zeros((0, *model.inputs.image_shape), np.uint8), tuple(names), unreadable
 
 

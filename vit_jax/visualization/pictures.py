@@ -53,7 +53,7 @@ def positions(subject: Subject, *, layer: Any = None) -> Picture:
     Array: `similarity` [rows, columns, rows, columns], as `embeddings.position_similarity` defines it for each kind.
     `layer`, from 0 or, from the end, -1, matters for position embeddings that each layer has of its own.
     """
-    index = subject.check_layer(layer or 0)
+    index = subject.check_layer(0 if layer is None else layer)
     if layer is not None and position_at(subject.module) != "layers":
         raise UserError(f"layer is {layer}, but the layers of this model have no positions of their own\n  omit it")
     similarity, kind = embeddings.position_similarity(subject.module, subject.parameters, subject.grid, index)
@@ -148,10 +148,9 @@ def relevance(subject: Subject, *, class_name: Any = None) -> Picture:
         variables = {"params": parameters}
         outputs, inside, gradients = intermediates.weight_gradients(subject.module, variables, inputs, select)
         joint, query = maps.relevance(inside.weights, gradients.weights), maps.query_of(subject.module)
-        if query == maps.POOLING:
-            pooling = maps.positive_part(inside.pooling, gradients.pooling)[:, None]
-            return outputs, _read(joint, pooling, query, subject)
-        return outputs, _read(joint, None, query, subject)
+        has_pooling = query == maps.POOLING
+        pooling = maps.positive_part(inside.pooling, gradients.pooling)[:, None] if has_pooling else None
+        return outputs, _read(joint, pooling, query, subject)
 
     outputs, found = subject.compute(apply)
     logits = first_head(outputs)
@@ -213,9 +212,8 @@ def masks(subject: Subject, *, mask: Any = "random", layer: Any = 0) -> Picture:
     plain_outputs, without = subject.over_images(reduce)
     outputs, found = subject.over_images(reduce, mask=allowed[None, None])
     (rows, columns), has_classes = subject.grid, subject.is_classifier
-    cells = np.argwhere(
-        np.diag(allowed)[subject.extra :].reshape(rows, columns)
-    )  # queries that may attend to themselves
+    attends_to_itself = np.diag(allowed)[subject.extra :].reshape(rows, columns)
+    cells = np.argwhere(attends_to_itself)
     row, column = cells[np.abs(cells - [rows // 2, columns // 2]).sum(axis=1).argmin()].tolist()
     patch = row, column  # the query whose keys are drawn
     visible = allowed[subject.extra + row * columns + column, subject.extra :].reshape(rows, columns)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -153,7 +152,7 @@ class Subject:
             outputs: logits of all images, or by head.
             classes: their indices; None for the most probable ones.
         """
-        lines = [listing.printable(Path(name).name) for name in self.names] or [""] * len(self.images)
+        lines = [listing.printable(name) for name in self.names] or [""] * len(self.images)
         if outputs is None or not self.is_classifier:
             return lines
         logits = first_head(outputs)
